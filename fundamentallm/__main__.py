@@ -1,0 +1,3 @@
+from fundamentallm.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import tomli_w
+
+from fundamentallm.errors import FundamentalError, PluginError, SettingsError
+from fundamentallm.plugins import Composed, compose, find_plugins, order
+
+
+class Commands(click.Group):
+    """The core's commands and those of installed distributions, each loaded when it is called."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted({*super().list_commands(context), *self._entries()})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        entries = self._entries()
+        own = super().get_command(context, name)
+        return entries[name].load() if own is None and name in entries else own
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands without loading them: the help of an entry is its distribution's."""
+        rows = []
+        for name in self.list_commands(context):
+            own = super().get_command(context, name)
+            entry = self._entries().get(name)
+            about = entry.dist.name if entry and entry.dist else ""
+            rows.append((name, own.get_short_help_str(90) if own else f"({about})"))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    @staticmethod
+    def _entries() -> dict[str, metadata.EntryPoint]:
+        return {e.name: e for e in metadata.entry_points(group="fundamentallm.commands")}
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every command takes that reads a settings file."""
+    for option in (
+        click.option("--no-plugin", "remove", multiple=True, help="Leave a plugin out."),
+        click.option("--plugin", "add", multiple=True, help="Add a plugin to the list."),
+        click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML."),
+        click.argument("settings", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name="fundamentallm")
+def cli() -> None:
+    """Train language models, and any other PyTorch model, from a TOML file."""
+
+
+@cli.command()
+@settings_options
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Start or continue this run.")
+def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
+    """Train as SETTINGS say, in a new run folder."""
+    composed = compose(settings, **choice)
+    _train(composed, run_dir)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
+def resume(run: Path, overrides: tuple[str, ...]) -> None:
+    """Continue the run in folder RUN from its newest sound checkpoint."""
+    if not (run / "settings.toml").is_file():
+        raise SettingsError(f"{run}: is not a run folder: it has no settings.toml")
+    _train(compose(run / "settings.toml", overrides=overrides), run)
+
+
+@cli.command()
+@settings_options
+def show(settings: Path, **choice: Any) -> None:
+    """Print the composed SETTINGS, and where each value comes from."""
+    composed = compose(settings, **choice)
+    for line in described(composed):
+        click.echo(line)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plugins(as_json: bool) -> None:
+    """List the installed plugins."""
+    rows = [{"name": f.name, "distribution": f.distribution, "version": f.version,
+             "about": (f.load().__doc__ or "").partition("\n")[0]}
+            for offers in find_plugins().values() for f in offers]  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:<16}{row['distribution']} {row['version']}\n    {row['about']}")
+
+
+@cli.command()
+@click.argument("settings", type=click.Path(path_type=Path), required=False)
+def hooks(settings: Path | None) -> None:
+    """Print the hooks in the order of a run; with SETTINGS, who answers each."""
+    from fundamentallm.hookspecs import HOOKS, kind
+    from fundamentallm.plugins import hook_methods
+
+    composed = compose(settings) if settings else None
+    for hook in HOOKS:
+        heard = []
+        for name in order(composed.plugins) if composed else ():
+            for found, options, _ in hook_methods(type(composed.plugins[name])):
+                if found == hook:
+                    heard.append(f"{name} (wraps)" if options["wrapper"] else name)
+        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(heard)}".rstrip())
+
+
+def described(composed: Composed) -> list[str]:
+    """Return the settings as TOML lines, each value with its origin as a comment."""
+    lines = []
+    for name, table in composed.tables.items():
+        if not isinstance(table, dict):
+            lines.append(_line(name, table, composed, (name,)))
+            continue
+        lines += ["", f"[{name}]" + (f"  # {composed.brought[name]}" if name != "run" else "")]
+        lines += [_line(key, value, composed, (name, key)) for key, value in table.items()]
+    return lines
+
+
+def _line(name: str, value: Any, composed: Composed, key: tuple[str, ...]) -> str:
+    stated = composed.source.origins.get(key)
+    text = tomli_w.dumps({name: value}).strip() if not isinstance(value, dict) else f"{name} = {value}"
+    return f"{text}  # {stated.place if stated else 'default'}"
+
+
+def _train(composed: Composed, run_dir: Path | None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from fundamentallm.launch import train as launch
+
+    run = launch(composed, run_dir=run_dir)
+    click.echo(f"{run.outcome}: {run.progress.step} steps, in {run.folder}")
+    if run.signal:
+        click.echo(f"continue with: fundamentallm resume {run.folder}")
+        sys.exit(128 + run.signal)
+
+
+def main() -> None:
+    """Run the command line; every error that its user can act on ends with its exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except FundamentalError as error:
+        if isinstance(error, PluginError):
+            logging.getLogger("fundamentallm").debug("", exc_info=error)
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

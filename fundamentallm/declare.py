@@ -1,0 +1,82 @@
+"""What a plugin author writes: ``@plugin`` classes with ``field()`` settings and ``state()``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from typing import Any, TypeVar, dataclass_transform
+
+import attrs
+from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
+
+__all__ = ["and_", "attribute_docs", "deep_iterable", "field", "ge", "gt", "in_", "le",
+           "lt", "matches_re", "optional", "plugin", "plugin_name", "setting_fields", "state",
+           "state_fields", "table"]  # fmt: skip
+
+C = TypeVar("C", bound=type)
+
+field = attrs.field
+
+
+def state(default: Any = None, *, factory: Any = None) -> Any:
+    """Declare a field that is not a setting but training state: saved in every checkpoint and
+    restored by the core, under the plugin's instance name. Tensors and JSON values only."""
+    chosen = attrs.Factory(factory) if factory is not None else default
+    return attrs.field(init=False, default=chosen, metadata={"state": True})
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(attrs.field, state))
+def plugin(cls: C) -> C:
+    """Make a class a plugin: its fields are its TOML table, its ``@hookimpl`` methods its part.
+
+    Class attributes the core knows, all optional:
+
+    - ``observer = True``: a failure of this plugin must not end the run (loggers, bars).
+    - ``before`` / ``after``: names of plugins that its edits come before or after.
+    - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them;
+      an attribute, or a property that depends on the settings.
+    - ``speaks_for_all``: exclusive hooks that one instance answers for all instances of the class.
+    """
+    # Equality by value would make pluggy take two equal instances for one.
+    return attrs.define(eq=False, kw_only=True, slots=False)(cls)  # type: ignore[return-value]
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))
+def table(cls: C) -> C:
+    """Make a class that describes a table inside a plugin's table, by its fields."""
+    return attrs.frozen(kw_only=True)(cls)  # type: ignore[return-value]
+
+
+def plugin_name(cls: type) -> str:
+    """``EarlyStopping`` -> ``early_stopping``, the name of a class that nothing else names."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+
+def setting_fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
+    """Return the fields of a plugin or table that a TOML table may set, with types resolved."""
+    attrs.resolve_types(cls, include_extras=True)
+    return {a.name: a for a in attrs.fields(cls) if a.init}
+
+
+def state_fields(cls: type) -> list[str]:
+    """Return the names of the ``state()`` fields of a plugin class."""
+    return [a.name for a in attrs.fields(cls) if a.metadata.get("state")]
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """Return the docstrings under the fields of a class, in one line each; {} without source."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        except (OSError, TypeError, SyntaxError):
+            continue
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for this, following in zip(statements, statements[1:], strict=False):
+            if (isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name)
+                    and isinstance(following, ast.Expr)
+                    and isinstance(following.value, ast.Constant)):  # fmt: skip
+                found[this.target.id] = " ".join(str(following.value.value).split())
+    return found

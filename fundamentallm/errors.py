@@ -1,0 +1,53 @@
+"""What can go wrong, sorted by what the user can do about it. Each kind has an exit code."""
+
+
+class FundamentalError(Exception):
+    """An end of the run that its user can act on; ``str()`` of it is the whole message."""
+
+    exit_code = 1
+
+
+class SettingsError(FundamentalError):
+    """The settings, or the way the command was called, are wrong. Holds every mistake found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class NotFiniteError(FundamentalError):
+    """A loss or a gradient is NaN or infinite, and nothing was there to handle it."""
+
+    exit_code = 3
+
+
+class DataError(FundamentalError):
+    """The data is missing, empty, damaged or not what the settings say."""
+
+    exit_code = 4
+
+
+class StorageError(FundamentalError):
+    """The run folder, a checkpoint or another file cannot be written or trusted."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(FundamentalError):
+    """The host's or the device's memory does not hold the run."""
+
+    exit_code = 6
+
+
+class PluginError(FundamentalError):
+    """A plugin that the run needs failed; the message names plugin, hook and distribution."""
+
+    exit_code = 7
+
+
+class PeerLostError(FundamentalError):
+    """Another process of the same run died or stopped answering."""
+
+    exit_code = 8

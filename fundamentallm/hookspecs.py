@@ -1,0 +1,264 @@
+"""The contract between the loop and the plugins. A run in pseudocode:
+
+    data = build_data()                                 exclusive
+    tokenizer = build_tokenizer()                       exclusive
+    model = build_model()                               exclusive
+    adapt_model()                                       edit
+    module = checkpoint_activations(model)              exclusive
+    module = compile_model(module)                      exclusive
+    module = distribute_model(module)                   exclusive
+    optimizer = build_optimizer()                       exclusive
+    read_checkpoint()                                   exclusive
+    on_train_start()
+    while not done:
+        on_step_start()
+        window = collect_batches(stream)                exclusive
+        total = weigh_window(window)                    exclusive
+        for batch in window:
+            train_microbatch(batch, share, is_last)     exclusive; by default:
+                loss = forward(batch)                       exclusive
+                backward(loss * share)                      exclusive
+        finish_gradients()                              edit
+        rejected = judge_step()                         vote, any reason rejects
+        if not rejected:
+            edit_gradients()                            edit
+            lr = base * lr_factor()                     vote, product
+            optimizer_step()                            exclusive
+        settle_step(applied=not rejected)               event
+        on_step_end()
+        if due: on_validation_end(metrics=validate())   validate is exclusive
+        if due: on_log(metrics=reduce_metrics())        reduce_metrics is exclusive
+        stop_agreed()                                   exclusive
+        on_safe_point()                                 -> on_checkpoint_saved(folder)
+    on_train_end(outcome)
+    any time, for whoever shows it: on_progress(task, done, total)
+
+Four kinds of hooks, told apart by their names and kept by start-up checks:
+
+- **exclusive** (``build_…`` and plain verbs): exactly one answers; where no plugin does, the
+  core's default. ``hookimpl(wrapper=True)`` may surround it; wrappers of one action must commute.
+- **vote** (``judge_…``, ``…_factor``): everyone answers; a commutative rule combines the answers.
+- **event** (``on_…``, ``settle_step``): everyone hears; answers are ignored.
+- **edit** (``adapt_…``, ``edit_…``, ``finish_…``): everyone may change the thing in place; any two
+  that edit the same thing must be ordered by the ``before``/``after`` names of their classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from fundamentallm.run import Batch, Data, Run, Tokenizer
+
+hookspec = pluggy.HookspecMarker("fundamentallm")
+hookimpl = pluggy.HookimplMarker("fundamentallm")
+exclusive = hookspec(firstresult=True)
+
+Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
+Outcome: TypeAlias = Literal["finished", "stopped", "interrupted", "failed"]
+
+
+class Hooks:
+    """Every hook of a run, in the order in which a run emits them.
+
+    An implementation may take any subset of the arguments, by name. Arguments are always passed
+    by keyword. Unless a hook says otherwise it is called on every process of a distributed run.
+    """
+
+    @exclusive
+    def build_data(self, run: Run) -> Data:
+        """Make the data source. Nothing of the model exists yet. Has no default."""
+        ...
+
+    @exclusive
+    def build_tokenizer(self, run: Run) -> Tokenizer | None:
+        """Make the tokenizer. Default: ``run.data.tokenizer`` if there is one, else None."""
+        ...
+
+    @exclusive
+    def build_model(self, run: Run) -> nn.Module:
+        """Make the model, with its initial weights; ``run.data`` exists. The core seeds torch
+        before the call and moves the result to ``run.device`` after it. Has no default."""
+        ...
+
+    @hookspec
+    def adapt_model(self, run: Run) -> None:
+        """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize."""
+        ...
+
+    @exclusive
+    def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
+        """Return ``model`` with activation checkpointing applied. Default: as it is."""
+        ...
+
+    @exclusive
+    def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Return ``model`` compiled; the state-dict keys of ``run.model`` must not change.
+        Default: as it is."""
+        ...
+
+    @exclusive
+    def distribute_model(self, run: Run, model: nn.Module) -> nn.Module:
+        """Return what ``forward`` calls as ``run.module``: DDP, FSDP… Default: as it is."""
+        ...
+
+    @exclusive
+    def build_optimizer(self, run: Run) -> Optimizer:
+        """Make the optimizer for the parameters of ``run.model``; the ``lr`` of each group is the
+        base that ``lr_factor`` multiplies. Has no default."""
+        ...
+
+    @exclusive
+    def read_checkpoint(self, run: Run) -> dict[str, Any] | None:
+        """Return the newest sound snapshot (see ``Run.snapshot``) to continue from, or None to
+        start at step 0. Called only if the run folder is to be continued or loaded."""
+        ...
+
+    @hookspec
+    def on_train_start(self, run: Run) -> None:
+        """Everything is built and restored; the next thing is a step (or the end, if done)."""
+        ...
+
+    @hookspec
+    def on_step_start(self, run: Run) -> None:
+        """A step begins: ``run.progress`` still holds the counts before it; gradients are None."""
+        ...
+
+    @exclusive
+    def collect_batches(self, run: Run, stream: Iterator[Batch]) -> list[Batch]:
+        """Take this step's micro-batches from the endless ``stream``. Default: one."""
+        ...
+
+    @exclusive
+    def weigh_window(self, run: Run, window: list[Batch]) -> float:
+        """Return the weight that the window's losses are divided by, so that the gradients are
+        those of the mean over all targets of all micro-batches (and of all processes).
+        Default: the sum of the batches' weights."""
+        ...
+
+    @exclusive
+    def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
+        """Add the gradients of ``share`` times the batch's loss to ``.grad``; ``share`` is
+        the batch's weight over the window's. Default: ``forward``, log the loss, ``backward``."""
+        ...
+
+    @exclusive
+    def forward(self, run: Run, batch: Batch) -> Tensor:
+        """Return the batch's mean loss, a 0-d tensor with a graph in training. ``run.phase`` tells
+        ``"train"`` from the name of a validation split. Default: ``run.module(*batch.data)``."""
+        ...
+
+    @exclusive
+    def backward(self, run: Run, loss: Tensor) -> None:
+        """Backpropagate. ``loss`` already holds the batch's share. Default: ``loss.backward()``."""
+        ...
+
+    @hookspec
+    def finish_gradients(self, run: Run) -> None:
+        """All micro-batches are done: make the gradients what they mean (unscale, reduce)."""
+        ...
+
+    @hookspec
+    def judge_step(self, run: Run) -> str | None:
+        """Return a reason to reject this step (overflow, NaN, spike), or None. One reason from
+        anyone rejects it: the weights stay, and the step counts as attempted only."""
+        ...
+
+    @hookspec
+    def edit_gradients(self, run: Run) -> None:
+        """Change ``.grad`` of an accepted step in place: clip, add noise."""
+        ...
+
+    @hookspec
+    def lr_factor(self, run: Run) -> float:
+        """Return a factor of the learning rate for the coming update: a pure function of
+        ``run.progress``, so that nothing of it needs a checkpoint."""
+        ...
+
+    @exclusive
+    def optimizer_step(self, run: Run) -> None:
+        """Update the weights of an accepted step. Default: ``run.optimizer.step()``."""
+        ...
+
+    @hookspec
+    def settle_step(self, run: Run, applied: bool) -> None:
+        """The update was made (``applied``) or rejected: follow it (scaler, averaged weights).
+        ``run.progress`` counts the step already."""
+        ...
+
+    @hookspec
+    def on_step_end(self, run: Run) -> None:
+        """The step is over; gradients are still there. Reading a device value here makes the
+        host wait at every step: use ``run.log`` instead."""
+        ...
+
+    @exclusive
+    def validate(self, run: Run) -> dict[str, float]:
+        """Return the metrics of the held-out splits, and leave model and random state as they
+        were. Default: the weighted mean loss of every split, and what ``forward`` logs."""
+        ...
+
+    @hookspec
+    def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
+        """A validation is done; ``metrics`` are plain floats such as ``val/loss``."""
+        ...
+
+    @exclusive
+    def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
+        """Combine this process's metrics with the other processes'. Default: as they are."""
+        ...
+
+    @hookspec
+    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        """A row for the loggers, as plain floats: means since the last one, and the metrics of a
+        validation if there was one. The only place where device values become numbers."""
+        ...
+
+    @exclusive
+    def stop_agreed(self, run: Run, stopping: bool) -> bool:
+        """Tell whether any process wants to stop, so that all stop at the same step.
+        Default: ``stopping`` itself."""
+        ...
+
+    @hookspec
+    def on_safe_point(self, run: Run) -> None:
+        """All state is settled; savers save here. ``run.ending`` is true at the last one."""
+        ...
+
+    @hookspec
+    def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
+        """A checkpoint is durable under ``folder``. Emitted by the plugin that saved it."""
+        ...
+
+    @hookspec
+    def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
+        """Something long besides the steps moved on: validation, tokenizing, saving. ``total``
+        is None while unknown; ``done == total`` ends the task."""
+        ...
+
+    @hookspec
+    def on_train_end(self, run: Run, outcome: Outcome) -> None:
+        """The run is over, also after an error or a signal. ``run.error`` holds the exception of
+        a failed run. Close what you opened."""
+        ...
+
+
+HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))
+REQUIRED = ("build_data", "build_model", "build_optimizer")
+
+
+def kind(hook: str) -> Kind:
+    """Tell the kind of a hook from its name."""
+    if hook.startswith("on_") or hook == "settle_step":
+        return "event"
+    if hook.startswith(("adapt_", "edit_", "finish_")):
+        return "edit"
+    return "vote" if hook.startswith("judge_") or hook.endswith("_factor") else "exclusive"

@@ -1,0 +1,80 @@
+"""What a run folder says of the run: its settings, re-runnable, and the environment it ran in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from fundamentallm.errors import StorageError
+
+if TYPE_CHECKING:
+    from fundamentallm.plugins import Composed
+
+
+def new_folder(composed: Composed) -> Path:
+    """Make a folder for a new run: ``runs/<name>``, or ``runs/<name>-2`` and so on if taken."""
+    path = composed.source.path
+    name = composed.run.name or (path.stem if path else "run")
+    count = 1
+    while True:
+        folder = composed.run.folder / (name if count == 1 else f"{name}-{count}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            count += 1
+        except OSError as error:
+            raise StorageError(f"{folder}: cannot be made: {error.strerror}") from error
+        else:
+            return folder
+
+
+def write_record(folder: Path, composed: Composed) -> None:
+    """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
+    text = "# What this run was composed of; `fundamentallm train` takes this file again.\n"
+    text += tomli_w.dumps(composed.tables, indent=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "settings.toml", text)
+        _replace(folder / "environment.json", json.dumps(environment(composed), indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+
+
+def environment(composed: Composed) -> dict[str, Any]:
+    """Describe what the run depends on besides its settings."""
+    packages = ("fundamentallm", "torch", "numpy", "pluggy")
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "versions": {name: installed[name] for name in packages if name in installed},
+        "plugins": composed.brought,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "started": time.time(),
+        "seed": composed.run.seed,
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+    }
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

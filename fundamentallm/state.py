@@ -1,0 +1,54 @@
+"""What a checkpoint holds besides weights: the plugins' state and that of the random generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any, cast
+
+from fundamentallm.declare import state_fields
+
+
+def get_state(instance: object) -> dict[str, Any]:
+    """Return a plugin's checkpointed state: its ``get_state()``, or its ``state()`` fields."""
+    own = getattr(instance, "get_state", None)
+    if own is not None:
+        return cast("dict[str, Any]", own())
+    return {name: getattr(instance, name) for name in state_fields(type(instance))}
+
+
+def set_state(instance: object, kept: dict[str, Any]) -> None:
+    """Give a plugin its checkpointed state back."""
+    own = getattr(instance, "set_state", None)
+    if own is not None:
+        own(kept)
+        return
+    for name in set(state_fields(type(instance))) & set(kept):
+        setattr(instance, name, kept[name])
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every global random number generator that is in use."""
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": list(random.getstate())}
+    found["python"][1] = list(found["python"][1])
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = [name, keys.tolist(), *rest]
+    return found
+
+
+def set_random_state(kept: dict[str, Any]) -> None:
+    """Put every global random number generator back to where ``random_state`` found it."""
+    import torch
+
+    torch.set_rng_state(kept["torch"])
+    version, internal, gauss = kept["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in kept:
+        torch.cuda.set_rng_state_all(kept["cuda"])
+    if "numpy" in kept and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(kept["numpy"]))
