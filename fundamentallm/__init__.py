@@ -8,9 +8,10 @@ one plugin, ``defaults``, ``plugins``, ``settings`` and ``cli``.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
+
 from fundamentallm.declare import (
-    and_, attribute_docs, deep_iterable, field, ge, gt, in_, le, lt, matches_re, optional, plugin,
-    plugin_name, setting_fields, state, state_fields, table,
+    attribute_docs, field, plugin, plugin_name, setting_fields, state, state_fields, table,
 )  # fmt: skip
 from fundamentallm.errors import (
     DataError, FundamentalError, NotFiniteError, OutOfMemoryError, PeerLostError, PluginError,
@@ -18,24 +19,25 @@ from fundamentallm.errors import (
 )  # fmt: skip
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl, kind
 from fundamentallm.periods import Period
-from fundamentallm.plugins import Composed, Found, compose, find_plugins
+from fundamentallm.plugins import Composed, Found, compose, find_plugins, hook_methods, order
 from fundamentallm.run import Batch, Data, Progress, Run, Snapshot, Tokenizer
 from fundamentallm.settings import RunSettings
 
 if TYPE_CHECKING:
-    from fundamentallm.launch import load_run, train
+    from fundamentallm.launch import load_run, recorded, train
 
 __all__ = [
     "HOOKS", "Batch", "Composed", "Data", "DataError", "Found", "FundamentalError", "Hooks",
     "NotFiniteError", "OutOfMemoryError", "Outcome", "PeerLostError", "Period", "PluginError",
     "Progress", "Run", "RunSettings", "SettingsError", "Snapshot", "StorageError", "Tokenizer",
     "and_", "attribute_docs", "compose", "deep_iterable", "field", "find_plugins", "ge", "gt",
-    "hookimpl", "in_", "kind", "le", "load_run", "lt", "matches_re", "optional", "plugin",
-    "plugin_name", "setting_fields", "state", "state_fields", "table", "train",
+    "hook_methods", "hookimpl", "in_", "kind", "le", "load_run", "lt", "matches_re", "optional",
+    "order", "plugin", "plugin_name", "recorded", "setting_fields", "state", "state_fields", "table",
+    "train",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("train", "load_run"):  # torch is imported when the first run is, not before
+    if name in ("train", "load_run", "recorded"):  # torch is imported no earlier than for a run
         return getattr(import_module("fundamentallm.launch"), name)
     raise AttributeError(f"module 'fundamentallm' has no attribute {name!r}")

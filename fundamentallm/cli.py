@@ -13,8 +13,8 @@ from typing import Any
 import click
 import tomli_w
 
-from fundamentallm.errors import FundamentalError, PluginError, SettingsError
-from fundamentallm.plugins import Composed, compose, find_plugins, order
+from fundamentallm.errors import FundamentalError, SettingsError
+from fundamentallm.plugins import Composed, compose, find_plugins, hook_methods, order
 
 
 class Commands(click.Group):
@@ -109,21 +109,16 @@ def plugins(as_json: bool) -> None:
 def hooks(settings: Path | None) -> None:
     """Print the hooks in the order of a run; with SETTINGS, who answers each."""
     from fundamentallm.hookspecs import HOOKS, kind
-    from fundamentallm.plugins import hook_methods
-
-    composed = compose(settings) if settings else None
+    listed = compose(settings).plugins if settings else {}
     for hook in HOOKS:
-        heard = []
-        for name in order(composed.plugins) if composed else ():
-            for found, options, _ in hook_methods(type(composed.plugins[name])):
-                if found == hook:
-                    heard.append(f"{name} (wraps)" if options["wrapper"] else name)
+        heard = [f"{name} (wraps)" if options["wrapper"] else name for name in order(listed)
+                 for found, options, _ in hook_methods(type(listed[name])) if found == hook]  # fmt: skip
         click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(heard)}".rstrip())
 
 
 def described(composed: Composed) -> list[str]:
     """Return the settings as TOML lines, each value with its origin as a comment."""
-    lines = []
+    lines: list[str] = []
     for name, table in composed.tables.items():
         if not isinstance(table, dict):
             lines.append(_line(name, table, composed, (name,)))
@@ -142,12 +137,21 @@ def _line(name: str, value: Any, composed: Composed, key: tuple[str, ...]) -> st
 def _train(composed: Composed, run_dir: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from fundamentallm.launch import train as launch
+    from fundamentallm.record import new_folder
 
-    run = launch(composed, run_dir=run_dir)
-    click.echo(f"{run.outcome}: {run.progress.step} steps, in {run.folder}")
-    if run.signal:
-        click.echo(f"continue with: fundamentallm resume {run.folder}")
-        sys.exit(128 + run.signal)
+    folder = run_dir or new_folder(composed)
+    advice = f"resume with: fundamentallm resume {folder}"
+    try:
+        run = launch(composed, run_dir=folder)
+    except FundamentalError as error:
+        saved = sorted(folder.glob("checkpoints/step-*"))
+        if saved and not isinstance(error, SettingsError):
+            error.add_note(f"the newest checkpoint is {saved[-1]}; {advice}")
+        raise
+    click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
+    if run.outcome == "interrupted":
+        click.echo(advice, err=True)
+        sys.exit(128 + (run.signal or 0))
 
 
 def main() -> None:
@@ -162,7 +166,6 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except FundamentalError as error:
-        if isinstance(error, PluginError):
-            logging.getLogger("fundamentallm").debug("", exc_info=error)
-        click.echo(f"error: {error}", err=True)
+        for line in (f"error: {error}", *getattr(error, "__notes__", ())):
+            click.echo(line, err=True)
         sys.exit(error.exit_code)

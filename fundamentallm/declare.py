@@ -9,11 +9,6 @@ import textwrap
 from typing import Any, TypeVar, dataclass_transform
 
 import attrs
-from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
-
-__all__ = ["and_", "attribute_docs", "deep_iterable", "field", "ge", "gt", "in_", "le",
-           "lt", "matches_re", "optional", "plugin", "plugin_name", "setting_fields", "state",
-           "state_fields", "table"]  # fmt: skip
 
 C = TypeVar("C", bound=type)
 
@@ -35,18 +30,18 @@ def plugin(cls: C) -> C:
 
     - ``observer = True``: a failure of this plugin must not end the run (loggers, bars).
     - ``before`` / ``after``: names of plugins that its edits come before or after.
-    - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them;
-      an attribute, or a property that depends on the settings.
+    - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them.
+    - ``has_epochs``: whether the data it builds has epochs; a property may answer by the settings.
     - ``speaks_for_all``: exclusive hooks that one instance answers for all instances of the class.
     """
     # Equality by value would make pluggy take two equal instances for one.
-    return attrs.define(eq=False, kw_only=True, slots=False)(cls)  # type: ignore[return-value]
+    return attrs.define(eq=False, kw_only=True, slots=False)(cls)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))
 def table(cls: C) -> C:
     """Make a class that describes a table inside a plugin's table, by its fields."""
-    return attrs.frozen(kw_only=True)(cls)  # type: ignore[return-value]
+    return attrs.frozen(kw_only=True)(cls)
 
 
 def plugin_name(cls: type) -> str:
@@ -67,16 +62,12 @@ def state_fields(cls: type) -> list[str]:
 
 def attribute_docs(cls: type) -> dict[str, str]:
     """Return the docstrings under the fields of a class, in one line each; {} without source."""
-    found: dict[str, str] = {}
-    for part in reversed(cls.__mro__[:-1]):
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
-        except (OSError, TypeError, SyntaxError):
-            continue
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for this, following in zip(statements, statements[1:], strict=False):
-            if (isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name)
-                    and isinstance(following, ast.Expr)
-                    and isinstance(following.value, ast.Constant)):  # fmt: skip
-                found[this.target.id] = " ".join(str(following.value.value).split())
-    return found
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    lines = body.body if isinstance(body, ast.ClassDef) else []
+    return {field.target.id: " ".join(str(text.value.value).split())
+            for field, text in zip(lines, lines[1:], strict=False)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}  # fmt: skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import torch
+
+from fundamentallm.hookspecs import HOOKS, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,12 +27,7 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
     return model
 
 
-def compile_model(model: nn.Module) -> nn.Module:
-    return model
-
-
-def distribute_model(model: nn.Module) -> nn.Module:
-    return model
+compile_model = distribute_model = checkpoint_activations
 
 
 def read_checkpoint() -> None:
@@ -36,7 +35,7 @@ def read_checkpoint() -> None:
 
 
 def collect_batches(run: Run, stream: Iterator[Batch]) -> list[Batch]:
-    return [next(stream)]
+    return list(islice(stream, 1))
 
 
 def weigh_window(run: Run, window: list[Batch]) -> float:
@@ -73,7 +72,7 @@ def validate(run: Run) -> dict[str, float]:
         with torch.random.fork_rng(devices=devices):
             for split, batches in run.data.validation().items():
                 run.phase = split
-                total = len(batches) if hasattr(batches, "__len__") else None
+                total = len(batches) if isinstance(batches, Sized) else None
                 for index, batch in enumerate(batches):
                     run.weight = batch.weight
                     run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
@@ -96,6 +95,4 @@ def stop_agreed(run: Run, stopping: bool) -> bool:
 
 def answers() -> dict[str, Callable[..., Any]]:
     """Return the defaults by hook name."""
-    from fundamentallm.hookspecs import HOOKS, hookimpl
-
     return {name: hookimpl(value) for name, value in globals().items() if name in HOOKS}

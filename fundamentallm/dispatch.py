@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from fundamentallm.hookspecs import HOOKS, Hooks, kind
 
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
 
-Trace: TypeAlias = Callable[[str, dict[str, Any]], None]
 log = logging.getLogger("fundamentallm")
 
 
@@ -26,64 +26,50 @@ class Nothing(tuple[()]):
         return []
 
 
-class Frozen:
-    """One callable per hook, under its name; see ``Hooks`` for their arguments."""
-
-
-def freeze(registry: PluginManager, trace: Trace | None = None) -> Hooks:
-    """Bind every hook. Call again after registering more plugins; ``trace`` sees every call."""
-    frozen = Frozen()
+def freeze(registry: PluginManager) -> Hooks:
+    """Return an object with one callable per hook; see ``Hooks`` for their arguments."""
     muted: set[str] = set()
-    for name in HOOKS:
-        call = _caller(registry, name, muted)
-        setattr(frozen, name, call if trace is None else _traced(name, call, trace))
-    return cast("Hooks", frozen)
+    return cast("Hooks", SimpleNamespace(**{h: _caller(registry, h, muted) for h in HOOKS}))
 
 
-def _caller(registry: PluginManager, name: str, muted: set[str]) -> Callable[..., Any]:
-    caller = getattr(registry.hook, name)
+def _caller(registry: PluginManager, hook: str, muted: set[str]) -> Callable[..., Any]:
+    caller = getattr(registry.hook, hook)
     impls = caller.get_hookimpls()
     if any(impl.wrapper or impl.hookwrapper for impl in impls):
         return cast("Callable[..., Any]", caller)  # wrappers are pluggy's business
     # pluggy calls the last one registered first.
     calls = [_bound(impl, muted, caller.spec.argnames) for impl in reversed(impls)]
     if not calls:
-        return Nothing()
-    if name == "on_train_end":
-        return _all_of(calls)
-    if kind(name) == "exclusive" or (len(calls) == 1 and kind(name) != "vote"):
+        return cast("Callable[..., Any]", Nothing())
+    if kind(hook) == "exclusive" or (len(calls) == 1 and kind(hook) != "vote"):
         return calls[0]
-    return lambda **given: [call(**given) for call in calls]
+    return _every(calls) if hook == "on_train_end" else lambda **given: [c(**given) for c in calls]
 
 
 def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[..., Any]:
-    function, names = cast("Callable[..., Any]", impl.function), impl.argnames
-    call = function
-    if len(names) < len(spec):
-        call = lambda **given: function(**{name: given[name] for name in names})  # noqa: E731
-    if getattr(impl.plugin, "observer", False):
-        return _observed(call, impl.plugin_name, muted)
-    return call
+    call, names, plugin = cast("Callable[..., Any]", impl.function), impl.argnames, impl.plugin_name
+    observes = getattr(impl.plugin, "observer", False)
+    if len(names) == len(spec) and not observes:
+        return call
+
+    def select(**given: Any) -> Any:
+        if observes and plugin in muted:
+            return None
+        try:
+            return call(**{name: given[name] for name in names})
+        except Exception as error:
+            if not observes:
+                raise
+            muted.add(plugin)
+            log.warning("%s failed and is muted from now on: %r", plugin, error, exc_info=error)
+
+    return select
 
 
-def _observed(call: Callable[..., Any], name: str, muted: set[str]) -> Callable[..., Any]:
-    def observe(**given: Any) -> None:
-        if name not in muted:
-            try:
-                call(**given)
-            except Exception as error:
-                muted.add(name)
-                log.warning("%s failed and is muted from now on: %r", name, error, exc_info=error)
-
-    return observe
-
-
-def _all_of(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """Call every one, whatever the others do, and raise the first error at the end."""
-
-    def call_all(**given: Any) -> None:
+def _every(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
+    def call_every(**given: Any) -> None:
         errors = []
-        for call in calls:
+        for call in calls:  # whatever the others do
             try:
                 call(**given)
             except Exception as error:  # noqa: BLE001 - raised below
@@ -91,12 +77,4 @@ def _all_of(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
         if errors:
             raise errors[0]
 
-    return call_all
-
-
-def _traced(name: str, call: Callable[..., Any], trace: Trace) -> Callable[..., Any]:
-    def traced(**given: Any) -> Any:
-        trace(name, given)
-        return call(**given)
-
-    return traced
+    return call_every

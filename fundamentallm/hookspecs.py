@@ -45,7 +45,7 @@ Four kinds of hooks, told apart by their names and kept by start-up checks:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import pluggy
 
@@ -66,7 +66,7 @@ Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
 Outcome: TypeAlias = Literal["finished", "stopped", "interrupted", "failed"]
 
 
-class Hooks:
+class Hooks(Protocol):
     """Every hook of a run, in the order in which a run emits them.
 
     An implementation may take any subset of the arguments, by name. Arguments are always passed
@@ -76,182 +76,148 @@ class Hooks:
     @exclusive
     def build_data(self, run: Run) -> Data:
         """Make the data source. Nothing of the model exists yet. Has no default."""
-        ...
 
     @exclusive
     def build_tokenizer(self, run: Run) -> Tokenizer | None:
         """Make the tokenizer. Default: ``run.data.tokenizer`` if there is one, else None."""
-        ...
 
     @exclusive
     def build_model(self, run: Run) -> nn.Module:
-        """Make the model, with its initial weights; ``run.data`` exists. The core seeds torch
-        before the call and moves the result to ``run.device`` after it. Has no default."""
-        ...
+        """Make the model and its initial weights; ``run.data`` exists. The core seeds torch before
+        the call and moves the result to ``run.device`` after it. Has no default."""
 
     @hookspec
     def adapt_model(self, run: Run) -> None:
         """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize."""
-        ...
 
     @exclusive
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
         """Return ``model`` with activation checkpointing applied. Default: as it is."""
-        ...
 
     @exclusive
     def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Return ``model`` compiled; the state-dict keys of ``run.model`` must not change.
-        Default: as it is."""
-        ...
+        """Return ``model`` compiled; the state-dict keys must not change. Default: as it is."""
 
     @exclusive
     def distribute_model(self, run: Run, model: nn.Module) -> nn.Module:
         """Return what ``forward`` calls as ``run.module``: DDP, FSDP… Default: as it is."""
-        ...
 
     @exclusive
     def build_optimizer(self, run: Run) -> Optimizer:
         """Make the optimizer for the parameters of ``run.model``; the ``lr`` of each group is the
         base that ``lr_factor`` multiplies. Has no default."""
-        ...
 
     @exclusive
     def read_checkpoint(self, run: Run) -> dict[str, Any] | None:
-        """Return the newest sound snapshot (see ``Run.snapshot``) to continue from, or None to
-        start at step 0. Called only if the run folder is to be continued or loaded."""
-        ...
+        """Return the newest sound snapshot (see ``Run.snapshot``) of the run folder, or None to
+        start at step 0; the one that ``run.wanted_checkpoint`` names, if it names one."""
 
     @hookspec
     def on_train_start(self, run: Run) -> None:
         """Everything is built and restored; the next thing is a step (or the end, if done)."""
-        ...
 
     @hookspec
     def on_step_start(self, run: Run) -> None:
         """A step begins: ``run.progress`` still holds the counts before it; gradients are None."""
-        ...
 
     @exclusive
     def collect_batches(self, run: Run, stream: Iterator[Batch]) -> list[Batch]:
         """Take this step's micro-batches from the endless ``stream``. Default: one."""
-        ...
 
     @exclusive
     def weigh_window(self, run: Run, window: list[Batch]) -> float:
-        """Return the weight that the window's losses are divided by, so that the gradients are
-        those of the mean over all targets of all micro-batches (and of all processes).
-        Default: the sum of the batches' weights."""
-        ...
+        """Return what the window's losses are divided by, so that the gradients are those of the
+        mean over all targets of all micro-batches (and processes). Default: their weights' sum."""
 
     @exclusive
     def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
-        """Add the gradients of ``share`` times the batch's loss to ``.grad``; ``share`` is
-        the batch's weight over the window's. Default: ``forward``, log the loss, ``backward``."""
-        ...
+        """Add the gradients of ``share`` times the batch's loss to ``.grad``, and the detached loss
+        to ``run.losses``; ``share`` is the batch's weight over the window's. Default: ``forward``,
+        ``backward``."""
 
     @exclusive
     def forward(self, run: Run, batch: Batch) -> Tensor:
         """Return the batch's mean loss, a 0-d tensor with a graph in training. ``run.phase`` tells
         ``"train"`` from the name of a validation split. Default: ``run.module(*batch.data)``."""
-        ...
 
     @exclusive
     def backward(self, run: Run, loss: Tensor) -> None:
         """Backpropagate. ``loss`` already holds the batch's share. Default: ``loss.backward()``."""
-        ...
 
     @hookspec
     def finish_gradients(self, run: Run) -> None:
         """All micro-batches are done: make the gradients what they mean (unscale, reduce)."""
-        ...
 
     @hookspec
     def judge_step(self, run: Run) -> str | None:
         """Return a reason to reject this step (overflow, NaN, spike), or None. One reason from
         anyone rejects it: the weights stay, and the step counts as attempted only."""
-        ...
 
     @hookspec
     def edit_gradients(self, run: Run) -> None:
         """Change ``.grad`` of an accepted step in place: clip, add noise."""
-        ...
 
     @hookspec
     def lr_factor(self, run: Run) -> float:
-        """Return a factor of the learning rate for the coming update: a pure function of
+        """Return a factor of the learning rate of the coming update: a pure function of
         ``run.progress``, so that nothing of it needs a checkpoint."""
-        ...
 
     @exclusive
     def optimizer_step(self, run: Run) -> None:
         """Update the weights of an accepted step. Default: ``run.optimizer.step()``."""
-        ...
 
     @hookspec
     def settle_step(self, run: Run, applied: bool) -> None:
         """The update was made (``applied``) or rejected: follow it (scaler, averaged weights).
         ``run.progress`` counts the step already."""
-        ...
 
     @hookspec
     def on_step_end(self, run: Run) -> None:
-        """The step is over; gradients are still there. Reading a device value here makes the
+        """The step is over; its gradients are still there. Reading a device value here makes the
         host wait at every step: use ``run.log`` instead."""
-        ...
 
     @exclusive
     def validate(self, run: Run) -> dict[str, float]:
         """Return the metrics of the held-out splits, and leave model and random state as they
         were. Default: the weighted mean loss of every split, and what ``forward`` logs."""
-        ...
 
     @hookspec
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
         """A validation is done; ``metrics`` are plain floats such as ``val/loss``."""
-        ...
 
     @exclusive
     def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
         """Combine this process's metrics with the other processes'. Default: as they are."""
-        ...
 
     @hookspec
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
         """A row for the loggers, as plain floats: means since the last one, and the metrics of a
         validation if there was one. The only place where device values become numbers."""
-        ...
 
     @exclusive
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
-        """Tell whether any process wants to stop, so that all stop at the same step.
-        Default: ``stopping`` itself."""
-        ...
+        """Tell whether any process wants to stop, so that all stop together. Default: this one."""
 
     @hookspec
     def on_safe_point(self, run: Run) -> None:
         """All state is settled; savers save here. ``run.ending`` is true at the last one."""
-        ...
 
     @hookspec
     def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
         """A checkpoint is durable under ``folder``. Emitted by the plugin that saved it."""
-        ...
 
     @hookspec
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
         """Something long besides the steps moved on: validation, tokenizing, saving. ``total``
         is None while unknown; ``done == total`` ends the task."""
-        ...
 
     @hookspec
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """The run is over, also after an error or a signal. ``run.error`` holds the exception of
         a failed run. Close what you opened."""
-        ...
 
 
-HOOKS: tuple[str, ...] = tuple(name for name in vars(Hooks) if not name.startswith("_"))
+HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))
 REQUIRED = ("build_data", "build_model", "build_optimizer")
 
 

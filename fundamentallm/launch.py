@@ -1,4 +1,4 @@
-"""From settings to a finished run: the run folder, the record in it, signals, and the end."""
+"""From settings to a finished run: the run folder, signals, and an end that says what happened."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fundamentallm import defaults, loop
-from fundamentallm.dispatch import Trace, freeze
+from fundamentallm.dispatch import freeze
 from fundamentallm.errors import FundamentalError, OutOfMemoryError, PluginError, SettingsError
-from fundamentallm.plugins import Composed, Registry, compose, register
+from fundamentallm.plugins import Composed, compose, register
 from fundamentallm.record import new_folder, write_record
 from fundamentallm.run import Run
 
 if TYPE_CHECKING:
-    from fundamentallm.hookspecs import Outcome
+    from pluggy import PluginManager
+
+    from fundamentallm.hookspecs import Hooks, Outcome
 
 log = logging.getLogger("fundamentallm")
 
@@ -32,27 +34,27 @@ def train(
     plugins: Sequence[object] = (),
     overrides: Iterable[str] = (),
     run_dir: Path | str | None = None,
-    trace: Trace | None = None,
+    trace: Callable[[Hooks], Hooks] | None = None,
 ) -> Run:
-    """Train as ``settings`` say and return the finished run.
+    """Train as ``settings`` say and return the finished run; raises a ``FundamentalError``.
 
     ``settings`` is a TOML file or the same as a dict; ``plugins`` are objects to use beside the
     listed ones; ``overrides`` are strings such as ``"run.length=100"``. ``run_dir`` starts that
-    run or continues it; without it a new folder is made. Raises a ``FundamentalError``.
+    run or continues it; without it a new folder is made. ``trace`` may replace the bound hooks.
     """
     started = time.perf_counter()
-    composed = settings if isinstance(settings, Composed) else compose(
-        settings, overrides=overrides, plugins=plugins)  # fmt: skip
-    folder = Path(run_dir) if run_dir is not None else new_folder(composed)
-    run, registry = prepare(composed, folder, trace)
-    write_record(folder, composed)
+    if not isinstance(settings, Composed):
+        settings = compose(settings, overrides=overrides, plugins=plugins)
+    run, registry = prepare(settings, Path(run_dir) if run_dir else new_folder(settings))
+    run.hook = trace(run.hook) if trace else run.hook
+    write_record(run.folder, settings)
     outcome: Outcome = "failed"
     try:
         with signals(run), told(registry):
             build(run)
             loop.train(run, started)
-            outcome = "stopped" if run.stop_reason else "finished"
-            outcome = "interrupted" if run.signal else outcome
+            done = run.settings.length.reached(run.progress)
+            outcome = "finished" if done else "interrupted" if run.signal else "stopped"
     except KeyboardInterrupt:
         run.signal, outcome = signal.SIGINT, "interrupted"
     except BaseException as error:
@@ -65,13 +67,13 @@ def train(
     return run
 
 
-def load_run(folder: Path | str, *, at: str | None = None) -> Run:
+def load_run(folder: Path | str, *, at: str = "latest") -> Run:
     """Rebuild a run from its folder, with the weights of its newest sound checkpoint.
 
-    ``at`` names another: ``"best"``, ``"latest"`` or ``"step-00000500"``. Nothing is trained.
+    ``at`` names another: ``"best"`` or ``"step-00000500"``. Nothing is trained or written.
     """
-    run, registry = prepare(recorded(folder), Path(folder), None)
-    run.wanted_checkpoint = at or "latest"
+    run, registry = prepare(recorded(folder), Path(folder))
+    run.wanted_checkpoint = at
     with told(registry):
         build(run, weights_only=True)
     return run
@@ -85,13 +87,16 @@ def recorded(folder: Path | str, overrides: Iterable[str] = ()) -> Composed:
     return compose(path, overrides=overrides)
 
 
-def prepare(composed: Composed, folder: Path, trace: Trace | None) -> tuple[Run, Registry]:
+def prepare(composed: Composed, folder: Path) -> tuple[Run, PluginManager]:
     """Make the run object and bind its hooks; nothing is built yet."""
     run = Run(composed.run, composed.plugins, folder)
-    run.name = composed.run.name or folder.name
-    run.device = _device(composed.run.device)
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if run.device == "auto":
+        run.device = next(name for name, there in has.items() if there)
+    if not has[run.device]:
+        raise SettingsError(f"run.device: there is no {run.device!r} device here")
     registry = register(composed, defaults.answers())
-    run.hook = freeze(registry, trace)
+    run.hook = freeze(registry)
     return run, registry
 
 
@@ -108,9 +113,6 @@ def build(run: Run, *, weights_only: bool = False) -> None:
 @contextlib.contextmanager
 def signals(run: Run) -> Iterator[None]:
     """Let SIGINT and SIGTERM ask for the end at the next safe point; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def ask(number: int, _: object) -> None:
         if run.signal is not None:
@@ -119,7 +121,9 @@ def signals(run: Run) -> Iterator[None]:
         log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
 
     # Explicitly, since a shell's background job inherits SIGINT as ignored.
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:
@@ -128,7 +132,7 @@ def signals(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(registry: Registry) -> Iterator[None]:
+def told(registry: PluginManager) -> Iterator[None]:
     """Turn what a plugin raises into an error that names the plugin."""
     try:
         yield
@@ -137,32 +141,20 @@ def told(registry: Registry) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
     except Exception as error:
-        name, hook = blame(error, registry)
-        if name is None:
+        blamed = blame(error, registry)
+        if blamed is None:
             raise
-        raise PluginError(f"plugin {name!r} failed in {hook}: {error!r}") from error
+        raise PluginError(f"plugin {blamed[0]!r} failed in {blamed[1]}: {error!r}") from error
 
 
-def blame(error: BaseException, registry: Registry) -> tuple[str | None, str]:
+def blame(error: BaseException, registry: PluginManager) -> tuple[str, str] | None:
     """Find the innermost hook implementation of a plugin in an error's traceback."""
-    codes = {}
-    for caller in (getattr(registry.hook, hook) for hook in vars(registry.hook)):
-        for impl in getattr(caller, "get_hookimpls", list)():
-            code = getattr(impl.function, "__code__", None)
-            codes[code] = (impl.plugin_name, caller.name)
-    found: tuple[str | None, str] = (None, "")
-    trace = error.__traceback__
+    codes = {impl.function.__code__: (name, caller.name)
+             for name, plugin in registry.list_name_plugin() if name != "core"
+             for caller in registry.get_hookcallers(plugin) or ()
+             for impl in caller.get_hookimpls() if impl.plugin is plugin}  # fmt: skip
+    found, trace = None, error.__traceback__
     while trace is not None:
-        name, hook = codes.get(trace.tb_frame.f_code, (None, ""))
-        found = (name, hook) if name not in (None, "core") else found
+        found = codes.get(trace.tb_frame.f_code, found)
         trace = trace.tb_next
     return found
-
-
-def _device(wanted: str) -> str:
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if wanted == "auto":
-        return "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
-    if not has[wanted]:
-        raise SettingsError(f"run.device: there is no {wanted!r} device here")
-    return wanted

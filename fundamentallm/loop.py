@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -68,7 +68,8 @@ def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
     train_window(run, window)
     if hook.finish_gradients:
         hook.finish_gradients(run=run)
-    run.rejected = [r for r in hook.judge_step(run=run) if r] if hook.judge_step else []
+    verdicts: Any = hook.judge_step(run=run) if hook.judge_step else ()
+    run.rejected = [reason for reason in verdicts if reason]
     applied = not run.rejected
     if applied:
         for batch, loss in zip(window, run.losses, strict=False):
@@ -76,7 +77,8 @@ def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
         if hook.edit_gradients:
             hook.edit_gradients(run=run)
         if hook.lr_factor:
-            set_lr(run, math.prod(hook.lr_factor(run=run)))
+            factors: Any = hook.lr_factor(run=run)
+            set_lr(run, math.prod(factors))
         hook.optimizer_step(run=run)
     else:
         run.forget_step()
@@ -93,7 +95,8 @@ def train_window(run: Run, window: list[Batch]) -> None:
     run.losses = []
     total = hook.weigh_window(run=run, window=window)
     if not total:
-        raise DataError(f"step {run.progress.step + 1}: no micro-batch of the window has a target")
+        why = "no micro-batch of the window has a target" if window else "the data has ended"
+        raise DataError(f"step {run.progress.step + 1}: {why}")
     last = window[-1]
     for batch in window:
         if batch.weight:
@@ -123,7 +126,8 @@ def close_step(run: Run, validates: bool) -> None:
         validated = hook.reduce_metrics(run=run, metrics=hook.validate(run=run))
         hook.on_validation_end(run=run, metrics=validated)
         run.ending = run.ending or run.stop_reason is not None
-    if validated or run.ending or settings.log_every.due(progress):
+    # Interrupted, the log period goes on where the run is resumed.
+    if validated or (run.ending and not run.signal) or settings.log_every.due(progress):
         log_row(run, validated)
     if hook.on_safe_point:
         hook.on_safe_point(run=run)

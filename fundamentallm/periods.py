@@ -4,51 +4,47 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import attrs
 
 if TYPE_CHECKING:
     from fundamentallm.run import Progress
 
-_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 _COUNTS = {"steps": "step", "epochs": "samples", "tokens": "tokens"}
-_BEFORE = {"epochs": 0, "tokens": 1}
-_UNITS = (*_COUNTS, *_SECONDS)
-_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([a-z]+)\s*")
+_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
+_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([a-z]+?)s?\s*")
 
 
 @attrs.frozen
 class Period:
     """An amount of steps, epochs, tokens or time; always more than zero.
 
-    Every answer is a function of two counts, those before and after the last step, so nothing
-    about a period needs a checkpoint, and a resumed run keeps the rhythm of the original.
+    Its answers depend on the counts before and after the last step alone: nothing of a period
+    needs a checkpoint, and a resumed run keeps the rhythm of the original.
     """
 
     amount: float
     unit: str = "steps"
 
     def __attrs_post_init__(self) -> None:
-        whole = self.unit in ("steps", "tokens")
         if not 0 < self.amount < float("inf"):
             raise ValueError(f"a period is more than zero, not {self.amount:g}")
-        if whole and self.amount != int(self.amount):
+        if self.unit in ("steps", "tokens") and self.amount != int(self.amount):
             raise ValueError(f"a number of {self.unit} is whole, not {self.amount:g}")
 
     @classmethod
     def parse(cls, value: object) -> Period:
         """Read ``500`` or ``"500 steps"``; raise ``ValueError`` saying what a period looks like."""
-        if isinstance(value, Period):
-            return value
         if isinstance(value, int) and not isinstance(value, bool):
             return cls(value)
         found = _FORM.fullmatch(value) if isinstance(value, str) else None
         if found is None:
-            raise ValueError(f"expected a period such as 500 or '10 minutes', got {json.dumps(value, default=str)}")
-        unit = found[2] if found[2].endswith("s") else found[2] + "s"
-        if unit not in _UNITS:
-            raise ValueError(f"unknown unit {found[2]!r}; known: {', '.join(_UNITS)}")
+            shown = json.dumps(value, default=str)
+            raise ValueError(f"expected a period such as 500 or '10 minutes', got {shown}")
+        unit, known = found[2] + "s", (*_COUNTS, *_SECONDS)
+        if unit not in known:
+            raise ValueError(f"unknown unit {unit!r}; known: {', '.join(known)}")
         return cls(float(found[1].replace("_", "")), unit)
 
     def __str__(self) -> str:
@@ -57,20 +53,24 @@ class Period:
 
     def done(self, progress: Progress) -> float:
         """How often the period has passed since step 0; 0.5 is halfway through the first."""
-        return self._now(progress) / self._size(progress)
+        return self._count(progress) / self._size(progress)
 
     def due(self, progress: Progress) -> bool:
         """Whether the last step completed a period. ``"10 minutes"`` counts training time."""
         if self.unit == "steps":  # asked after every step by every saver: worth a short cut
-            return progress.step % self.amount == 0 and progress.step > 0
+            return not progress.step % self.amount
         size = self._size(progress)
-        return self._now(progress) // size > self._before(progress) // size
+        before: float = getattr(progress.before, _COUNTS.get(self.unit, "seconds"))
+        return self._count(progress) // size > before // size
 
     def reached(self, progress: Progress) -> bool:
         """Whether a run of this length is over."""
         if self.unit == "steps":
             return progress.step >= self.amount
-        return self._now(progress) >= self._size(progress)
+        return self._count(progress) >= self._size(progress)
+
+    def _count(self, progress: Progress) -> float:
+        return float(getattr(progress, _COUNTS.get(self.unit, "seconds")))
 
     def _size(self, progress: Progress) -> float:
         if self.unit != "epochs":
@@ -79,9 +79,3 @@ class Period:
             raise ValueError(f"{self}: the data source has no epochs")
         # Whole samples: 0.1 epochs of 1,005 samples is 101 of them, at every rank and resume.
         return -(-self.amount * progress.epoch_samples // 1)
-
-    def _now(self, progress: Progress) -> float:
-        return cast("float", getattr(progress, _COUNTS.get(self.unit, "seconds")))
-
-    def _before(self, progress: Progress) -> float:
-        return progress.before[_BEFORE.get(self.unit, 2)]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,7 @@ class Found:
     name: str
     distribution: str
     version: str
-    entry: metadata.EntryPoint
-
-    def load(self) -> type:
-        return self.entry.load()  # type: ignore[no-any-return]
+    load: Any
 
 
 @attrs.define
@@ -58,26 +56,12 @@ class Composed:
         return tables
 
 
-class Registry(pluggy.PluginManager):
-    """pluggy, with a list of implementations to pass over."""
-
-    def __init__(self, passed_over: set[tuple[int, str]]) -> None:
-        super().__init__("fundamentallm")
-        self.passed_over = passed_over
-        self.add_hookspecs(Hooks)
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        passed = (id(plugin), name) in self.passed_over
-        return None if passed else super().parse_hookimpl_opts(plugin, name)
-
-
 def find_plugins() -> dict[str, list[Found]]:
     """Return the installed plugins by name; more than one under a name is a conflict."""
     found: dict[str, list[Found]] = {}
     for entry in metadata.entry_points(group="fundamentallm"):
-        dist = entry.dist
-        name, version = (dist.name, dist.version) if dist else ("?", "?")
-        found.setdefault(entry.name, []).append(Found(entry.name, name, version, entry))
+        by, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+        found.setdefault(entry.name, []).append(Found(entry.name, by, version, entry.load))
     return dict(sorted(found.items()))
 
 
@@ -97,41 +81,37 @@ def compose(
     source = read(settings, overrides)
     if source.problems:  # of syntax: anything said beyond them would be a guess
         raise SettingsError(source.problems)
-    names = _listed(source, add, remove)
-    classes = {name: _class(source, name) for name in names}
+    listed = _listed(source, add, remove)
     run = build(RunSettings, source.values.get("run", {}), source, ("run",))
     built: dict[str, Any] = {}
-    for name, (cls, _) in classes.items():
-        if cls is not None:
-            table = source.values.get(_instance(name), {})
-            values = {k: v for k, v in table.items() if k != "plugin"}
-            built[_instance(name)] = build(cls, values, source, (_instance(name),))
-    brought = {_instance(name): who for name, (_, who) in classes.items()}
+    brought: dict[str, str] = {}
+    for name, entry in listed.items():
+        cls, brought[name] = _class(source, name, entry)
+        table = source.values.get(name, {})
+        values = {k: v for k, v in table.items() if k != "plugin"} if isinstance(table, dict) else table
+        built[name] = cls and build(cls, values, source, (name,))
     for instance in plugins:
         name = plugin_name(type(instance))
         if name in built:
-            source.blame(("plugins",), f"two instances are named {name!r}: rename one class")
+            source.blame(("plugins",), f"two plugins are named {name!r}: rename one class")
         built[name], brought[name] = instance, f"{type(instance).__module__}, given as an object"
-    _claim_tables(source, [*built, *map(_instance, names)], remove)
-    kept = {name: instance for name, instance in built.items() if instance is not None}
-    if len(kept) == len(names) + len(plugins):
-        source.problems += list(_check(kept, brought))
-    if run is not None:
-        source.problems += _check_run(run, kept, source)
+    _claim_tables(source, built, remove)
+    if None not in built.values():
+        source.problems += _fit(built, brought)
+        source.problems += _epochs(built | {"run": run}, source)
     if source.problems or run is None:
         raise SettingsError(source.problems)
-    source.values["plugins"] = names
-    return Composed(run, kept, source, brought)
+    source.values["plugins"] = list(listed.values())
+    return Composed(run, built, source, brought)
 
 
-def register(composed: Composed, defaults: Mapping[str, Any]) -> Registry:
+def register(composed: Composed, defaults: Mapping[str, Any]) -> pluggy.PluginManager:
     """Register the plugins, so that they are called in list order, and the defaults they need."""
+    registry = pluggy.PluginManager("fundamentallm")
+    registry.add_hookspecs(Hooks)
     answers = _answers(composed.plugins)
-    passed_over = {(id(composed.plugins[name]), hook) for hook, names in answers.items()
-                   if kind(hook) == "exclusive" for name in sorted(names)[1:]}  # fmt: skip
-    registry = Registry(passed_over)
-    core = {hook: answer for hook, answer in defaults.items() if not answers.get(hook)}
-    registry.register(type("Defaults", (), {h: staticmethod(a) for h, a in core.items()}), "core")
+    core = {hook: staticmethod(answer) for hook, answer in defaults.items() if hook not in answers}
+    registry.register(type("Defaults", (), core), "core")
     for name in reversed(order(composed.plugins)):  # pluggy calls the last one registered first
         registry.register(composed.plugins[name], name)
     return registry
@@ -139,76 +119,14 @@ def register(composed: Composed, defaults: Mapping[str, Any]) -> Registry:
 
 def order(plugins: Mapping[str, object]) -> list[str]:
     """Return the names in list order, moved only as far as ``before``/``after`` demand."""
-    first = {name: {other for other in plugins if _precedes(plugins[other], plugins[name])}
-             for name in plugins}  # fmt: skip
     done: list[str] = []
     while len(done) < len(plugins):
-        ready = [name for name in plugins if name not in done and first[name] <= set(done)]
+        left = [name for name in plugins if name not in done]
+        ready = [n for n in left if not any(_precedes(plugins[o], plugins[n]) for o in left)]
         if not ready:
-            circle = ", ".join(name for name in plugins if name not in done)
-            raise SettingsError(f"before/after of these plugins contradict each other: {circle}")
+            raise SettingsError(f"before/after of these plugins run in a circle: {', '.join(left)}")
         done.append(ready[0])
     return done
-
-
-def _listed(source: Source, add: Sequence[str], remove: Sequence[str]) -> list[str]:
-    names = source.values.get("plugins", [])
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        source.blame(("plugins",), "expected a list of plugin names")
-        return []
-    names = [*names, *add]
-    for name in remove:
-        if name not in map(_instance, names):
-            source.blame(("plugins",), f"{name!r} is not listed{suggest(name, names)}")
-    for name in {name for name in names if [*map(_instance, names)].count(_instance(name)) > 1}:
-        source.blame(("plugins",), f"{_instance(name)!r} is listed twice")
-    return [name for name in dict.fromkeys(names) if _instance(name) not in remove]
-
-
-def _instance(listed: str) -> str:
-    return Path(listed).stem if listed.endswith(".py") else listed
-
-
-def _class(source: Source, listed: str) -> tuple[type | None, str]:
-    """Return the class behind a listed name and who brings it; note a mistake if there is none."""
-    if listed.endswith(".py"):
-        return _local_class(source, source.origin(("plugins",)).folder / listed)
-    table = source.values.get(listed)
-    wanted = table.get("plugin", listed) if isinstance(table, dict) else listed
-    key = (listed, "plugin") if wanted != listed else ("plugins",)
-    found = find_plugins()
-    offers = found.get(wanted, [])
-    if len(offers) == 1:
-        return offers[0].load(), f"{offers[0].distribution} {offers[0].version}"
-    if offers:
-        names = " and ".join(sorted(offer.distribution for offer in offers))
-        source.blame(key, f"plugin {wanted!r} is offered by {names}: uninstall one of them")
-        return None, ""
-    ours = tomli.loads((Path(__file__).parent / "first_party.toml").read_text())
-    advice = f": pip install {ours[wanted]}" if wanted in ours else suggest(wanted, [*found, *ours])
-    source.blame(key, f"no installed plugin is named {wanted!r}{advice}")
-    return None, ""
-
-
-def _local_class(source: Source, path: Path) -> tuple[type | None, str]:
-    spec = importlib.util.spec_from_file_location(f"fundamentallm_local_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        source.blame(("plugins",), f"no such file: {path}")
-        return None, ""
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever a user's file raises
-        source.blame(("plugins",), f"{path} fails to load: {error!r}")
-        return None, ""
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and attrs.has(c)
-               and c.__module__ == spec.name and any(hook_methods(c))]  # fmt: skip
-    chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
-    if len(chosen) != 1:
-        source.blame(("plugins",), f"{path} has {len(classes)} plugin classes; name one after it")
-        return None, ""
-    return chosen[0], str(path)
 
 
 def hook_methods(cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
@@ -217,6 +135,77 @@ def hook_methods(cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
         options = getattr(function, "fundamentallm_impl", None)
         if options is not None:
             yield options.get("specname") or name, options, function
+
+
+def class_problems(cls: type) -> Iterator[str]:
+    """Yield what is wrong with the hooks of one plugin class."""
+    for name, options, function in hook_methods(cls):
+        if name not in HOOKS:
+            yield f"there is no hook {name!r}{suggest(name, HOOKS)}"
+            continue
+        known = inspect.signature(getattr(Hooks, name)).parameters
+        for word in inspect.signature(function).parameters.keys() - known:
+            yield f"{name} has no argument {word!r}; known: {', '.join(list(known)[1:])}"
+        if options["wrapper"] and kind(name) != "exclusive":
+            yield f"{name} cannot be wrapped: only exclusive hooks can"
+    for name in set(HOOKS) & set(dir(cls)) - {name for name, _, _ in hook_methods(cls)}:
+        yield f"method {name} is named like a hook but lacks @hookimpl"
+
+
+def _listed(source: Source, add: Sequence[str], remove: Sequence[str]) -> dict[str, str]:
+    """Return the listed entries by instance name: a local file's is its stem."""
+    entries = source.values.get("plugins", [])
+    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):
+        source.blame(("plugins",), "expected a list of plugin names")
+        return {}
+    listed: dict[str, str] = {}
+    for entry in [*entries, *add]:
+        name = Path(entry).stem if entry.endswith(".py") else entry
+        if name in listed:
+            source.blame(("plugins",), f"{name!r} is listed twice")
+        listed[name] = entry
+    for name in remove:
+        if listed.pop(name, None) is None:
+            source.blame(("plugins",), f"{name!r} is not listed{suggest(name, listed)}")
+    return listed
+
+
+def _class(source: Source, name: str, entry: str) -> tuple[type | None, str]:
+    """Return the class behind a listed entry and who brings it; note a mistake if none is found."""
+    if entry.endswith(".py"):
+        return _local_class(source, source.origin(("plugins",)).folder / entry)
+    table = source.values.get(name)
+    wanted = table.get("plugin", name) if isinstance(table, dict) else name
+    found = find_plugins()
+    offers = found.get(wanted, [])
+    if len(offers) == 1:
+        return offers[0].load(), f"{offers[0].distribution} {offers[0].version}"
+    ours = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
+    text = f"no installed plugin is named {wanted!r}"
+    text += f": pip install {ours[wanted]}" if wanted in ours else suggest(wanted, [*found, *ours])
+    if offers:
+        text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
+    source.blame((name, "plugin") if wanted != name else ("plugins",), text)
+    return None, ""
+
+
+def _local_class(source: Source, path: Path) -> tuple[type | None, str]:
+    name = f"fundamentallm_local_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[name] = module
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except Exception as error:  # noqa: BLE001 - whatever a user's file raises
+        source.blame(("plugins",), f"{path} cannot be loaded: {error!r}")
+        return None, ""
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name
+               and attrs.has(c) and any(hook_methods(c))]  # fmt: skip
+    chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
+    if len(chosen) != 1:
+        source.blame(("plugins",), f"{path} has {len(classes)} plugins, and none named like it")
+        return None, ""
+    return chosen[0], str(path)
 
 
 def _answers(plugins: Mapping[str, object]) -> dict[str, list[str]]:
@@ -234,23 +223,21 @@ def _precedes(one: object, other: object) -> bool:
     return theirs in getattr(one, "before", ()) or mine in getattr(other, "after", ())
 
 
-def _check(plugins: Mapping[str, Any], brought: Mapping[str, str]) -> Iterator[str]:
+def _fit(plugins: Mapping[str, Any], brought: Mapping[str, str]) -> Iterator[str]:
     """Yield what is wrong with the plugins, alone and together."""
     for name, instance in plugins.items():
-        for text in class_problems(type(instance)):
-            yield f"plugin {name!r} ({brought[name]}): {text}"
-    who = {name: f"{name!r} ({brought[name]})" for name in plugins}
+        yield from (f"{name} ({brought[name]}): {text}" for text in class_problems(type(instance)))
     answers = _answers(plugins)
     for hook, names in answers.items():
-        if kind(hook) == "exclusive" and len(names) > 1:
-            classes = {type(plugins[name]) for name in names}
-            if len(classes) > 1 or hook not in getattr(classes.pop(), "speaks_for_all", ()):
-                yield f"{hook}: only one plugin can answer, but {' and '.join(who[n] for n in names)} do"
-        if kind(hook) == "edit":
-            yield from _unordered(hook, {name: plugins[name] for name in names}, plugins)
-    for hook in REQUIRED:
-        if hook not in answers:
-            yield f"{hook}: no listed plugin answers it; list one that does"
+        for one, other in combinations(names, 2):
+            both = f"{hook}: {one} ({brought[one]}) and {other} ({brought[other]})"
+            a, b = plugins[one], plugins[other]
+            if kind(hook) == "edit" and not (_precedes(a, b) or _precedes(b, a)):
+                yield f"{both} edit the same thing; declare before or after in one of the classes"
+            same = type(a) is type(b) and hook in getattr(a, "speaks_for_all", ())
+            if kind(hook) == "exclusive" and not same:
+                yield f"{both} both answer, but only one can"
+    yield from (f"{h}: no plugin answers; list one that does" for h in REQUIRED if h not in answers)
     produced = [*CORE_METRICS, *(m for p in plugins.values() for m in getattr(p, "produces", ()))]
     for name, instance in plugins.items():
         wanted = getattr(instance, "monitor", None)
@@ -258,54 +245,22 @@ def _check(plugins: Mapping[str, Any], brought: Mapping[str, str]) -> Iterator[s
             yield f"{name}.monitor: nothing listed produces {wanted!r}{suggest(wanted, produced)}"
 
 
-def class_problems(cls: type) -> Iterator[str]:
-    """Yield what is wrong with the hooks of one plugin class."""
-    for name, options, function in hook_methods(cls):
-        if name not in HOOKS:
-            yield f"there is no hook {name!r}{suggest(name, HOOKS)}"
-            continue
-        known = set(inspect.signature(getattr(Hooks, name)).parameters)
-        unknown = set(inspect.signature(function).parameters) - known
-        if unknown:
-            yield f"{name} has no argument {', '.join(sorted(unknown))}; known: {', '.join(known)}"
-        if options["wrapper"] and kind(name) != "exclusive":
-            yield f"{name} cannot be wrapped: only exclusive hooks can"
-    for name in HOOKS:
-        if callable(getattr(cls, name, None)) and name not in {n for n, _, _ in hook_methods(cls)}:
-            yield f"method {name} is named like a hook but lacks @hookimpl"
+def _epochs(plugins: Mapping[str, Any], source: Source) -> Iterator[str]:
+    """Yield which periods are in epochs though the data has none."""
+    data = [plugins[name] for name in _answers(plugins).get("build_data", ())]
+    if data and not getattr(data[0], "has_epochs", True):
+        for name, instance in plugins.items():
+            for key, value in walk(instance, (name,)):
+                if isinstance(value, Period) and value.unit == "epochs":
+                    yield f"{source.origin(key).place}: {'.'.join(key)}: the data has no epochs"
 
 
-def _unordered(hook: str, editors: dict[str, Any], plugins: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the pairs of editors that no chain of before/after orders."""
-    reach = {a: {b for b in plugins if _precedes(plugins[a], plugins[b])} for a in plugins}
-    for middle in plugins:
-        for name in plugins:
-            if middle in reach[name]:
-                reach[name] |= reach[middle]
-    names = list(editors)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            if other not in reach[one] and one not in reach[other]:
-                yield (f"{hook}: {one!r} and {other!r} both edit it; one of their classes must "
-                       f"declare before = (...) or after = (...) with the other's name")  # fmt: skip
-
-
-def _check_run(run: RunSettings, plugins: Mapping[str, Any], source: Source) -> list[str]:
-    """Tell which periods are in epochs though the data has none."""
-    data = [p for p in plugins.values() if "build_data" in dict.fromkeys(h for h, _, _ in hook_methods(type(p)))]
-    if not data or getattr(data[0], "has_epochs", True):
-        return []
-    found = (((name, *key), v) for name, i in {"run": run, **plugins}.items() for key, v in walk(i))
-    return [f"{source.origin(key).place}: {'.'.join(key)}: the data source has no epochs"
-            for key, v in found if isinstance(v, Period) and v.unit == "epochs"]  # fmt: skip
-
-
-def _claim_tables(source: Source, names: Sequence[str], removed: Sequence[str]) -> None:
+def _claim_tables(source: Source, built: Iterable[str], removed: Iterable[str]) -> None:
+    known = {"plugins", "run", *built, *removed}
     for name, value in source.values.items():
-        if name in ("plugins", "run", *names, *removed) or source.origin((name,)).extended:
+        # What a file takes over from one that it extends need not be in its own list.
+        if name in known or source.origin((name,)).extended:
             continue
-        if isinstance(value, dict) and name in find_plugins():
-            source.blame((name,), "this plugin has a table but is not in the plugins list")
-        else:
-            what = "table" if isinstance(value, dict) else "setting"
-            source.blame((name,), f"unknown {what}{suggest(name, ['plugins', 'run', *names])}")
+        text = f"unknown {'table' if isinstance(value, dict) else 'setting'}{suggest(name, known)}"
+        here = name in find_plugins()
+        source.blame((name,), "has a table here, but is not in the plugins list" if here else text)

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 def new_folder(composed: Composed) -> Path:
     """Make a folder for a new run: ``runs/<name>``, or ``runs/<name>-2`` and so on if taken."""
-    path = composed.source.path
-    name = composed.run.name or (path.stem if path else "run")
-    count = 1
+    path, run, count = composed.source.path, composed.run, 1
+    name = run.name or (path.stem if path else "run")
     while True:
-        folder = composed.run.folder / (name if count == 1 else f"{name}-{count}")
+        folder = run.folder / (name if count == 1 else f"{name}-{count}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
@@ -39,12 +38,16 @@ def new_folder(composed: Composed) -> Path:
 
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
-    text = "# What this run was composed of; `fundamentallm train` takes this file again.\n"
-    text += tomli_w.dumps(composed.tables, indent=2)
+    texts = {
+        "settings.toml": tomli_w.dumps(composed.tables),
+        "environment.json": json.dumps(environment(composed), indent=2) + "\n",
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "settings.toml", text)
-        _replace(folder / "environment.json", json.dumps(environment(composed), indent=2) + "\n")
+        for name, text in texts.items():
+            beside = folder / f".{name}.{os.getpid()}"
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
@@ -52,9 +55,9 @@ def write_record(folder: Path, composed: Composed) -> None:
 def environment(composed: Composed) -> dict[str, Any]:
     """Describe what the run depends on besides its settings."""
     packages = ("fundamentallm", "torch", "numpy", "pluggy")
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    there = {d.name: d.version for d in metadata.distributions()}
     return {
-        "versions": {name: installed[name] for name in packages if name in installed},
+        "versions": {name: there[name] for name in packages if name in there},
         "plugins": composed.brought,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -72,9 +75,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 import attrs
 
@@ -46,18 +46,19 @@ class Batch:
 class Data(Protocol):
     """A data source. Data for language models also has ``vocab_size`` and ``context_length``."""
 
-    epoch_samples: int | None
-    """Samples in one epoch, over all processes; None if the source has no epochs."""
-    fingerprint: str
-    """Changes exactly if the samples or their order would."""
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples in one epoch, over all processes; None if the source has no epochs."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes exactly if the samples or their order would."""
 
     def batches(self, progress: Progress) -> Iterator[Batch]:
         """Yield micro-batches without end, from where ``progress`` stands: seek, do not replay."""
-        ...
 
     def validation(self) -> Mapping[str, Iterable[Batch]]:
         """Return the held-out splits by name (``"val"``); the same batches at every call."""
-        ...
 
 
 class Tokenizer(Protocol):
@@ -67,6 +68,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
+
+
+class Counts(NamedTuple):
+    """What had been done before the last step."""
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @attrs.define
@@ -83,8 +92,7 @@ class Progress:
     seconds: float = 0.0
     """Training time, over all the processes that continued this run."""
     epoch_samples: int | None = None
-    before: tuple[int, int, float] = (0, 0, 0.0)
-    """Samples, tokens and seconds as they stood before the last step."""
+    before: Counts = Counts()
 
     @property
     def epoch(self) -> float:
@@ -93,7 +101,7 @@ class Progress:
 
     def advance(self, window: list[Batch], applied: bool, seconds: float) -> None:
         """Count one attempted step."""
-        self.before = (self.samples, self.tokens, self.seconds)
+        self.before = Counts(self.samples, self.tokens, self.seconds)
         self.step += 1
         self.applied += applied
         self.microbatches += len(window)
@@ -108,8 +116,8 @@ class Run:
 
     ``model`` is the canonical module whose state dict is saved; ``module`` is what ``forward``
     calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches and their
-    detached losses. ``phase`` is ``"train"`` or the split being validated. ``ending`` is true
-    from the moment it is clear that no further step follows.
+    detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"`` or the split
+    being validated. ``ending`` is true from the moment it is clear that no further step follows.
     """
 
     data: Data
@@ -118,30 +126,31 @@ class Run:
     module: nn.Module
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    base_lrs: list[float]
     hook: Hooks
+    rank = 0
+    world_size = 1
+    phase = "train"
+    weight = 1.0
+    ending = False
+    stop_reason: str | None = None
+    signal: int | None = None
+    outcome: str | None = None
+    error: BaseException | None = None
+    wanted_checkpoint: str | None = None
 
-    def __init__(self, settings: RunSettings, plugins: dict[str, object], folder: Path) -> None:
+    def __init__(self, settings: RunSettings, plugins: dict[str, Any], folder: Path) -> None:
         self.settings = settings
         self.plugins = plugins
         self.folder = folder
-        self.device = settings.device
-        self.rank = 0
-        self.world_size = 1
+        self.name = settings.name or folder.name
+        self.device: str = settings.device
         self.progress = Progress()
-        self.phase = "train"
         self.window: list[Batch] = []
         self.losses: list[Tensor] = []
-        self.weight = 1.0
         self.rejected: list[str] = []
-        self.base_lrs: list[float] = []
-        self.wanted_checkpoint: str | None = None
-        self.ending = False
-        self.stop_reason: str | None = None
-        self.signal: int | None = None
-        self.outcome: str | None = None
-        self.error: BaseException | None = None
         self.history: list[dict[str, float]] = []
-        self._logged: dict[str, list[tuple[Any, float]]] = defaultdict(list)
+        self._logged: Logged = defaultdict(list)
 
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split).
@@ -186,32 +195,32 @@ class Run:
 
     def _settled(self) -> Logged:
         """Turn what was logged into plain numbers, which is exact, and keep it that way."""
-        import torch
-
-        waiting = [e[0] for entries in self._logged.values() for e in entries]
-        numbers = iter(_to_floats([value for value in waiting if torch.is_tensor(value)]))
-        for name, entries in self._logged.items():
-            self._logged[name] = [
-                (next(numbers) if torch.is_tensor(value) else value, weight, step)
-                for value, weight, step in entries
-            ]
+        entries = [entry for rows in self._logged.values() for entry in rows]
+        tensors = [value for value, _, _ in entries if not isinstance(value, float | int)]
+        if tensors:
+            numbers = iter(_to_floats(tensors))
+            for name, rows in self._logged.items():
+                self._logged[name] = [
+                    (v if isinstance(v, float | int) else next(numbers), w, s) for v, w, s in rows
+                ]
         return self._logged
 
     def snapshot(self) -> Snapshot:
-        """Return everything a resumed run needs, at a safe point: a tree of dicts and lists of
+        """Return all that a resumed run needs, at a safe point: a tree of dicts and lists of
         tensors and JSON values. The tensors are the live ones: copy before the next step.
 
         ``model``: the state dict. ``optimizer``: parameter name -> its state. ``plugins``:
         instance name -> its state. ``progress``, ``random`` and ``logged``: what they say.
         """
-        states = {name: get_state(p) for name, p in self.plugins.items()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        states = {name: get_state(instance) for name, instance in self.plugins.items()}
         return {
             "model": dict(self.model.state_dict()),
-            "optimizer": self._optimizer_state(),
+            "optimizer": {names[id(p)]: dict(s) for p, s in self.optimizer.state.items() if s},
             "plugins": {name: kept for name, kept in states.items() if kept},
-            "progress": attrs.asdict(self.progress),
+            "progress": attrs.asdict(self.progress) | {"before": list(self.progress.before)},
             "random": random_state(),
-            "logged": {name: [list(e) for e in entries] for name, entries in self._settled().items()},
+            "logged": {name: [list(e) for e in rows] for name, rows in self._settled().items()},
         }
 
     def restore(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
@@ -226,28 +235,19 @@ class Run:
             raise StorageError(f"the checkpoint is one of another model: {error}") from error
         if weights_only:
             return
-        self._restore_optimizer(snapshot["optimizer"])
-        for name, kept in snapshot["plugins"].items():
-            if name in self.plugins:
-                set_state(self.plugins[name], kept)
-        counts = dict(snapshot["progress"])
-        counts["before"] = tuple(counts["before"])
-        self.progress = Progress(**counts | {"epoch_samples": self.progress.epoch_samples})
-        self._logged = defaultdict(list)
-        for name, rows in snapshot["logged"].items():
-            self._logged[name] = [(value, weight, step) for value, weight, step in rows]
-        set_random_state(snapshot["random"])
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(p)]: dict(kept) for p, kept in self.optimizer.state.items() if kept}
-
-    def _restore_optimizer(self, named: dict[str, Any]) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
         packed = self.optimizer.state_dict()
-        order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        packed["state"] = {i: named[name] for i, name in enumerate(order) if name in named}
+        held = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        kept = snapshot["optimizer"]
+        packed["state"] = {i: kept[name] for i, name in enumerate(held) if name in kept}
         self.optimizer.load_state_dict(packed)
+        for name in self.plugins.keys() & snapshot["plugins"].keys():
+            set_state(self.plugins[name], snapshot["plugins"][name])
+        counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
+        self.progress = Progress(**counts | {"before": Counts(*counts["before"])})
+        rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}
+        self._logged = defaultdict(list, rows)
+        set_random_state(snapshot["random"])
 
 
 def _to_floats(tensors: list[Tensor]) -> list[float]:
@@ -255,7 +255,7 @@ def _to_floats(tensors: list[Tensor]) -> list[float]:
 
     if len({tensor.device for tensor in tensors}) > 1:
         tensors = [tensor.cpu() for tensor in tensors]
-    return cast("list[float]", torch.stack(tensors).tolist()) if tensors else []
+    return cast("list[float]", torch.stack(tensors).tolist())
 
 
 def _mean(entries: list[_Entry]) -> float:

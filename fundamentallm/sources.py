@@ -26,22 +26,21 @@ class Origin:
 class Source:
     """Settings as one tree of plain values, with the origin of each and the mistakes so far."""
 
+    path: Path | None = None
     values: dict[str, Any] = attrs.field(factory=dict)
     origins: dict[Key, Origin] = attrs.field(factory=dict)
     problems: list[str] = attrs.field(factory=list)
-    path: Path | None = None
 
     def origin(self, key: Key) -> Origin:
         """Return the origin of a key, or of the closest table around it."""
         while key and key not in self.origins:
             key = key[:-1]
-        place = str(self.path) if self.path else "settings"
-        return self.origins.get(key) or Origin(place, self.path.parent if self.path else Path.cwd())
+        folder = self.path.parent if self.path else Path.cwd()
+        return self.origins.get(key) or Origin(str(self.path or "settings"), folder)
 
     def blame(self, key: Key, text: str) -> None:
         """Note a mistake at a key as ``place: path: what is wrong``."""
-        path = ".".join(key)
-        self.problems.append(f"{self.origin(key).place}: {path}: {text}" if path else text)
+        self.problems.append(f"{self.origin(key).place}: {'.'.join(key)}: {text}")
 
     def merge(self, values: Mapping[str, Any], origins: Mapping[Key, Origin]) -> None:
         """Lay another layer over this one: tables merge, arrays and scalars replace."""
@@ -51,68 +50,49 @@ class Source:
 
 def read(settings: Path | str | Mapping[str, Any], overrides: Iterable[str] = ()) -> Source:
     """Read settings and lay the overrides (``"table.key=value"``) over them."""
-    source = Source()
     if isinstance(settings, Mapping):
-        here = Origin("settings", Path.cwd())
-        values = json_like(settings)
-        source.merge(values, {key: here for key, _ in _leaves(values)})
+        source, here = Source(), Origin("settings", Path.cwd())
+        source.merge(settings, {key: here for key in _keys(settings)})
     else:
-        source.path = Path(settings).resolve()
+        source = Source(Path(settings))
         _read_file(source, Path(settings), ())
     for override in overrides:
         _override(source, override)
     return source
 
 
-def json_like(value: Any) -> Any:
-    """Copy a tree of mappings and sequences as dicts and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): json_like(inner) for key, inner in value.items()}
-    return [json_like(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
 def _read_file(source: Source, path: Path, extending: tuple[Path, ...]) -> None:
-    chain = (*extending, path.resolve())
-    place = str(path)
     if path.resolve() in extending:
-        source.problems.append(f"{place}: extends itself: {' -> '.join(map(str, chain))}")
+        source.problems.append(f"{path}: extends itself")
         return
     try:
         text = path.read_bytes().decode("utf-8")
         values = tomli.loads(text)
-    except OSError as error:
-        source.problems.append(f"{place}: cannot be read: {error.strerror}")
-        return
-    except UnicodeDecodeError as error:
-        source.problems.append(f"{place}: is not UTF-8 text (byte {error.start})")
-        return
-    except tomli.TOMLDecodeError as error:
-        source.problems.append(f"{place}:{error.lineno}: not TOML: {error.msg}")
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        source.problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
         return
     lines = dict(statement_lines(text))
     base = values.pop("extends", None)
     if isinstance(base, str):
-        _read_file(source, path.parent / base, chain)
+        _read_file(source, path.parent / base, (*extending, path.resolve()))
     elif base is not None:
-        source.problems.append(f"{place}:{lines[('extends',)]}: extends: expected a path")
-    here = {key: Origin(f"{place}:{line}", path.parent.resolve(), bool(extending))
-            for key, line in lines.items()}  # fmt: skip
-    source.merge(values, here)
+        source.problems.append(f"{path}:{lines[('extends',)]}: extends: expected a path")
+    folder = path.parent.resolve()
+    source.merge(values, {key: Origin(f"{path}:{line}", folder, bool(extending))
+                          for key, line in lines.items()})  # fmt: skip
 
 
 def _override(source: Source, override: str) -> None:
-    key, equals, value = override.partition("=")
-    try:
-        values = tomli.loads(override)
-    except tomli.TOMLDecodeError:
-        try:  # A bare word or path is taken as a string, so that the shell needs no second quotes.
-            values = tomli.loads(f"{key} = {json.dumps(value)}")
+    key, _, value = override.partition("=")
+    # A bare word or path is taken as a string, so that the shell needs no second quotes.
+    for form in (override, f"{key} = {json.dumps(value)}"):
+        try:
+            values = tomli.loads(form)
         except tomli.TOMLDecodeError:
-            values = {}
-    if not equals or not values:
-        source.problems.append(f"--set {override}: expected table.key=value, with a TOML value")
+            continue
+        source.merge(values, {k: Origin("--set", Path.cwd()) for k in _keys(values)})
         return
-    source.merge(values, {k: Origin("--set", Path.cwd()) for k, _ in _leaves(values)})
+    source.problems.append(f"--set {override}: expected table.key=value, with a TOML value")
 
 
 def statement_lines(text: str) -> Iterator[tuple[Key, int]]:
@@ -130,42 +110,30 @@ def statement_lines(text: str) -> Iterator[tuple[Key, int]]:
         start = start if buffer else number
         buffer += line + "\n"
         try:
-            parsed = tomli.loads(buffer)
+            keys = list(_keys(tomli.loads(buffer)))
         except tomli.TOMLDecodeError:
             continue
         if buffer.lstrip().startswith("["):
-            prefix = _header(parsed)
+            prefix = keys[-1]
             if buffer.lstrip().startswith("[["):
                 counts[prefix] = counts.get(prefix, -1) + 1
                 prefix = (*prefix, str(counts[prefix]))
-            yield prefix, start
-        else:
-            for key, _ in _leaves(parsed):
-                yield prefix + key, start
+            keys = [()]
+        yield from ((prefix + key, start) for key in keys)
         buffer = ""
 
 
-def _header(parsed: dict[str, Any]) -> Key:
-    key: Key = ()
-    inner: Any = parsed
-    while isinstance(inner, dict) and inner:
-        name, inner = next(iter(inner.items()))
-        key = (*key, name)
-    return key
-
-
-def _leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
+def _keys(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
     for name, value in values.items():
-        yield (*prefix, name), value
+        yield (*prefix, name)
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*prefix, name))
+            yield from _keys(value, (*prefix, name))
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     for name, value in above.items():
         if isinstance(value, Mapping):
-            if not isinstance(below.get(name), dict):
-                below[name] = {}
+            below[name] = below[name] if isinstance(below.get(name), dict) else {}
             _merge(below[name], value)
         else:
             below[name] = value

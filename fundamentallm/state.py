@@ -33,7 +33,7 @@ def random_state() -> dict[str, Any]:
 
     found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": list(random.getstate())}
     found["python"][1] = list(found["python"][1])
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()

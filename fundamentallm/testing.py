@@ -14,12 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 
 from fundamentallm import (
-    Batch, Composed, Data, Period, Progress, Run, SettingsError, attribute_docs, compose, field, ge,
+    HOOKS, Batch, Composed, Data, Hooks, Period, Progress, Run, SettingsError, attribute_docs, compose, field, ge,
     hookimpl, plugin, plugin_name, setting_fields,
 )  # fmt: skip
 from fundamentallm.hookspecs import REQUIRED
@@ -133,16 +134,11 @@ def compose_tiny(
     objects = [one for one in plugins if not isinstance(one, str)]
     tables = {"plugins": names, **(settings or {})}
     tables["run"] = {"length": 4, "log_every": 2, "device": "cpu", **tables.get("run", {}), **run}
-    listed: list[object] = []
     try:
-        listed = list(compose({**tables}, plugins=objects).plugins.values())
+        return compose(tables, plugins=objects)
     except SettingsError as error:
-        if not all(text.startswith(REQUIRED) for text in error.problems):
-            raise
-        missing = {text.partition(":")[0] for text in error.problems}
-        listed = [*objects, *(TINY[hook]() for hook in REQUIRED if hook in missing)]
-        return compose(tables, plugins=listed)
-    return compose(tables, plugins=[one for one in listed if one in objects])
+        missing = [hook for hook in REQUIRED if any(p.startswith(hook) for p in error.problems)]
+        return compose(tables, plugins=[*objects, *(TINY[hook]() for hook in missing)])
 
 
 TinyRun = Callable[..., Run]
@@ -180,8 +176,16 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
-    def __call__(self, hook: str, given: dict[str, Any]) -> None:
-        self.calls.append((hook, {name: value for name, value in given.items() if name != "run"}))
+    def __call__(self, hooks: Hooks) -> Hooks:
+        bound = {name: self._recorded(name, getattr(hooks, name)) for name in HOOKS}
+        return cast("Hooks", SimpleNamespace(**bound))
+
+    def _recorded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def record(**given: Any) -> Any:
+            self.calls.append((name, {k: v for k, v in given.items() if k != "run"}))
+            return call(**given)
+
+        return record
 
     @property
     def names(self) -> list[str]:
