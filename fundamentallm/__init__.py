@@ -11,11 +11,24 @@ from typing import TYPE_CHECKING, Any
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
 
 from fundamentallm.declare import (
-    attribute_docs, field, plugin, plugin_name, setting_fields, state, state_fields, table,
+    attribute_docs,
+    field,
+    plugin,
+    plugin_name,
+    setting_fields,
+    state,
+    state_fields,
+    table,
 )  # fmt: skip
 from fundamentallm.errors import (
-    DataError, FundamentalError, NotFiniteError, OutOfMemoryError, PeerLostError, PluginError,
-    SettingsError, StorageError,
+    DataError,
+    FundamentalError,
+    NotFiniteError,
+    OutOfMemoryError,
+    PeerLostError,
+    PluginError,
+    SettingsError,
+    StorageError,
 )  # fmt: skip
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl, kind
 from fundamentallm.periods import Period

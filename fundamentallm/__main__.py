@@ -1,3 +1,5 @@
+"""``python -m fundamentallm``."""
+
 from fundamentallm.cli import main
 
 main()

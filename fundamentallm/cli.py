@@ -21,9 +21,11 @@ class Commands(click.Group):
     """The core's commands and those of installed distributions, each loaded when it is called."""
 
     def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of all commands."""
         return sorted({*super().list_commands(context), *self._entries()})
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Return a command, loaded if it is another distribution's."""
         entries = self._entries()
         own = super().get_command(context, name)
         return entries[name].load() if own is None and name in entries else own
@@ -107,12 +109,13 @@ def plugins(as_json: bool) -> None:
 @cli.command()
 @click.argument("settings", type=click.Path(path_type=Path), required=False)
 def hooks(settings: Path | None) -> None:
-    """Print the hooks in the order of a run; with SETTINGS, who answers each."""
+    """Print the hooks in the order of a run, with SETTINGS who answers each."""
     from fundamentallm.hookspecs import HOOKS, kind
     listed = compose(settings).plugins if settings else {}
+    methods = [(name, *method) for name in order(listed) for method in hook_methods(type(listed[name]))]
     for hook in HOOKS:
-        heard = [f"{name} (wraps)" if options["wrapper"] else name for name in order(listed)
-                 for found, options, _ in hook_methods(type(listed[name])) if found == hook]  # fmt: skip
+        heard = [name + (" (wraps)" if options["wrapper"] else "")
+                 for name, found, options, _ in methods if found == hook]  # fmt: skip
         click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(heard)}".rstrip())
 
 
@@ -130,7 +133,7 @@ def described(composed: Composed) -> list[str]:
 
 def _line(name: str, value: Any, composed: Composed, key: tuple[str, ...]) -> str:
     stated = composed.source.origins.get(key)
-    text = tomli_w.dumps({name: value}).strip() if not isinstance(value, dict) else f"{name} = {value}"
+    text = f"{name} = {value}" if isinstance(value, dict) else tomli_w.dumps({name: value}).strip()
     return f"{text}  # {stated.place if stated else 'default'}"
 
 

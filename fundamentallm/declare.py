@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
+from itertools import pairwise
 from typing import Any, TypeVar, dataclass_transform
 
 import attrs
@@ -68,6 +69,6 @@ def attribute_docs(cls: type) -> dict[str, str]:
         return {}
     lines = body.body if isinstance(body, ast.ClassDef) else []
     return {field.target.id: " ".join(str(text.value.value).split())
-            for field, text in zip(lines, lines[1:], strict=False)
+            for field, text in pairwise(lines)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}  # fmt: skip

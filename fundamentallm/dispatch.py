@@ -22,7 +22,9 @@ log = logging.getLogger("fundamentallm")
 class Nothing(tuple[()]):
     """A hook without implementations: callable, and false, so that a loop can pass it by."""
 
-    def __call__(self, **_: Any) -> list[Any]:
+    __slots__ = ()
+
+    def __call__(self, **_: Any) -> list[Any]:  # noqa: D102
         return []
 
 

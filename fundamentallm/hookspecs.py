@@ -1,4 +1,6 @@
-"""The contract between the loop and the plugins. A run in pseudocode:
+"""The contract between the loop and the plugins.
+
+A run in pseudocode::
 
     data = build_data()                                 exclusive
     tokenizer = build_tokenizer()                       exclusive

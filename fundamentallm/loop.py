@@ -74,12 +74,7 @@ def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
     if applied:
         for batch, loss in zip(window, run.losses, strict=False):
             run.log("train/loss", loss, batch.weight)
-        if hook.edit_gradients:
-            hook.edit_gradients(run=run)
-        if hook.lr_factor:
-            factors: Any = hook.lr_factor(run=run)
-            set_lr(run, math.prod(factors))
-        hook.optimizer_step(run=run)
+        update(run)
     else:
         run.forget_step()
     progress.advance(window, applied, time.perf_counter() - started)
@@ -106,10 +101,17 @@ def train_window(run: Run, window: list[Batch]) -> None:
     run.weight = 1.0
 
 
-def set_lr(run: Run, factor: float) -> None:
-    """Give every parameter group its base learning rate times ``factor``."""
-    for group, base in zip(run.optimizer.param_groups, run.base_lrs, strict=True):
-        group["lr"] = base * factor
+def update(run: Run) -> None:
+    """Edit the gradients, set the learning rates and make the update."""
+    hook = run.hook
+    if hook.edit_gradients:
+        hook.edit_gradients(run=run)
+    if hook.lr_factor:
+        factors: Any = hook.lr_factor(run=run)
+        factor = math.prod(factors)
+        for group, base in zip(run.optimizer.param_groups, run.base_lrs, strict=True):
+            group["lr"] = base * factor
+    hook.optimizer_step(run=run)
 
 
 def close_step(run: Run, validates: bool) -> None:

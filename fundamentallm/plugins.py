@@ -88,8 +88,9 @@ def compose(
     for name, entry in listed.items():
         cls, brought[name] = _class(source, name, entry)
         table = source.values.get(name, {})
-        values = {k: v for k, v in table.items() if k != "plugin"} if isinstance(table, dict) else table
-        built[name] = cls and build(cls, values, source, (name,))
+        if isinstance(table, dict):
+            table = {key: value for key, value in table.items() if key != "plugin"}
+        built[name] = cls and build(cls, table, source, (name,))
     for instance in plugins:
         name = plugin_name(type(instance))
         if name in built:

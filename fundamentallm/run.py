@@ -66,8 +66,11 @@ class Tokenizer(Protocol):
 
     vocab_size: int
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, tokens: list[int]) -> str: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of some ids; of ids that are no text by themselves, what can be read."""
 
 
 class Counts(NamedTuple):
@@ -92,7 +95,7 @@ class Progress:
     seconds: float = 0.0
     """Training time, over all the processes that continued this run."""
     epoch_samples: int | None = None
-    before: Counts = Counts()
+    before: Counts = Counts()  # noqa: RUF009 - a tuple
 
     @property
     def epoch(self) -> float:

@@ -77,7 +77,7 @@ def structure(values: Any, cls: type[T]) -> T:
         raise Mistakes(((), f"expected a table, got {show(values)}"))
     fields = setting_fields(cls)
     found: list[tuple[Key, str]] = [
-        ((name,), "unknown setting" + suggest(name, fields)) for name in values if name not in fields
+        ((name,), f"unknown setting{suggest(name, fields)}") for name in values if name not in fields
     ]
     kept: dict[str, Any] = {}
     for name, attribute in fields.items():
@@ -86,13 +86,9 @@ def structure(values: Any, cls: type[T]) -> T:
                 found.append(((name,), "is missing, and has no default"))
             continue
         try:
-            kept[name] = converter.structure(values[name], cast("Any", attribute.type))
-            if attribute.validator is not None:
-                attribute.validator(None, attribute, kept[name])
+            kept[name] = _structure_field(values[name], attribute)
         except Mistakes as mistakes:
             found += [((name, *inner), text) for inner, text in mistakes.found]
-        except (ValueError, TypeError) as error:  # attrs names the field again: once is enough
-            found.append(((name,), re.sub(r"^'\w+' ", "", str(error.args[0]))))
     if not found:
         try:
             return cls(**kept)
@@ -100,6 +96,16 @@ def structure(values: Any, cls: type[T]) -> T:
             name, _, text = str(error).partition(": ")
             found.append(((name,), text) if name in fields else ((), str(error)))
     raise Mistakes(*found)
+
+
+def _structure_field(value: Any, attribute: attrs.Attribute[Any]) -> Any:
+    kept = converter.structure(value, cast("Any", attribute.type))
+    try:
+        if attribute.validator is not None:
+            attribute.validator(None, attribute, kept)
+    except (ValueError, TypeError) as error:  # attrs names the field again: once is enough
+        raise Mistakes(((), re.sub(r"^'\w+' ", "", str(error.args[0])))) from None
+    return kept
 
 
 def plain(value: Any) -> Any:
@@ -169,8 +175,9 @@ def _structure_union(value: Any, cls: Any) -> Any:
         if any(key for key, _ in inside.found):
             raise inside
     got = f", got {show(value)}"
-    wishes = [text.removesuffix(got).removeprefix("expected ") for m in tried for _, text in m.found]
-    raise Mistakes(((), f"expected {' or '.join(dict.fromkeys(wishes))}{got}"))
+    texts = (text.removesuffix(got) for mistakes in tried for _, text in mistakes.found)
+    wishes = dict.fromkeys(text.removeprefix("expected ") for text in texts)
+    raise Mistakes(((), f"expected {' or '.join(wishes)}{got}"))
 
 
 def _structure_many(value: Any, cls: Any) -> Any:

@@ -15,7 +15,7 @@ Key: TypeAlias = tuple[str, ...]
 
 @attrs.frozen
 class Origin:
-    """Where a value was stated: what to print before a complaint, and what paths are relative to."""
+    """Where a value was stated: what to print before a complaint, where paths begin."""
 
     place: str
     folder: Path
@@ -52,7 +52,7 @@ def read(settings: Path | str | Mapping[str, Any], overrides: Iterable[str] = ()
     """Read settings and lay the overrides (``"table.key=value"``) over them."""
     if isinstance(settings, Mapping):
         source, here = Source(), Origin("settings", Path.cwd())
-        source.merge(settings, {key: here for key in _keys(settings)})
+        source.merge(settings, dict.fromkeys(_keys(settings), here))
     else:
         source = Source(Path(settings))
         _read_file(source, Path(settings), ())

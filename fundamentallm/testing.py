@@ -20,8 +20,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pytest
 
 from fundamentallm import (
-    HOOKS, Batch, Composed, Data, Hooks, Period, Progress, Run, SettingsError, attribute_docs, compose, field, ge,
-    hookimpl, plugin, plugin_name, setting_fields,
+    HOOKS,
+    Batch,
+    Composed,
+    Data,
+    Hooks,
+    Period,
+    Progress,
+    Run,
+    SettingsError,
+    attribute_docs,
+    compose,
+    field,
+    ge,
+    hookimpl,
+    plugin,
+    plugin_name,
+    setting_fields,
 )  # fmt: skip
 from fundamentallm.hookspecs import REQUIRED
 from fundamentallm.plugins import class_problems, hook_methods
@@ -219,7 +234,7 @@ class PluginContract:
 
     def test_importing_it_imports_nothing_heavy(self) -> None:
         code = f"import sys, {self.plugin.__module__}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert not set(HEAVY) & set(done.stdout.split())
 

@@ -1,0 +1,41 @@
+# make quickstart: set up and train a small GPT on real text.   make test: set up and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+JOBS ?= 2
+
+.PHONY: setup quickstart test lint bench reference clean
+
+setup: $(VENV)/.ready
+
+# One pip call for everything, without isolated builds: a minute where twenty calls take ten.
+$(VENV)/.ready: constraints.txt pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "fundamentallm needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[dev]' $(PLUGINS:%=-e ./%)
+	@touch $@
+
+quickstart: setup
+	$(BIN)/fundamentallm train settings/quickstart.toml
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy fundamentallm $(wildcard plugins/*/fundamentallm_*)
+	$(BIN)/lint-imports
+	$(BIN)/fundamentallm reference --check
+
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
+
+reference: setup
+	$(BIN)/fundamentallm reference
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
