@@ -1,0 +1,110 @@
+"""Text files, or token files made by others, as batches of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fundamentallm import field, ge, gt, hookimpl, lt, optional, plugin
+
+if TYPE_CHECKING:
+    from fundamentallm import Data, Run
+
+TOKEN_FILES = (".npy", ".bin")
+
+
+@plugin
+class Text:
+    """Read a corpus as windows of tokens: inputs, and as targets the same one token further on."""
+
+    path: Path | list[Path] | None = None
+    """Text files, or token files (.npy, .bin): one, several, or a pattern such as "data/*.txt".
+    Without it, ``source`` is read."""
+    source: Literal["python-stdlib"] = "python-stdlib"
+    """What to read where ``path`` is not given: "python-stdlib" is the .py files of the running
+    Python's standard library."""
+    validation_path: Path | list[Path] | None = None
+    """Files to hold out for validation; without it, ``validation_fraction`` is held out."""
+    validation_fraction: float = field(default=0.1, validator=[ge(0), lt(1)])
+    """How much of the end of the text to hold out; 0 for no validation."""
+    max_bytes: int | None = field(default=None, validator=optional(gt(0)))
+    """Read only the first so many bytes of the text, the held-out part included."""
+    separator: str = ""
+    """Text that is put after every file, such as "<|endoftext|>"; one token of its own in a
+    tokenizer that is learned."""
+    tokenizer: Literal["char", "byte", "bpe"] | Path | None = None
+    """How text becomes tokens: "char" (the default), "byte", "bpe" (learned from the training
+    text), or the path of a tokenizer.json."""
+    vocab_size: int | None = field(default=None, validator=optional(gt(0)))
+    """Ids a model must know. With "bpe" so many are learned (default 4096); otherwise those of the
+    tokenizer, or more, to round up. Token files need it, or a tokenizer.json."""
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    """The type of the tokens in .bin files, little-endian."""
+    context_length: int = field(default=256, validator=ge(1))
+    """Tokens in a window: how far the model can look back."""
+    batch_size: int = field(default=16, validator=ge(1))
+    """Windows in a micro-batch, over all processes together."""
+    sampling: Literal["random", "epochs"] = "random"
+    """Order of the windows. "random": any window, with replacement; "epochs": each of those that
+    lie side by side once, in another order in every epoch."""
+    validation_batches: int | None = field(default=None, validator=optional(ge(1)))
+    """Micro-batches in a validation, spread over the held-out text; all of it by default."""
+    prefetch: int | None = field(default=None, validator=optional(ge(0)))
+    """Micro-batches that a thread prepares ahead; 0: no thread. By default 2 with CUDA, else 0."""
+    cache_dir: Path | None = None
+    """Where tokens are kept for the next run; by default fundamentallm/text in the user's cache."""
+
+    _corpus: Any = field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        files = _listed(self.path)
+        if self.reads_tokens:
+            self._check_tokens(files)
+        elif any(path.suffix in TOKEN_FILES for path in files):
+            raise ValueError("path: text files and token files cannot be read as one")
+        if isinstance(self.tokenizer, Path) and self.tokenizer.suffix != ".json":
+            raise ValueError(
+                f'tokenizer: expected "char", "byte", "bpe" or the path of a tokenizer.json, '
+                f'got "{self.tokenizer}"'
+            )
+        smallest = 256 + bool(self.separator)
+        if self.tokenizer == "bpe" and self.vocab_size is not None and self.vocab_size < smallest:
+            raise ValueError(f"vocab_size: a learned tokenizer has at least {smallest} tokens")
+
+    def _check_tokens(self, files: list[Path]) -> None:
+        others = [*files, *_listed(self.validation_path)]
+        if any(path.suffix not in TOKEN_FILES for path in others):
+            raise ValueError("path: text files and token files cannot be read as one")
+        if isinstance(self.tokenizer, str):
+            raise ValueError("tokenizer: token files are tokens already; name their tokenizer.json")
+        if self.tokenizer is None and self.vocab_size is None:
+            raise ValueError("vocab_size: token files need it, or a tokenizer.json as tokenizer")
+        for name in ("separator", "max_bytes"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: is for text, not for token files")
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether ``path`` names token files."""
+        return any(path.suffix in TOKEN_FILES for path in _listed(self.path)[:1])
+
+    @property
+    def has_epochs(self) -> bool:
+        """Whether a period in epochs means anything."""
+        return self.sampling == "epochs"
+
+    @hookimpl
+    def build_data(self, run: Run) -> Data:
+        from fundamentallm_text.corpus import Corpus
+
+        self._corpus = corpus = Corpus(self, run)
+        return corpus
+
+    @hookimpl
+    def on_train_end(self) -> None:
+        if self._corpus is not None:
+            self._corpus.close()
+
+
+def _listed(paths: Path | list[Path] | None) -> list[Path]:
+    return paths if isinstance(paths, list) else [paths] if paths is not None else []

@@ -1,0 +1,126 @@
+"""From the settings to the tokens of text: which bytes, which tokenizer, which tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from fundamentallm import DataError
+from fundamentallm_text import files, vocabularies
+from fundamentallm_text.pieces import grouped, pieces
+from fundamentallm_text.splits import Split, Splits, check_apart, digest_of, key_of, padded
+from fundamentallm_text.store import stamp_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fundamentallm_text import Text
+    from fundamentallm_text.files import Extent
+    from fundamentallm_text.splits import Report
+    from fundamentallm_text.store import Store, Tokens
+    from fundamentallm_text.vocabularies import Vocabulary
+
+BPE_SIZE = 4096
+
+
+class TextReader:
+    """Reads the text that the settings name; what was done before is taken from the store."""
+
+    def __init__(self, settings: Text, store: Store, report: Report) -> None:
+        self.settings = settings
+        self.store = store
+        self.report = report
+
+    def read(self) -> Splits:
+        """Return the tokens of either split."""
+        train, held_out = self._divide()
+        stamps = {extent.path: stamp_of(extent.path) for extent in train + held_out}
+        digests = {path: digest_of(path, self.store) for path in stamps}
+        contents = [
+            [[digests[part.path], part.start, part.stop, part.ends] for part in text]
+            for text in (train, held_out)
+        ]
+        vocabulary = self._vocabulary(train, held_out, contents)
+        vocab_size = padded(vocabulary.vocab_size, self.settings.vocab_size)
+        found = [
+            self._tokenize(text, content, vocabulary) if text else None
+            for text, content in zip((train, held_out), contents, strict=True)
+        ]
+        for path, stamp in stamps.items():
+            if stamp_of(path) != stamp:
+                raise DataError(f"{path} was changed while it was read")
+        assert found[0] is not None
+        return Splits(found[0], found[1], vocabulary, vocab_size)
+
+    def _divide(self) -> tuple[list[Extent], list[Extent]]:
+        settings = self.settings
+        if settings.path is None:
+            paths = files.standard_library()
+        else:
+            paths = files.find(settings.path, "text.path")
+        text = files.extents(paths)
+        if settings.max_bytes is not None:
+            text, _ = files.cut(text, settings.max_bytes)
+        if settings.validation_path is not None:
+            held_out = files.find(settings.validation_path, "text.validation_path")
+            check_apart(paths, held_out)
+            return text, files.extents(held_out)
+        size = sum(part.size for part in text)
+        return files.cut(text, int(size * (1 - settings.validation_fraction)))
+
+    def _vocabulary(
+        self, train: list[Extent], held_out: list[Extent], contents: list[Any]
+    ) -> Vocabulary:
+        settings, separator = self.settings, self.settings.separator
+        match settings.tokenizer or "char":
+            case "byte":
+                return vocabularies.Bytes()
+            case "char":
+                # Held-out text may have characters of its own, and each needs an id.
+                key = key_of("alphabet", contents, separator)
+                text = train + held_out
+                return vocabularies.Characters(self.store.text(key, lambda: self._alphabet(text)))
+            case "bpe":
+                size = settings.vocab_size or BPE_SIZE
+                key = key_of("bpe", contents[0], separator, size, tokenizers.__version__)
+                kept = self.store.text(key, lambda: self._learn(train, size).to_json())
+                return vocabularies.parse_pairs(kept)
+            case path:
+                return vocabularies.load_pairs(path)
+
+    def _alphabet(self, text: list[Extent]) -> str:
+        groups = self._groups("reading the alphabet", text, vocabularies.Characters.errors)
+        return vocabularies.collect_alphabet("".join(group) for group in groups)
+
+    def _learn(self, text: list[Extent], vocab_size: int) -> vocabularies.Pairs:
+        separator = self.settings.separator
+        groups = self._groups("learning the tokenizer", text, vocabularies.Pairs.errors)
+        learned = (piece for group in groups for piece in group if piece != separator)
+        return vocabularies.learn_pairs(learned, _size(text, ""), vocab_size, separator)
+
+    def _tokenize(self, text: list[Extent], content: Any, vocabulary: Vocabulary) -> Split:
+        separator = self.settings.separator
+        key = key_of("tokens", content, separator, vocabulary.identity)
+        dtype = "uint16" if vocabulary.vocab_size <= 1 << 16 else "uint32"
+        stored = self.store.tokens(key, dtype, lambda: self._encoded(text, vocabulary))
+        return Split(stored.tokens, stored.digest, _size(text, separator))
+
+    def _encoded(self, text: list[Extent], vocabulary: Vocabulary) -> Iterator[Tokens]:
+        for group in self._groups("tokenizing", text, vocabulary.errors):
+            yield vocabulary.encode_pieces(group)
+
+    def _groups(self, task: str, text: list[Extent], errors: str) -> Iterator[list[str]]:
+        """Yield the pieces of text in groups, and report how many bytes are done."""
+        separator = self.settings.separator
+        done, total = 0, _size(text, separator)
+        for group in grouped(pieces(text, separator, errors)):
+            yield group
+            done += sum(len(piece.encode("utf-8", errors)) for piece in group)
+            self.report(task, done, total)
+
+
+def _size(text: Sequence[Extent], separator: str) -> int:
+    """Bytes of text, with what is put between files."""
+    ends = sum(part.ends for part in text)
+    return sum(part.size for part in text) + ends * len(separator.encode())

@@ -1,0 +1,123 @@
+"""Token files made by others: ``.npy``, and ``.bin`` of nothing but ids."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fundamentallm import DataError
+from fundamentallm_text.files import find
+from fundamentallm_text.splits import Split, Splits, check_apart, digest_of, key_of, padded
+from fundamentallm_text.store import mapped
+from fundamentallm_text.vocabularies import load_pairs
+
+if TYPE_CHECKING:
+    from fundamentallm_text import Text
+    from fundamentallm_text.splits import Report
+    from fundamentallm_text.store import Store, Tokens
+
+BLOCK = 1 << 22
+KINDS = ("uint8", "uint16", "uint32", "int16", "int32", "int64")
+
+
+class TokenReader:
+    """Reads the token files that the settings name.
+
+    One file is mapped where it lies; several are joined, once, in the store.
+    """
+
+    def __init__(self, settings: Text, store: Store, report: Report) -> None:
+        self.settings = settings
+        self.store = store
+        self.report = report
+
+    def read(self) -> Splits:
+        """Return the tokens of either split."""
+        settings = self.settings
+        named = settings.tokenizer
+        vocabulary = load_pairs(named) if isinstance(named, Path) else None
+        vocab_size = padded(vocabulary.vocab_size if vocabulary else 0, settings.vocab_size)
+        paths = find(settings.path or [], "text.path")
+        train = self._open(paths, vocab_size)
+        if settings.validation_path is not None:
+            others = find(settings.validation_path, "text.validation_path")
+            check_apart(paths, others)
+            return Splits(train, self._open(others, vocab_size), vocabulary, vocab_size)
+        middle = int(len(train.tokens) * (1 - settings.validation_fraction))
+        held_out = _part(train, middle, len(train.tokens)) if settings.validation_fraction else None
+        return Splits(_part(train, 0, middle), held_out, vocabulary, vocab_size)
+
+    def _open(self, paths: list[Path], vocab_size: int) -> Split:
+        dtype = self.settings.dtype
+        arrays = [open_tokens(path, dtype) for path in paths]
+        digests = [digest_of(path, self.store) for path in paths]
+        for path, tokens, digest in zip(paths, arrays, digests, strict=True):
+            key = key_of("range", digest, tokens.dtype.str, vocab_size)
+            self.store.text(key, partial(self._checked, path, tokens, vocab_size))
+        if len(arrays) == 1:
+            return Split(arrays[0], key_of("file", digests[0], arrays[0].dtype.str))
+        wide = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        key = key_of("joined", digests, [tokens.dtype.str for tokens in arrays], wide)
+        stored = self.store.tokens(key, wide, lambda: self._joined(arrays))
+        return Split(stored.tokens, stored.digest)
+
+    def _checked(self, path: Path, tokens: Tokens, vocab_size: int) -> str:
+        for begin in range(0, len(tokens), BLOCK):
+            check_range(tokens, begin, vocab_size, path)
+            self.report("checking tokens", min(begin + BLOCK, len(tokens)), len(tokens))
+        return "sound"
+
+    def _joined(self, arrays: list[Tokens]) -> Any:
+        done, total = 0, sum(map(len, arrays))
+        for tokens in arrays:
+            for begin in range(0, len(tokens), BLOCK):
+                block = tokens[begin : begin + BLOCK]
+                yield block
+                done += len(block)
+                self.report("joining tokens", done, total)
+
+
+def open_tokens(path: Path, dtype: str) -> Tokens:
+    """Return the tokens of a file as a memory map; ``dtype`` is that of a ``.bin``.
+
+    Raises ``DataError`` for what is not one long row of little-endian ids.
+    """
+    if path.suffix == ".npy":
+        return _open_npy(path)
+    size, item = path.stat().st_size, np.dtype(dtype).newbyteorder("<")
+    if size % item.itemsize:
+        raise DataError(
+            f"{path}: {size} bytes are not a whole number of {dtype} tokens; "
+            "text.dtype tells the type of its tokens"
+        )
+    return mapped(path, item, 0, size // item.itemsize)
+
+
+def _open_npy(path: Path) -> Tokens:
+    try:
+        found: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is not a .npy file of numbers: {error}") from None
+    if found.dtype.name not in KINDS or found.dtype.byteorder == ">":
+        raise DataError(f"{path}: its items are {found.dtype.str}, none of {', '.join(KINDS)}")
+    if found.ndim != 1:
+        raise DataError(f"{path}: its shape is {found.shape}; tokens are one long row")
+    return found.view(np.ndarray)
+
+
+def check_range(tokens: Tokens, begin: int, vocab_size: int, path: Path) -> None:
+    """Raise ``DataError`` for the first id of a block that is not in 0 … ``vocab_size - 1``."""
+    block = tokens[begin : begin + BLOCK]
+    if block.max() >= vocab_size or block.min() < 0:
+        place = begin + int(np.argmax((block < 0) | (block >= vocab_size)))
+        raise DataError(
+            f"{path}: token {place} is {tokens[place]}, outside a vocabulary of {vocab_size}; "
+            "text.vocab_size tells how many ids there are, text.dtype how they are stored"
+        )
+
+
+def _part(split: Split, start: int, stop: int) -> Split:
+    return Split(split.tokens[start:stop], f"{split.digest}[{start}:{stop}]")
