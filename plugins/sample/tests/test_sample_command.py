@@ -1,0 +1,164 @@
+"""``fundamentallm sample`` on a real run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from fundamentallm_sample.command import sample
+
+from fundamentallm import SettingsError, train
+
+LOCAL = '''
+import torch
+from torch import nn
+from fundamentallm import Batch, hookimpl, plugin
+
+TEXT = "\\nabcdefg\\u00e9"
+
+
+class Letters:
+    """Bytes, so that a letter may come in two tokens."""
+
+    vocab_size = 256
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, tokens):
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+class Source:
+    epoch_samples = None
+    fingerprint = "letters"
+    tokenizer = Letters()
+
+    def batches(self, progress):
+        text = torch.tensor(self.tokenizer.encode(TEXT * 2))
+        while True:
+            yield Batch((text[None, :-1], text[None, 1:]), 17, 1, 17)
+
+    def validation(self):
+        return {}
+
+
+class NextByte(nn.Module):
+    context_length = 4
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(256, 256)
+
+    def logits(self, tokens):
+        return self.table(tokens)
+
+    def forward(self, inputs, targets):
+        return nn.functional.cross_entropy(self.table(inputs)[0], targets[0])
+
+
+@plugin
+class Everything:
+    """Data, model, optimizer and a store in one file."""
+
+    @hookimpl
+    def build_data(self):
+        return Source()
+
+    @hookimpl
+    def build_model(self):
+        return NextByte()
+
+    @hookimpl
+    def build_optimizer(self, run):
+        return torch.optim.AdamW(run.model.parameters(), lr=0.1)
+
+    @hookimpl
+    def on_safe_point(self, run):
+        torch.save(run.snapshot(), run.folder / "latest.pt")
+
+    @hookimpl
+    def read_checkpoint(self, run):
+        path = run.folder / "latest.pt"
+        return torch.load(path, weights_only=True) if path.is_file() else None
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that has learned TEXT by heart; its [sample] table says greedy."""
+    place = tmp_path_factory.mktemp("letters")
+    (place / "everything.py").write_text(LOCAL, encoding="utf-8")
+    train(
+        {
+            "plugins": [str(place / "everything.py"), "sample"],
+            "run": {"length": 60, "device": "cpu"},
+            "sample": {"prompt": "ab", "temperature": 0, "max_tokens": 7},
+        },
+        run_dir=place / "run",
+    )
+    return place / "run"
+
+
+def call(folder: Path, *options: str, typed: str | None = None) -> Result:
+    result = CliRunner().invoke(sample, [str(folder), *options], input=typed)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_what_is_not_given_is_as_in_the_runs_settings(folder: Path) -> None:
+    # Seven tokens: c d e f g and the two bytes of é.
+    assert call(folder, "--seed", "1").stdout == "abcdefgé\n"
+
+
+def test_options_replace_the_runs_settings(folder: Path) -> None:
+    found = call(folder, "--prompt", "e", "--max-tokens", "2", "--num-samples", "2", "--seed", "1")
+    assert found.stdout == "efg\n---------------\nefg\n"
+
+
+def test_the_same_seed_gives_the_same_text_and_no_seed_another(folder: Path) -> None:
+    hot = ("--temperature", "50", "--max-tokens", "30")
+    texts = [call(folder, *hot, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    unseeded = call(folder, *hot)
+    told = unseeded.stderr.removeprefix("seed ").strip()
+    assert call(folder, *hot, "--seed", told).stdout == unseeded.stdout
+
+
+@pytest.mark.parametrize("narrow", [("--top-k", "1"), ("--top-p", "0.0001")])
+def test_filters_reach_the_choice(folder: Path, narrow: tuple[str, str]) -> None:
+    assert call(folder, "--temperature", "50", *narrow, "--seed", "3").stdout == "abcdefgé\n"
+
+
+def test_interactive_continues_one_prompt_after_the_other(folder: Path) -> None:
+    found = call(folder, "--interactive", "--seed", "1", "--max-tokens", "3", typed="f\n\nde\n")
+    assert found.exit_code == 0
+    # "f" is continued by g and both bytes of é; the empty line is the prompt of the settings.
+    assert found.stdout == "> fgé\n> abcde\n> defg\ufffd\n> \n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "0"), "top_p"),
+        (("--top-k", "0"), "top_k"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("--prompt", ""), "prompt: is empty"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(options: tuple[str, str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        call(Path("no-such-run"), *options)
+
+
+def test_a_folder_that_is_no_run_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is not a run folder"):
+        call(tmp_path)
+
+
+def test_the_help_comes_from_the_settings() -> None:
+    text = " ".join(CliRunner().invoke(sample, ["--help"]).stdout.split())
+    assert "0 always takes the likeliest token" in text
