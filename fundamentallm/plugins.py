@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
 from itertools import combinations
@@ -180,7 +180,8 @@ def _class(source: Source, name: str, entry: str) -> tuple[type | None, str]:
     found = find_plugins()
     offers = found.get(wanted, [])
     if len(offers) == 1:
-        return offers[0].load(), f"{offers[0].distribution} {offers[0].version}"
+        who = f"{offers[0].distribution} {offers[0].version}"
+        return _loaded(source, offers[0].load, f"plugin {wanted!r} ({who})"), who
     ours = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
     text = f"no installed plugin is named {wanted!r}"
     text += f": pip install {ours[wanted]}" if wanted in ours else suggest(wanted, [*found, *ours])
@@ -192,21 +193,28 @@ def _class(source: Source, name: str, entry: str) -> tuple[type | None, str]:
 
 def _local_class(source: Source, path: Path) -> tuple[type | None, str]:
     name = f"fundamentallm_local_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    try:
+
+    def load() -> type:
+        spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules[name] = module
+        sys.modules[name] = module  # where attrs looks for the types that annotations name
         spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except Exception as error:  # noqa: BLE001 - whatever a user's file raises
-        source.blame(("plugins",), f"{path} cannot be loaded: {error!r}")
-        return None, ""
-    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name
-               and attrs.has(c) and any(hook_methods(c))]  # fmt: skip
-    chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
-    if len(chosen) != 1:
-        source.blame(("plugins",), f"{path} has {len(classes)} plugins, and none named like it")
-        return None, ""
-    return chosen[0], str(path)
+        classes = [c for c in vars(module).values() if isinstance(c, type)
+                   and c.__module__ == name and any(hook_methods(c))]  # fmt: skip
+        chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
+        if len(chosen) != 1:
+            raise ValueError(f"it has {len(classes)} plugins, and none named like the file")
+        return chosen[0]
+
+    return _loaded(source, load, str(path)), str(path)
+
+
+def _loaded(source: Source, load: Callable[[], type], what: str) -> type | None:
+    try:
+        return load()
+    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
+        source.blame(("plugins",), f"{what} cannot be loaded: {error}")
+        return None
 
 
 def _answers(plugins: Mapping[str, object]) -> dict[str, list[str]]:

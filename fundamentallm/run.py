@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 import attrs
 
 from fundamentallm.errors import StorageError
-from fundamentallm.state import get_state, random_state, set_random_state, set_state
+from fundamentallm.states import get_state, random_state, set_random_state, set_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

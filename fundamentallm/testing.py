@@ -40,7 +40,7 @@ from fundamentallm import (
 )  # fmt: skip
 from fundamentallm.hookspecs import REQUIRED
 from fundamentallm.plugins import class_problems, hook_methods
-from fundamentallm.state import get_state, set_state
+from fundamentallm.states import get_state, set_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
