@@ -1,0 +1,137 @@
+"""The commands ``schema``, ``init``, ``new`` and ``reference``."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import click
+
+from fundamentallm import FundamentalError, SettingsError, StorageError, compose, find_plugins
+from fundamentallm_authoring.reference import filled, hooks_page, settings_page
+from fundamentallm_authoring.scaffold import scaffold
+from fundamentallm_authoring.schema import settings_schema
+from fundamentallm_authoring.sheet import STARTER, sheet
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("settings", required=False, type=_FILE)
+@click.option("-o", "--output", type=_FILE, help="Write it to this file instead of the screen.")
+def schema(settings: Path | None, output: Path | None) -> None:
+    """Print the JSON Schema of settings files, for editors.
+
+    Of the file SETTINGS: exactly its plugins, under its names. Without it: every installed plugin.
+    An editor with Taplo (Even Better TOML) follows the comment
+
+        #:schema ./fundamentallm.schema.json
+
+    in the first line of a settings file.
+    """
+    if settings is None:
+        made = settings_schema({name: _load(name) for name in find_plugins()}, closed=False)
+    else:
+        listed = compose(settings).plugins
+        made = settings_schema({name: type(each) for name, each in listed.items()}, closed=True)
+    text = json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@click.command()
+@click.argument("settings", type=_FILE)
+@click.option("--plugins", help=f"Names, with commas between. [default: {','.join(STARTER)}]")
+def init(settings: Path, plugins: str | None) -> None:
+    """Write a settings file with every setting of the chosen plugins, its default and meaning."""
+    if settings.exists():
+        raise SettingsError(f"{settings} exists already: choose another name, or remove it")
+    names = [name.strip() for name in (plugins or ",".join(STARTER)).split(",") if name.strip()]
+    _write(settings, sheet({name: _load(name) for name in names}, settings.name))
+    try:
+        compose(settings)
+    except SettingsError as error:
+        click.echo(f"{settings} is written. What is left to do in it:\n{error}")
+    else:
+        click.echo(f"{settings} is written. Train with: fundamentallm train {settings}")
+
+
+@click.command()
+@click.argument("name")
+def new(name: str) -> None:
+    """Make a plugin distribution NAME (such as acme-noise) in a new folder of that name."""
+    written = scaffold(name, Path.cwd())
+    for path in written:
+        click.echo(path.relative_to(Path.cwd()))
+    listed = name.replace("-", "_")
+    click.echo(f'\nInstall and test it:\n  pip install -e "{name}[test]"\n  pytest {name}')
+    click.echo(f'Use it: add "{listed}" to the plugins of a settings file.')
+
+
+@click.command()
+@click.option("--readme", "readmes", multiple=True, type=_FILE, help="Fill a plugin's README.")
+@click.option("--settings", "settings", type=_FILE, help="Write the page of all settings.")
+@click.option("--hooks", "hooks", type=_FILE, help="Write the page of all hooks.")
+@click.option("--check", is_flag=True, help="Write nothing; fail if anything is out of date.")
+def reference(
+    readmes: tuple[Path, ...], settings: Path | None, hooks: Path | None, *, check: bool
+) -> None:
+    """Make the reference of settings and hooks from the plugins' classes.
+
+    A README gets its tables between <!-- settings --> and <!-- /settings -->, <!-- hooks --> and
+    <!-- /hooks -->. The pages show the installed plugins whose distribution is fundamentallm-….
+    """
+    made = {path: filled(_read(path), _own_plugins(path), str(path)) for path in readmes}
+    if settings is not None:
+        made[settings] = settings_page(_first_party())
+    if hooks is not None:
+        made[hooks] = hooks_page(_first_party())
+    stale = [path for path, text in made.items() if not path.exists() or _read(path) != text]
+    if check and stale:
+        names = ", ".join(map(str, stale))
+        raise FundamentalError(f"not up to date: {names}; run `fundamentallm reference` without "
+                               "--check")  # fmt: skip
+    for path in stale:
+        _write(path, made[path])
+        click.echo(path)
+
+
+def _load(name: str) -> type:
+    offers = find_plugins().get(name, [])
+    if len(offers) != 1:
+        # The core says what is wrong, and advises what to install.
+        compose({"plugins": [name], "run": {"length": 1}})
+    cls: type = offers[0].load()
+    return cls
+
+
+def _own_plugins(readme: Path) -> dict[str, type]:
+    """Return the plugins of the distribution whose pyproject.toml lies beside a README."""
+    project = tomllib.loads(_read(readme.parent / "pyproject.toml")).get("project", {})
+    names = project.get("entry-points", {}).get("fundamentallm", {})
+    return {name: _load(name) for name in names}
+
+
+def _first_party() -> dict[str, tuple[str, type]]:
+    return {
+        name: (offers[0].distribution, offers[0].load())
+        for name, offers in find_plugins().items()
+        if offers[0].distribution.startswith("fundamentallm-")
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
