@@ -50,7 +50,7 @@ def train(
     write_record(run.folder, settings)
     outcome: Outcome = "failed"
     try:
-        with signals(run), told(registry):
+        with signals(run), told(registry, settings.brought):
             build(run)
             loop.train(run, started)
             done = run.settings.length.reached(run.progress)
@@ -62,8 +62,7 @@ def train(
         raise
     finally:
         run.outcome = outcome
-        with told(registry):
-            run.hook.on_train_end(run=run, outcome=outcome)
+        _end(run, registry, settings.brought)
     return run
 
 
@@ -72,9 +71,10 @@ def load_run(folder: Path | str, *, at: str = "latest") -> Run:
 
     ``at`` names another: ``"best"`` or ``"step-00000500"``. Nothing is trained or written.
     """
-    run, registry = prepare(recorded(folder), Path(folder))
+    composed = recorded(folder)
+    run, registry = prepare(composed, Path(folder))
     run.wanted_checkpoint = at
-    with told(registry):
+    with told(registry, composed.brought):
         build(run, weights_only=True)
     return run
 
@@ -131,9 +131,19 @@ def signals(run: Run) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def _end(run: Run, registry: PluginManager, brought: Mapping[str, str]) -> None:
+    try:
+        with told(registry, brought):
+            run.hook.on_train_end(run=run, outcome=run.outcome)
+    except Exception as error:
+        if run.error is None:
+            raise
+        log.error("besides: %s", error)  # noqa: TRY400 - the run's own error is what counts
+
+
 @contextlib.contextmanager
-def told(registry: PluginManager) -> Iterator[None]:
-    """Turn what a plugin raises into an error that names the plugin."""
+def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
+    """Turn what a plugin raises into an error that names plugin, distribution and hook."""
     try:
         yield
     except FundamentalError:
@@ -144,7 +154,8 @@ def told(registry: PluginManager) -> Iterator[None]:
         blamed = blame(error, registry)
         if blamed is None:
             raise
-        raise PluginError(f"plugin {blamed[0]!r} failed in {blamed[1]}: {error!r}") from error
+        name, hook = blamed
+        raise PluginError(f"plugin {name!r} ({brought[name]}) failed in {hook}: {error!r}") from error
 
 
 def blame(error: BaseException, registry: PluginManager) -> tuple[str, str] | None:

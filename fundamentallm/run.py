@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fundamentallm.hookspecs import Hooks
+    from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
 
 Snapshot: TypeAlias = dict[str, Any]
@@ -138,7 +138,7 @@ class Run:
     ending = False
     stop_reason: str | None = None
     signal: int | None = None
-    outcome: str | None = None
+    outcome: Outcome = "failed"
     error: BaseException | None = None
     wanted_checkpoint: str | None = None
 

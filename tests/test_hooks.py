@@ -1,0 +1,303 @@
+"""Every hook of the contract is emitted when, how often and with what the contract says."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from fundamentallm import HOOKS, Batch, Hooks, PluginError, hookimpl, kind, plugin
+from fundamentallm.testing import Recorder, assert_same_weights
+
+STEP = [
+    "on_step_start", "collect_batches", "weigh_window", "train_microbatch", "forward", "backward",
+    "finish_gradients", "judge_step", "edit_gradients", "lr_factor", "optimizer_step",
+    "settle_step", "on_step_end", "stop_agreed",
+]  # fmt: skip
+
+
+def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
+    recorder = Recorder()
+    tiny_run(length=2, log_every=1, trace=recorder)
+    assert recorder.names == [
+        "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
+        "compile_model", "distribute_model", "build_optimizer", "read_checkpoint",
+        "on_train_start",
+        *STEP, "reduce_metrics", "on_log", "on_safe_point",
+        *STEP, "validate", "forward", "on_progress", "reduce_metrics", "on_validation_end",
+        "reduce_metrics", "on_log", "on_safe_point",
+        "on_train_end",
+    ]  # fmt: skip
+
+
+def test_hooks_are_emitted_with_exactly_the_arguments_of_their_specification(tiny_run):
+    recorder = Recorder()
+    tiny_run(trace=recorder)
+    for hook, given in recorder.calls:
+        expected = set(inspect.signature(getattr(Hooks, hook)).parameters) - {"self", "run"}
+        assert set(given) == expected, hook
+
+
+def test_the_hooks_stand_in_the_contract_in_the_order_of_a_run():
+    order = [HOOKS.index(name) for name in STEP]
+    assert order == sorted(order)
+    assert HOOKS[0] == "build_data"
+    assert HOOKS[-1] == "on_train_end"
+
+
+def test_every_hook_has_a_kind_a_docstring_and_a_place_in_the_pseudocode():
+    from fundamentallm import hookspecs
+
+    for hook in HOOKS:
+        assert kind(hook) in ("exclusive", "vote", "event", "edit")
+        assert (getattr(Hooks, hook).__doc__ or "").strip(), hook
+        assert hook in (hookspecs.__doc__ or ""), hook
+
+
+def answering(hook: str, answer):
+    """Make a plugin that answers one hook, counting its calls."""
+    parameters = inspect.signature(getattr(Hooks, hook)).parameters
+    words = ", ".join(parameters)
+    space = {"answer": answer, "calls": []}
+    given = ", ".join(f"{name}={name}" for name in parameters if name != "self")
+    code = f"def {hook}({words}):\n    calls.append(1)\n    return answer({given})\n"
+    exec(code, space)
+    made = plugin(type("Answering", (), {hook: hookimpl(space[hook])}))()
+    return made, space["calls"]
+
+
+class Upper:
+    vocab_size = 1
+
+    def encode(self, text):
+        return [0 for _ in text]
+
+    def decode(self, tokens):
+        return "A" * len(tokens)
+
+
+def own_microbatch(run, batch, share, is_last):
+    loss = run.hook.forward(run=run, batch=batch)
+    run.losses.append(loss.detach())
+    run.hook.backward(run=run, loss=loss * share)
+
+
+def own_validation(run):
+    return {"val/loss": 7.0}
+
+
+ANSWERS = {
+    "build_tokenizer": (lambda run: Upper(), lambda run: isinstance(run.tokenizer, Upper)),
+    "checkpoint_activations": (
+        lambda run, model: torch.nn.Sequential(model).forward and Doubled(model),
+        lambda run: isinstance(run.module, Doubled)),
+    "compile_model": (lambda run, model: Doubled(model), lambda run: isinstance(run.module, Doubled)),
+    "distribute_model": (lambda run, model: Doubled(model), lambda run: isinstance(run.module, Doubled)),
+    "read_checkpoint": (lambda run: None, lambda run: run.progress.step == 4),
+    "collect_batches": (lambda run, stream: [next(stream), next(stream)],
+                        lambda run: run.progress.microbatches == 8),
+    "weigh_window": (lambda run, window: 2.0 * sum(b.weight for b in window), None),
+    "train_microbatch": (own_microbatch, None),
+    "forward": (lambda run, batch: run.module(*batch.data) * 0.5, None),
+    "backward": (lambda run, loss: (loss * 0.5).backward(), None),
+    "optimizer_step": (lambda run: None, lambda run: run.progress.applied == 4),
+    "validate": (own_validation, lambda run: run.history[-1]["val/loss"] == 7.0),
+    "reduce_metrics": (lambda run, metrics: {k: 3.0 for k in metrics},
+                       lambda run: run.history[-1]["train/loss"] == 3.0),
+    "stop_agreed": (lambda run, stopping: run.progress.step == 3, lambda run: run.progress.step == 3),
+}  # fmt: skip
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *data):
+        return self.inner(*data) * 2
+
+
+@pytest.mark.parametrize("hook", sorted(ANSWERS))
+def test_a_plugin_answers_an_exclusive_hook_in_place_of_the_core(hook, tiny_run):
+    answer, shown = ANSWERS[hook]
+    one, calls = answering(hook, answer)
+    run = tiny_run(one)
+    assert calls
+    assert run.outcome in ("finished", "stopped")
+    assert shown is None or shown(run)
+    assert not any(key.startswith("inner") for key in run.snapshot()["model"]), "keys must not change"
+
+
+def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
+    required = {"build_data", "build_model", "build_optimizer"}  # by every tiny run
+    assert set(ANSWERS) | required == {hook for hook in HOOKS if kind(hook) == "exclusive"}
+
+
+def test_every_event_reaches_every_plugin_that_hears_it(tiny_run, tmp_path):
+    events = [hook for hook in HOOKS if kind(hook) == "event" and hook != "on_checkpoint_saved"]
+    for hook in events:
+        one, calls = answering(hook, lambda **_: None)
+        other, other_calls = answering(hook, lambda **_: None)
+        type(other).__name__ = "Other"
+        tiny_run(one, other, run_dir=tmp_path / hook)
+        assert calls and len(calls) == len(other_calls), hook
+
+
+def test_a_saver_announces_its_checkpoint_to_all(tiny_run, tmp_path):
+    @plugin
+    class Saver:
+        @hookimpl
+        def on_safe_point(self, run):
+            run.hook.on_checkpoint_saved(run=run, folder=tmp_path)
+
+    heard, calls = answering("on_checkpoint_saved", lambda run, folder: None)
+    tiny_run(Saver(), heard)
+    assert len(calls) == 4
+
+
+def test_an_edit_of_the_model_comes_before_everything_that_wraps_it(tiny_run):
+    @plugin
+    class Freeze:
+        @hookimpl
+        def adapt_model(self, run):
+            run.model.hidden.requires_grad_(requires_grad=False)
+
+    run = tiny_run(Freeze())
+    assert not run.snapshot()["optimizer"].keys() & {"hidden.weight", "hidden.bias"}
+
+
+def test_edits_change_the_gradients_before_the_update(tiny_run, tmp_path):
+    @plugin
+    class Halve:
+        @hookimpl
+        def edit_gradients(self, run):
+            for parameter in run.parameters:
+                parameter.grad *= 0
+
+    @plugin
+    class Finish:
+        @hookimpl
+        def finish_gradients(self, run):
+            for parameter in run.parameters:
+                parameter.grad *= 0
+
+    edited = tiny_run(Halve(), run_dir=tmp_path / "a")
+    assert_same_weights(edited, tiny_run(Finish(), run_dir=tmp_path / "b"))
+
+
+def test_one_reason_against_a_step_rejects_it(tiny_run):
+    @plugin
+    class Judge:
+        settled = ()
+
+        @hookimpl
+        def judge_step(self, run):
+            return "odd" if run.progress.step % 2 else None
+
+        @hookimpl
+        def settle_step(self, run, applied):
+            self.settled = (*self.settled, (run.progress.step, applied))
+
+    @plugin
+    class Content:
+        @hookimpl
+        def judge_step(self):
+            return None
+
+    judge = Judge()
+    run = tiny_run(judge, Content(), length=6)
+    assert judge.settled == ((1, True), (2, False), (3, True), (4, False), (5, True), (6, False))
+    assert (run.progress.step, run.progress.applied) == (6, 3)
+
+
+def test_the_learning_rate_is_the_base_times_every_factor(tiny_run):
+    @plugin
+    class Half:
+        @hookimpl
+        def lr_factor(self):
+            return 0.5
+
+    @plugin
+    class Falling:
+        @hookimpl
+        def lr_factor(self, run):
+            return 1 / (1 + run.progress.applied)
+
+    run = tiny_run(Half(), Falling(), log_every=1)
+    assert [row["optim/lr"] for row in run.history] == [0.01 * (0.5 * (1 / n)) for n in (1, 2, 3, 4)]
+
+
+def test_a_wrapper_surrounds_the_action_and_sees_its_result(tiny_run, tmp_path):
+    seen = []
+
+    @plugin
+    class Wraps:
+        @hookimpl(wrapper=True)
+        def forward(self, run, batch):
+            loss = yield
+            seen.append((type(batch), loss.shape))
+            return loss
+
+    plain = tiny_run(run_dir=tmp_path / "plain")
+    assert_same_weights(plain, tiny_run(Wraps(), run_dir=tmp_path / "wrapped"))
+    assert seen[0] == (Batch, torch.Size([]))
+    assert len(seen) == 5
+
+
+def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog):
+    @plugin
+    class Shaky:
+        observer = True
+        heard = 0
+
+        @hookimpl
+        def on_step_end(self, run):
+            self.heard += 1
+            raise ValueError("no ink")
+
+        @hookimpl
+        def on_log(self, run):
+            self.heard += 100
+
+    shaky = Shaky()
+    assert_same_weights(tiny_run(run_dir=tmp_path / "a"), tiny_run(shaky, run_dir=tmp_path / "b"))
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warnings == ["shaky failed and is muted from now on: ValueError('no ink')"]
+    assert shaky.heard == 1
+
+
+@pytest.mark.parametrize("hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "read_checkpoint")])
+def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
+    def fail(**_):
+        raise RuntimeError("it broke")
+
+    broken, _ = answering(hook, fail)
+    with pytest.raises(PluginError, match=rf"'answering' \(.*\) failed in {hook}: .*it broke"):
+        tiny_run(broken)
+
+
+def test_all_plugins_hear_the_end_of_a_run_that_failed(tiny_run, caplog):
+    heard = []
+
+    @plugin
+    class Breaks:
+        @hookimpl
+        def on_step_end(self, run):
+            raise RuntimeError("it broke")
+
+        @hookimpl
+        def on_train_end(self, run):
+            raise RuntimeError("and again")
+
+    @plugin
+    class Closes:
+        @hookimpl
+        def on_train_end(self, run, outcome):
+            heard.append((outcome, str(run.error)))
+
+    with pytest.raises(PluginError, match="it broke"):
+        tiny_run(Breaks(), Closes())
+    assert "and again" in caplog.text
+    assert heard[0][0] == "failed"
+    assert "it broke" in heard[0][1]
