@@ -1,0 +1,187 @@
+"""Clipping equals PyTorch's to the last bit, costs no host read, and tells the norm before it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fundamentallm_grad_clip import GradClip
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fundamentallm import Run, SettingsError, compose, hookimpl, plugin
+from fundamentallm.testing import PluginContract, TinyRun
+
+Clip = Callable[[list[torch.nn.Parameter]], Tensor]
+
+
+class TestContract(PluginContract):
+    plugin = GradClip
+    needs = {"max_norm": 1.0}
+
+
+@plugin
+class Witness:
+    """Keeps the gradients of each step as they are before and after clipping."""
+
+    before = ("grad_clip",)
+
+    def __attrs_post_init__(self) -> None:
+        self.unclipped: list[list[Tensor]] = []
+        self.clipped: list[list[Tensor]] = []
+
+    @hookimpl
+    def edit_gradients(self, run: Run) -> None:
+        self.unclipped.append(copied(run))
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        self.clipped.append(copied(run))
+
+
+def copied(run: Run) -> list[Tensor]:
+    return [p.grad.clone() for p in run.parameters if p.grad is not None]
+
+
+def by_torch(grads: list[Tensor], clip: Clip) -> tuple[list[Tensor], float]:
+    parameters = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad.clone()
+    norm = clip(parameters)
+    return [p.grad for p in parameters if p.grad is not None], float(norm)
+
+
+def by_value(limit: float, norm_type: float) -> Clip:
+    def clip(parameters: list[torch.nn.Parameter]) -> Tensor:
+        norm = clip_grad_norm_(parameters, math.inf, norm_type)
+        clip_grad_value_(parameters, limit)
+        return norm
+
+    return clip
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("limit", [1e-3, 0.5, math.inf])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_clips_as_torch_does_bit_by_bit(
+    tiny_run: TinyRun, kind: str, limit: float, norm_type: float
+) -> None:
+    witness = Witness()
+    settings: dict[str, Any] = {f"max_{kind}": limit, "norm_type": norm_type}
+    run = tiny_run(witness, GradClip(**settings), length=4, log_every=1)
+    clip = by_value(limit, norm_type)
+    if kind == "norm":
+
+        def clip(parameters: list[torch.nn.Parameter]) -> Tensor:
+            return clip_grad_norm_(parameters, limit, norm_type)
+
+    for row, before, after in zip(run.history, witness.unclipped, witness.clipped, strict=True):
+        expected, norm = by_torch(before, clip)
+        assert all(a.equal(b) for a, b in zip(after, expected, strict=True))
+        assert row["optim/grad_norm"] == norm
+
+
+def test_a_small_limit_binds_and_the_norm_logged_is_that_before_it(tiny_run: TinyRun) -> None:
+    witness = Witness()
+    run = tiny_run(witness, GradClip(max_norm=0.01), length=2, log_every=1)
+    for row, after in zip(run.history, witness.clipped, strict=True):
+        assert float(torch.cat([g.flatten() for g in after]).norm()) <= 0.01
+        assert row["optim/grad_norm"] > 0.01
+
+
+def test_the_norm_logged_is_the_mean_over_the_log_period(tiny_run: TinyRun, tmp_path: Any) -> None:
+    each = tiny_run(GradClip(max_norm=1.0), length=4, log_every=1, run_dir=tmp_path / "each")
+    both = tiny_run(GradClip(max_norm=1.0), length=4, log_every=4, run_dir=tmp_path / "both")
+    norms = [row["optim/grad_norm"] for row in each.history]
+    assert both.history[-1]["optim/grad_norm"] == math.fsum(norms) / 4
+
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that hand a device value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.is_nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [GradClip(max_norm=0.1), GradClip(max_value=0.1)])
+def test_no_step_reads_a_device_value(tiny_run: TinyRun, clip: GradClip) -> None:
+    run = tiny_run(clip, length=1)
+    with HostReads() as reads:
+        clip.edit_gradients(run)
+        assert reads.count == 0
+        torch.ones(1).item()
+        assert reads.count == 1, "the counter counts"
+
+
+def calls(function: Callable[[], object]) -> int:
+    """Count the Python calls that a function makes."""
+    found = 0
+
+    def count(frame: object, event: str, _: object) -> None:
+        nonlocal found
+        found += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_step_costs_hardly_more_python_calls_than_torchs_own_function(tiny_run: TinyRun) -> None:
+    clip = GradClip(max_norm=1.0)
+    run = tiny_run(clip, length=1)
+    run.history.clear()
+
+    def handwritten() -> None:
+        run.log("optim/grad_norm", clip_grad_norm_(run.parameters, 1.0))
+
+    assert calls(lambda: clip.edit_gradients(run)) <= calls(handwritten)
+
+
+def test_parameters_without_gradients_are_left_alone(tiny_run: TinyRun) -> None:
+    @plugin
+    class Freeze:
+        """Freezes the first layer."""
+
+        @hookimpl
+        def adapt_model(self, run: Run) -> None:
+            run.model.hidden.requires_grad_(False)  # noqa: FBT003 - its stub has no name for it
+
+    witness = Witness()
+    tiny_run(Freeze(), witness, GradClip(max_norm=0.1), length=2)
+    assert [len(grads) for grads in witness.clipped] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ({}, "grad_clip.max_norm: is missing; state max_norm or max_value"),
+        ({"max_norm": 1.0, "max_value": 1.0}, "grad_clip.max_value: state max_norm or max_value, not both"),
+        ({"max_norm": 0.0}, "grad_clip.max_norm: must be > 0"),
+        ({"max_value": -1}, "grad_clip.max_value: must be > 0"),
+        ({"max_norm": 1.0, "norm_type": 0}, "grad_clip.norm_type: must be > 0"),
+        ({"max_norm": math.nan}, "grad_clip.max_norm: must be > 0"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_starts(
+    table: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        compose({"plugins": ["grad_clip"], "run": {"length": 1}, "grad_clip": table})
+    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
