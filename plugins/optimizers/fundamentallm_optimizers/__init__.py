@@ -1,0 +1,161 @@
+"""AdamW, Adam and SGD: PyTorch's own optimizers, with parameter groups by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from fundamentallm import field, ge, gt, hookimpl, le, lt, optional, plugin, table
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from fundamentallm import Run
+
+
+@table
+class Group:
+    """Parameters that are trained in a way of their own."""
+
+    pattern: str = field()
+    """A glob on the full parameter name (`*` matches dots too), such as `"*.bias"` or
+    `"blocks.0.*"`. A parameter belongs to the first group that matches it."""
+    lr: float | None = field(default=None, validator=optional(gt(0)))
+    """The learning rate of these parameters, before any schedule."""
+    lr_scale: float | None = field(default=None, validator=optional(gt(0)))
+    """Or a multiple of the plugin's `lr`."""
+    weight_decay: float | None = field(default=None, validator=optional(ge(0)))
+    """The weight decay of all these parameters, whatever `decay` says."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError("lr_scale: state lr or lr_scale, not both")
+
+
+@plugin
+class AdamW:
+    """Adam with decoupled weight decay; the defaults are those that GPT-3 was trained with.
+
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019). The defaults: Brown et
+    al., "Language Models are Few-Shot Learners" (2020), appendix B, and for `lr` the smallest
+    model of its table 2.1.
+    """
+
+    lr: float = field(default=6e-4, validator=gt(0))
+    """The learning rate, before any schedule."""
+    beta1: float = field(default=0.9, validator=[ge(0), lt(1)])
+    """Decay rate of the running mean of the gradient."""
+    beta2: float = field(default=0.95, validator=[ge(0), lt(1)])
+    """Decay rate of the running mean of the squared gradient."""
+    eps: float = field(default=1e-8, validator=ge(0))
+    """Added to the denominator of the update."""
+    weight_decay: float = field(default=0.1, validator=ge(0))
+    """Each update shrinks the decayed weights by learning rate times this."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: tensors of two and more dimensions (embeddings too, but neither biases nor
+    gains of norms), or everything."""
+    amsgrad: bool = False
+    """Divide by the largest running mean of squares so far instead of the current one."""
+    fused: bool | None = None
+    """One kernel for the whole update; by default wherever the parameters' device has one."""
+    groups: list[Group] = field(factory=list)
+    """Parameters with a learning rate or weight decay of their own."""
+
+    @hookimpl
+    def build_optimizer(self, run: Run) -> Optimizer:
+        from torch import optim
+
+        from fundamentallm_optimizers.parameters import divide, use_fused
+
+        return optim.AdamW(
+            divide(run, self),
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            fused=use_fused(run, self),
+        )
+
+
+@plugin
+class Adam:
+    """Adam; its weight decay is added to the gradient (see `adamw` for decoupled decay).
+
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015), with its defaults.
+    """
+
+    lr: float = field(default=1e-3, validator=gt(0))
+    """The learning rate, before any schedule."""
+    beta1: float = field(default=0.9, validator=[ge(0), lt(1)])
+    """Decay rate of the running mean of the gradient."""
+    beta2: float = field(default=0.999, validator=[ge(0), lt(1)])
+    """Decay rate of the running mean of the squared gradient."""
+    eps: float = field(default=1e-8, validator=ge(0))
+    """Added to the denominator of the update."""
+    weight_decay: float = field(default=0.0, validator=ge(0))
+    """This times the weight is added to the gradient of the decayed weights."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: tensors of two and more dimensions, or everything."""
+    amsgrad: bool = False
+    """Divide by the largest running mean of squares so far instead of the current one."""
+    fused: bool | None = None
+    """One kernel for the whole update; by default wherever the parameters' device has one."""
+    groups: list[Group] = field(factory=list)
+    """Parameters with a learning rate or weight decay of their own."""
+
+    @hookimpl
+    def build_optimizer(self, run: Run) -> Optimizer:
+        from torch import optim
+
+        from fundamentallm_optimizers.parameters import divide, use_fused
+
+        return optim.Adam(
+            divide(run, self),
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            fused=use_fused(run, self),
+        )
+
+
+@plugin
+class SGD:
+    """Stochastic gradient descent, with momentum (also Nesterov's) if wanted.
+
+    Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
+    """
+
+    lr: float = field(validator=gt(0))
+    """The learning rate, before any schedule."""
+    momentum: float = field(default=0.0, validator=[ge(0), lt(1)])
+    """How much of the previous update is kept in the next."""
+    dampening: float = field(default=0.0, validator=[ge(0), le(1)])
+    """How much of the gradient is kept out of the momentum."""
+    nesterov: bool = False
+    """Look ahead along the momentum; needs `momentum`, and no `dampening`."""
+    weight_decay: float = field(default=0.0, validator=ge(0))
+    """This times the weight is added to the gradient of the decayed weights."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: tensors of two and more dimensions, or everything."""
+    fused: bool | None = None
+    """One kernel for the whole update; by default wherever the parameters' device has one."""
+    groups: list[Group] = field(factory=list)
+    """Parameters with a learning rate or weight decay of their own."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: needs a momentum above 0")
+        if self.nesterov and self.dampening:
+            raise ValueError("dampening: must be 0 with nesterov")
+
+    @hookimpl
+    def build_optimizer(self, run: Run) -> Optimizer:
+        from torch import optim
+
+        from fundamentallm_optimizers.parameters import divide, use_fused
+
+        return optim.SGD(
+            divide(run, self),
+            momentum=self.momentum,
+            dampening=self.dampening,
+            nesterov=self.nesterov,
+            fused=use_fused(run, self),
+        )

@@ -1,0 +1,330 @@
+"""The optimizers are PyTorch's, to the last bit; the groups are what the settings say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fundamentallm_optimizers import SGD, Adam, AdamW, Group
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn, optim
+
+from fundamentallm import Run, SettingsError, compose, hookimpl, plugin, train
+from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+
+Make = Callable[[dict[str, nn.Parameter]], optim.Optimizer]
+
+
+class TestAdamWContract(PluginContract):
+    plugin = AdamW
+
+
+class TestAdamContract(PluginContract):
+    plugin = Adam
+
+
+class TestSGDContract(PluginContract):
+    plugin = SGD
+    needs = {"lr": 0.01}
+
+
+@plugin
+class Shadow:
+    """Trains a copy of the model with an optimizer of plain PyTorch on the same gradients."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+        self.steps = 0
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        self.model = copy.deepcopy(run.model)
+        self.optimizer = self.make(dict(self.model.named_parameters()))
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        pairs = list(zip(self.model.parameters(), run.model.parameters(), strict=True))
+        for mine, theirs in pairs:
+            mine.grad = None if theirs.grad is None else theirs.grad.clone()
+        self.optimizer.step()
+        assert all(mine.equal(theirs) for mine, theirs in pairs)
+        self.steps += 1
+
+
+def by_dimension(named: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
+    "adamw as it is": (
+        AdamW,
+        {},
+        lambda named: optim.AdamW(by_dimension(named, 0.1), 6e-4, (0.9, 0.95), 1e-8, fused=True),
+    ),
+    "adamw with everything else": (
+        AdamW,
+        {"lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.3,
+         "decay": "all", "amsgrad": True, "fused": False},
+        lambda named: optim.AdamW(
+            named.values(), 0.01, (0.8, 0.99), 1e-6, weight_decay=0.3, amsgrad=True),
+    ),
+    "adam as it is": (Adam, {}, lambda named: optim.Adam(named.values(), fused=True)),
+    "adam with everything else": (
+        Adam,
+        {"lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.3,
+         "amsgrad": True, "fused": False},
+        lambda named: optim.Adam(by_dimension(named, 0.3), 0.01, (0.8, 0.99), 1e-6, amsgrad=True),
+    ),
+    "sgd as it is": (
+        SGD, {"lr": 0.1}, lambda named: optim.SGD(named.values(), 0.1, fused=True)),
+    "sgd with nesterov momentum": (
+        SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "decay": "all"},
+        lambda named: optim.SGD(
+            named.values(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True),
+    ),
+    "sgd with dampening": (
+        SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "fused": False},
+        lambda named: optim.SGD(by_dimension(named, 0.1), 0.1, momentum=0.9, dampening=0.5),
+    ),
+    "groups of their own": (
+        AdamW,
+        {"lr": 0.01, "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.2),
+                                Group(pattern="*.bias", lr=0.3)]},
+        lambda named: optim.AdamW(
+            [
+                {"params": [named["hidden.weight"]], "lr": 0.01, "weight_decay": 0.1},
+                {"params": [named["out.weight"], named["out.bias"]], "lr": 0.005,
+                 "weight_decay": 0.2},
+                {"params": [named["hidden.bias"]], "lr": 0.3, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95), fused=True),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_updates_equal_those_of_plain_torch_bit_by_bit(tiny_run: TinyRun, case: str) -> None:
+    cls, chosen, make = SAME[case]
+    shadow = Shadow(make)
+    tiny_run(cls(**chosen), shadow, length=6)
+    assert shadow.steps == 6
+
+
+@plugin
+class Resume:
+    """Keeps a copy of the run's state after step 4; another run may begin with it."""
+
+    def __init__(self, begin: dict[str, Any] | None = None) -> None:
+        self.begin = begin
+        self.kept: dict[str, Any] = {}
+
+    @hookimpl
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        return self.begin
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.progress.step == 4:
+            self.kept = copy.deepcopy(run.snapshot())
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_a_resumed_run_ends_with_the_same_bits(
+    tiny_run: TinyRun, tmp_path: Path, case: str
+) -> None:
+    cls, chosen, _ = SAME[case]
+    whole = Resume()
+    uninterrupted = tiny_run(cls(**chosen), whole, length=8, run_dir=tmp_path / "one")
+    resume = Resume(whole.kept)
+    resumed = tiny_run(cls(**chosen), resume, length=8, run_dir=tmp_path / "other")
+    assert resumed.history[0]["step"] > 4
+    assert_same_weights(resumed, uninterrupted)
+
+
+class Net(nn.Module):
+    """A model with a shared matrix, a norm, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.norm = nn.LayerNorm(8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(requires_grad=False)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.embed(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden).relu()
+        out = self.head(self.norm(self.frozen(hidden)))
+        return nn.functional.mse_loss(out.mean(1, keepdim=True), targets)
+
+
+def model(make: Callable[[], nn.Module]) -> object:
+    @plugin
+    class OwnModel:
+        """Builds the model of a test."""
+
+        @hookimpl
+        def build_model(self) -> nn.Module:
+            return make()
+
+    return OwnModel()
+
+
+def named_groups(run: Run) -> Iterator[tuple[list[str], float, float]]:
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    for group in run.optimizer.param_groups:
+        yield [names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]
+
+
+def test_decays_matrices_alone_and_leaves_frozen_parameters_out(tiny_run: TinyRun) -> None:
+    run = tiny_run(model(Net), AdamW(lr=1e-3), length=1)
+    assert list(named_groups(run)) == [
+        (["embed.weight", "blocks.0.weight", "blocks.1.weight"], 1e-3, 0.1),
+        (["blocks.0.bias", "blocks.1.bias", "norm.weight", "norm.bias"], 1e-3, 0.0),
+    ]
+
+
+def test_groups_come_after_the_rest_and_the_first_that_matches_wins(tiny_run: TinyRun) -> None:
+    groups = [
+        Group(pattern="blocks.0.*", lr_scale=0.5),
+        Group(pattern="*.bias", lr=0.5, weight_decay=0.3),
+    ]
+    run = tiny_run(model(Net), AdamW(lr=1e-3, groups=groups), length=1, log_every=1)
+    assert list(named_groups(run)) == [
+        (["embed.weight", "blocks.1.weight"], 1e-3, 0.1),
+        (["norm.weight"], 1e-3, 0.0),
+        (["blocks.0.weight"], 5e-4, 0.1),
+        (["blocks.0.bias"], 5e-4, 0.0),
+        (["blocks.1.bias", "norm.bias"], 0.5, 0.3),
+    ]
+    assert run.history[0]["optim/lr"] == 1e-3
+
+
+def test_a_shared_parameter_goes_by_any_of_its_names(tiny_run: TinyRun) -> None:
+    run = tiny_run(model(Net), Adam(lr=1e-3, groups=[Group(pattern="head.*", lr=0.1)]), length=1)
+    assert (["embed.weight"], 0.1, 0.0) in list(named_groups(run))
+
+
+PATTERNS = ["*", "*.bias", "blocks.*", "blocks.1.*", "norm.*", "*.weight", "head.weight", "e?bed.*"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from(PATTERNS), max_size=4), st.sampled_from(["matrices", "all"]))
+def test_whatever_the_groups_each_trainable_parameter_is_in_one(
+    tmp_path_factory: pytest.TempPathFactory, patterns: list[str], decay: Any
+) -> None:
+    groups = [Group(pattern=p, lr=float(i + 1)) for i, p in enumerate(patterns)]
+    composed = compose_tiny(model(Net), SGD(lr=0.5, decay=decay, groups=groups), length=1)
+    every = {n for n, p in Net().named_parameters(remove_duplicate=False) if p.requires_grad}
+    try:
+        run = train(composed, run_dir=tmp_path_factory.mktemp("runs") / "run")
+    except SettingsError as error:
+        wins = [next((i for i, p in enumerate(patterns) if fnmatchcase(n, p)), -1) for n in every]
+        assert all(f"groups.{i}.pattern" in str(error) for i in {*range(len(patterns))} - {*wins})
+        return
+    found = [name for names, _, _ in named_groups(run) for name in names]
+    assert sorted(found) == sorted(every - {"head.weight"})
+    for names, lr, _ in named_groups(run):
+        for name in names:
+            known = (name, "head.weight") if name == "embed.weight" else (name,)
+            place = [i for i, p in enumerate(patterns) if any(fnmatchcase(k, p) for k in known)]
+            assert lr == (place[0] + 1 if place else 0.5)
+
+
+def test_every_group_without_parameters_is_told_with_the_reason(tiny_run: TinyRun) -> None:
+    groups = [
+        Group(pattern="block.0.*"),
+        Group(pattern="blocks.*"),
+        Group(pattern="blocks.1.*"),
+        Group(pattern="frozen.*"),
+    ]
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(model(Net), AdamW(groups=groups), settings={}, length=1)
+    missing, shadowed, frozen = caught.value.problems
+    assert "groups.0.pattern: 'block.0.*' matches no parameter" in missing
+    assert "blocks.0." in missing
+    assert "groups.2.pattern: 'blocks.1.*' matches only parameters that earlier groups" in shadowed
+    assert "groups.3.pattern: 'frozen.*' matches only frozen parameters" in frozen
+
+
+def test_a_model_with_nothing_to_train_is_an_error_that_says_so(tiny_run: TinyRun) -> None:
+    def frozen() -> nn.Module:
+        return Net().requires_grad_(requires_grad=False)
+
+    with pytest.raises(SettingsError, match="the model has no trainable parameter"):
+        tiny_run(model(frozen), SGD(lr=0.1), length=1)
+
+
+class Complex(nn.Module):
+    """A model with a parameter that no fused kernel takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(8, 1, dtype=torch.complex64))
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss((inputs.to(torch.complex64) @ self.phase).real, targets)
+
+
+def test_fused_kernels_are_used_only_where_all_parameters_have_them(tiny_run: TinyRun) -> None:
+    run = tiny_run(model(Complex), AdamW(), length=1)
+    assert run.optimizer.defaults["fused"] is None
+
+
+def test_fused_kernels_demanded_where_there_are_none_is_an_error(tiny_run: TinyRun) -> None:
+    with pytest.raises(SettingsError, match=r"fused: needs floating point .* phase is .*complex64"):
+        tiny_run(model(Complex), AdamW(fused=True), length=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_fused_kernels_take_every_floating_point_type(tiny_run: TinyRun, dtype: Any) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 1).to(dtype)
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.mse_loss(self.layer(inputs.to(dtype)).float(), targets)
+
+    for plugin_of in (AdamW(), Adam(), SGD(lr=0.1, momentum=0.9)):
+        run = tiny_run(model(Cast), plugin_of, length=2)
+        assert run.optimizer.defaults["fused"] is True
+        assert run.outcome == "finished"
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "complaint"),
+    [
+        ("sgd", {}, "sgd.lr: is missing, and has no default"),
+        ("sgd", {"lr": 0.1, "nesterov": True}, "sgd.nesterov: needs a momentum above 0"),
+        ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "nesterov": True},
+         "sgd.dampening: must be 0 with nesterov"),
+        ("adamw", {"lr": 0}, "adamw.lr: must be > 0"),
+        ("adamw", {"beta2": 1.0}, "adamw.beta2: must be < 1"),
+        ("adam", {"weight_decay": -0.1}, "adam.weight_decay: must be >= 0"),
+        ("adam", {"decay": "matrix"}, "adam.decay: unknown value \"matrix\" (did you mean 'matrices'?)"),
+        ("adamw", {"groups": [{"patern": "*"}]}, "adamw.groups.0.patern: unknown setting"),
+        ("adamw", {"groups": [{"pattern": "*", "lr": 1.0, "lr_scale": 1.0}]},
+         "adamw.groups.0.lr_scale: state lr or lr_scale, not both"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_starts(
+    name: str, table: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        compose({"plugins": [name], "run": {"length": 1}, name: table})
+    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
