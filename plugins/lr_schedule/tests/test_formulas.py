@@ -1,0 +1,253 @@
+"""Every shape equals PyTorch's scheduler or the paper's formula, at every update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fundamentallm_lr_schedule import LrSchedule
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.optim import SGD, lr_scheduler
+
+from fundamentallm import Period, Progress, Run, RunSettings
+
+STEPS = 10_000
+
+
+def factors(steps: int, at: list[int] | None = None, **table: Any) -> list[float]:
+    """Return the factors of a run of some steps, at every update or at the given ones."""
+    schedule = LrSchedule(**table)
+    run = Run(RunSettings(length=Period(steps)), {"lr_schedule": schedule}, Path())
+    schedule.on_train_start(run)
+    found = []
+    for index in range(steps) if at is None else at:
+        run.progress = Progress(step=index + 3, applied=index)  # three steps were rejected
+        found.append(schedule.lr_factor(run))
+    return found
+
+
+def scheduled(make: Callable[[SGD], lr_scheduler.LRScheduler], steps: int) -> list[float]:
+    """Return what a scheduler of PyTorch makes of a learning rate of 1."""
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def same(mine: list[float], theirs: list[float]) -> None:
+    """Compare up to rounding: PyTorch computes some learning rates from the ones before them."""
+    assert len(mine) == len(theirs)
+    for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        assert math.isclose(a, b, rel_tol=1e-10, abs_tol=1e-13), (index, a, b)
+
+
+TORCH: dict[str, tuple[dict[str, Any], Callable[[SGD], lr_scheduler.LRScheduler]]] = {
+    "constant": ({"shape": "constant"}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+    "linear": (
+        {"shape": "linear", "decay_to": 0.2},
+        lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, STEPS),
+    ),
+    "cosine": (
+        {"shape": "cosine", "decay_to": 0.1},
+        lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.1),
+    ),
+    "polynomial": (
+        {"shape": "polynomial", "power": 3.0},
+        lambda o: lr_scheduler.PolynomialLR(o, STEPS, power=3.0),
+    ),
+    "restarts of one length": (
+        {"shape": "cosine_with_restarts", "cycle": Period(700), "decay_to": 0.05},
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 700, eta_min=0.05),
+    ),
+    "restarts that grow": (
+        {"shape": "cosine_with_restarts", "cycle": Period(100), "cycle_growth": 3.0},
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 100, T_mult=3),
+    ),
+    "one cycle as it is": (
+        {"shape": "one_cycle", "warmup": 0.3, "decay_to": 1 / (25 * 1e4)},
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, cycle_momentum=False),
+    ),
+    "one cycle of another form": (
+        {"shape": "one_cycle", "warmup": 0.25, "start": 0.1, "decay_to": 0.01},
+        lambda o: lr_scheduler.OneCycleLR(
+            o, 1.0, STEPS, pct_start=0.25, div_factor=10, final_div_factor=10, cycle_momentum=False
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TORCH)
+def test_equals_torchs_scheduler_at_each_of_ten_thousand_updates(case: str) -> None:
+    table, make = TORCH[case]
+    same(factors(STEPS, **table), scheduled(make, STEPS))
+
+
+def test_a_schedule_shorter_than_the_run_stays_where_it_ends() -> None:
+    cosine = scheduled(lambda o: lr_scheduler.CosineAnnealingLR(o, 2500, eta_min=0.1), 2500)
+    mine = factors(STEPS, shape="cosine", length=Period(2500), decay_to=0.1)
+    same(mine, cosine + [0.1] * 7500)
+
+
+def nanogpt(it: int, warmup: int, length: int, lowest: float) -> float:
+    """The learning rate of nanoGPT's train.py, for one of 1."""
+    if it < warmup:
+        return (it + 1) / (warmup + 1)
+    if it > length:
+        return lowest
+    ratio = (it - warmup) / (length - warmup)
+    return lowest + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1 - lowest)
+
+
+def vaswani(step: float, warmup: float) -> float:
+    """Equation 3 of arXiv:1706.03762 over its maximum, which is at ``step == warmup``."""
+    return min(1 / math.sqrt(step), step * math.pow(warmup, -1.5)) * math.sqrt(warmup)
+
+
+def minicpm(
+    it: int, warmup: int, stable: int, fall: Callable[[float], float], length: int
+) -> float:
+    """The schedule of arXiv:2404.06395: warmup, stable, decay."""
+    if it < warmup:
+        return (it + 1) / (warmup + 1)
+    return 1.0 if it < stable else fall((it - stable) / (length - stable))
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[int, int, float, list[int]]:
+    """Draw a length, a warmup, a final factor, and updates to resume at."""
+    length = draw(st.integers(2, STEPS))
+    warmup = draw(st.integers(0, length - 1))
+    resumed = draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=30))
+    return length, warmup, draw(st.floats(0, 1)), resumed
+
+
+def lead(warmup: int) -> Period | float:
+    return Period(warmup) if warmup else 0.0
+
+
+@given(runs())
+def test_cosine_is_nanogpts_at_any_warmup_and_resume_point(drawn: Any) -> None:
+    length, warmup, lowest, at = drawn
+    mine = factors(length, at, shape="cosine", warmup=lead(warmup), decay_to=lowest)
+    same(mine, [nanogpt(it, warmup, length, lowest) for it in at])
+
+
+@given(runs())
+def test_linear_falls_in_a_straight_line_at_any_warmup_and_resume_point(drawn: Any) -> None:
+    length, warmup, lowest, at = drawn
+    mine = factors(length, at, shape="linear", warmup=lead(warmup), decay_to=lowest)
+    same(mine, [
+        (it + 1) / (warmup + 1) if it < warmup
+        else lowest + (1 - lowest) * (length - it) / (length - warmup)
+        for it in at
+    ])  # fmt: skip
+
+
+@given(runs(), st.floats(0.1, 5))
+def test_polynomial_is_the_power_of_what_is_left_at_any_warmup(drawn: Any, power: float) -> None:
+    length, warmup, lowest, at = drawn
+    table = {"shape": "polynomial", "power": power, "decay_to": lowest}
+    same(factors(length, at, warmup=lead(warmup), **table), [
+        (it + 1) / (warmup + 1) if it < warmup
+        else lowest + (1 - lowest) * ((length - it) / (length - warmup)) ** power
+        for it in at
+    ])  # fmt: skip
+
+
+@given(runs())
+def test_constant_stays_at_one_after_any_warmup(drawn: Any) -> None:
+    length, warmup, _, at = drawn
+    mine = factors(length, at, shape="constant", warmup=lead(warmup))
+    assert mine == [(it + 1) / (warmup + 1) if it < warmup else 1.0 for it in at]
+
+
+@given(runs())
+def test_inverse_sqrt_is_that_of_attention_is_all_you_need(drawn: Any) -> None:
+    length, warmup, _, at = drawn
+    assume(warmup > 0)
+    mine = factors(length, at, shape="inverse_sqrt", warmup=Period(warmup))
+    same(mine, [vaswani(it + 1, warmup + 1) for it in at])
+
+
+FALLS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda x, lowest: 1 - x * (1 - lowest),
+    "cosine": lambda x, lowest: lowest + (1 - lowest) * math.cos(math.pi * x / 2) ** 2,
+    "sqrt": lambda x, lowest: 1 - (1 - lowest) * x**0.5,
+}
+
+
+@given(runs(), st.sampled_from(sorted(FALLS)), st.data())
+def test_wsd_is_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: Any) -> None:
+    length, warmup, lowest, at = drawn
+    decay = data.draw(st.integers(1, length - warmup))
+    table = {"shape": "wsd", "decay": Period(decay), "decay_shape": fall, "decay_to": lowest}
+    same(factors(length, at, warmup=lead(warmup), **table), [
+        minicpm(it, warmup, length - decay, lambda x: FALLS[fall](x, lowest), length) for it in at
+    ])  # fmt: skip
+
+
+def sgdr(it: int, cycle: int, growth: int, lowest: float) -> float:
+    """Walk through the cycles of arXiv:1608.03983 one by one."""
+    while it >= cycle:
+        it, cycle = it - cycle, cycle * growth
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * it / cycle)) / 2
+
+
+@given(runs(), st.integers(1, 500), st.integers(1, 12))
+def test_restarts_are_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -> None:
+    length, warmup, lowest, at = drawn
+    table = {"cycle": Period(cycle), "cycle_growth": float(growth), "decay_to": lowest}
+    mine = factors(length, at, shape="cosine_with_restarts", warmup=lead(warmup), **table)
+    same(mine, [
+        (it + 1) / (warmup + 1) if it < warmup else sgdr(it - warmup, cycle, growth, lowest)
+        for it in at
+    ])  # fmt: skip
+
+
+@given(runs(), st.floats(0, 1))
+def test_one_cycle_is_torchs_at_any_warmup(drawn: Any, start: float) -> None:
+    length, warmup, lowest, at = drawn
+    assume(warmup > 1)
+
+    def anneal(begin: float, end: float, share: float) -> float:
+        return end + (begin - end) / 2 * (1 + math.cos(math.pi * share))
+
+    top, last = warmup - 1, length - 1
+    table = {"warmup": Period(warmup), "start": start, "decay_to": lowest}
+    same(factors(length, at, shape="one_cycle", **table), [
+        anneal(start, 1, it / top) if it <= top else anneal(1, lowest, (it - top) / (last - top))
+        for it in at
+    ])  # fmt: skip
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {"cycle": 0.3, "cycle_growth": 1.5},
+    "wsd": {"decay": 0.2, "decay_shape": "sqrt"},
+    "inverse_sqrt": {},
+    "polynomial": {"power": 2.0},
+    "one_cycle": {},
+}
+
+
+@given(
+    st.sampled_from(sorted(SHAPES)), st.integers(2, STEPS), st.floats(1e-3, 0.7), st.floats(0, 1),
+    st.integers(0, 2 * STEPS),
+)  # fmt: skip
+def test_every_factor_is_between_zero_and_one(
+    shape: str, length: int, warmup: float, lowest: float, at: int
+) -> None:
+    table = {**SHAPES[shape], "shape": shape, "warmup": warmup, "decay_to": lowest}
+    (factor,) = factors(length, [at], **table)
+    assert -1e-12 <= factor <= 1 + 1e-12
