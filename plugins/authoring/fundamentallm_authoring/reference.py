@@ -8,9 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import pluggy
 
-from fundamentallm import HOOKS, Hooks, RunSettings, SettingsError, kind
+from fundamentallm import HOOKS, Hooks, RunSettings, SettingsError, hook_methods, kind
 from fundamentallm_authoring.fields import (
     is_table,
     limit_words,
@@ -77,12 +76,11 @@ def hooks_table(cls: type) -> str:
 
 def answers(cls: type) -> Iterator[tuple[str, str, str]]:
     """Yield hook, ``" (wraps)"`` for a wrapper, and what it does there, in a run's order."""
-    manager = pluggy.PluginManager("fundamentallm")
-    marked = {name: manager.parse_hookimpl_opts(cls, name) for name in dir(cls)}
+    methods = list(hook_methods(cls))
     for hook in HOOKS:
-        for name, options in marked.items():
-            if options is not None and (options["specname"] or name) == hook:
-                text = getattr(cls, name).__doc__ or getattr(Hooks, hook).__doc__ or ""
+        for answered, options, function in methods:
+            if answered == hook:
+                text = function.__doc__ or getattr(Hooks, hook).__doc__ or ""
                 yield hook, " (wraps)" if options["wrapper"] else "", _sentence(text)
 
 
