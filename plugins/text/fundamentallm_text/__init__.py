@@ -75,7 +75,7 @@ class Text:
         others = [*files, *_listed(self.validation_path)]
         if any(path.suffix not in TOKEN_FILES for path in others):
             raise ValueError("path: text files and token files cannot be read as one")
-        if isinstance(self.tokenizer, str):
+        if self.tokenizer in ("char", "byte", "bpe"):
             raise ValueError("tokenizer: token files are tokens already; name their tokenizer.json")
         if self.tokenizer is None and self.vocab_size is None:
             raise ValueError("vocab_size: token files need it, or a tokenizer.json as tokenizer")

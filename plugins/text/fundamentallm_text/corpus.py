@@ -38,7 +38,10 @@ class Corpus:
 
     def __init__(self, settings: Text, run: Run) -> None:
         reader = TokenReader if settings.reads_tokens else TextReader
-        splits = reader(settings, Store(settings.cache_dir), run.report).read()
+        try:
+            splits = reader(settings, Store(settings.cache_dir), run.report).read()
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
         self.run = run
         self.settings = settings
         self.context_length = settings.context_length

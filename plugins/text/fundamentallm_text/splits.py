@@ -13,7 +13,7 @@ from fundamentallm import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fundamentallm_text.store import Store, Tokens
+    from fundamentallm_text.store import Tokens
     from fundamentallm_text.vocabularies import Vocabulary
 
 FORMAT = 1
@@ -62,11 +62,3 @@ def key_of(kind: str, *facts: Any) -> str:
     """Return the name under which what is made of these facts is stored."""
     text = json.dumps([FORMAT, kind, *facts])
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
-
-
-def digest_of(path: Path, store: Store) -> str:
-    """Return the sha256 of a file of the corpus; ``DataError`` if it cannot be read."""
-    try:
-        return store.digest(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error

@@ -128,7 +128,7 @@ class Store:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        known = json.loads(header[65:])
+        known = json.loads(header[64:])
         return Stored(mapped(path, np.dtype(dtype), HEADER, known["count"]), known["sha256"])
 
     @contextmanager
@@ -169,9 +169,9 @@ def stamp_of(path: Path) -> dict[str, int]:
 def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         head = file.read(HEADER)
-    if len(head) < HEADER or head[:64] != _sha256(head[65:]).encode():
+    if len(head) < HEADER or head[:64] != _sha256(head[64:]).encode():
         raise DamagedError("its header is not whole")
-    header: dict[str, Any] = json.loads(head[65:])
+    header: dict[str, Any] = json.loads(head[64:])
     if header["format"] != FORMAT:
         raise DamagedError(f"its format is {header['format']}, not {FORMAT}")
     return header
@@ -186,8 +186,8 @@ def _write_body(file: BinaryIO, dtype: np.dtype[Any], arrays: Iterable[Tokens]) 
         file.write(data)
         count += len(array)
     header = {"format": FORMAT, "dtype": dtype.name, "count": count, "sha256": digest.hexdigest()}
-    rest = json.dumps(header).encode().ljust(HEADER - 65)
-    return _sha256(rest).encode() + b"\n" + rest
+    rest = b"\n" + json.dumps(header).encode().ljust(HEADER - 65)
+    return _sha256(rest).encode() + rest
 
 
 def _publish(temporary: Path, path: Path) -> None:

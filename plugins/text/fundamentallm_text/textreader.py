@@ -9,7 +9,7 @@ import tokenizers
 from fundamentallm import DataError
 from fundamentallm_text import files, vocabularies
 from fundamentallm_text.pieces import grouped, pieces
-from fundamentallm_text.splits import Split, Splits, check_apart, digest_of, key_of, padded
+from fundamentallm_text.splits import Split, Splits, check_apart, key_of, padded
 from fundamentallm_text.store import stamp_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TextReader:
         """Return the tokens of either split."""
         train, held_out = self._divide()
         stamps = {extent.path: stamp_of(extent.path) for extent in train + held_out}
-        digests = {path: digest_of(path, self.store) for path in stamps}
+        digests = {path: self.store.digest(path) for path in stamps}
         contents = [
             [[digests[part.path], part.start, part.stop, part.ends] for part in text]
             for text in (train, held_out)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fundamentallm import DataError
 from fundamentallm_text.files import find
-from fundamentallm_text.splits import Split, Splits, check_apart, digest_of, key_of, padded
+from fundamentallm_text.splits import Split, Splits, check_apart, key_of, padded
 from fundamentallm_text.store import mapped
 from fundamentallm_text.vocabularies import load_pairs
 
@@ -53,7 +53,7 @@ class TokenReader:
     def _open(self, paths: list[Path], vocab_size: int) -> Split:
         dtype = self.settings.dtype
         arrays = [open_tokens(path, dtype) for path in paths]
-        digests = [digest_of(path, self.store) for path in paths]
+        digests = [self.store.digest(path) for path in paths]
         for path, tokens, digest in zip(paths, arrays, digests, strict=True):
             key = key_of("range", digest, tokens.dtype.str, vocab_size)
             self.store.text(key, partial(self._checked, path, tokens, vocab_size))

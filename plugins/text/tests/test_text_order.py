@@ -6,9 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from fundamentallm_text.order import (
     GOLDEN,
     EpochWindows,
@@ -20,6 +17,8 @@ from fundamentallm_text.order import (
     scramble,
     share,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 SEEDS = st.integers(0, 2**63 - 1)
 COUNTS = st.integers(1, 5_000)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fundamentallm_text.files import Extent, cut, extents, find, standard_library
+from fundamentallm_text.pieces import cut_text, decoded, grouped, pieces
+from fundamentallm_text.vocabularies import learn_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import DataError
-from fundamentallm_text.files import Extent, cut, extents, find, standard_library
-from fundamentallm_text.pieces import cut_text, decoded, grouped, pieces
-from fundamentallm_text.vocabularies import learn_pairs
 
 # Words, blanks and newlines in every arrangement: where the cuts of a tokenizer are delicate.
 PROSE = st.lists(st.sampled_from(["a", "bc", " ", "\n", "\r\n", "\t", ".", "é", "1", "d'e", "…"]))
@@ -29,7 +29,12 @@ def test_pieces_end_at_newlines_between_words() -> None:
 
 
 def test_text_without_such_a_newline_is_cut_after_another_or_at_the_limit() -> None:
-    assert list(cut_text(["ab\n\ncd\n\nefghijklmnop"], 2, 6)) == ["ab\n\n", "cd\n\n", "efghij", "klmnop"]
+    assert list(cut_text(["ab\n\ncd\n\nefghijklmnop"], 2, 6)) == [
+        "ab\n\n",
+        "cd\n\n",
+        "efghij",
+        "klmnop",
+    ]
 
 
 @given(text=TEXTS, at_least=st.integers(1, 9), more=st.integers(1, 9), block=st.integers(1, 30))

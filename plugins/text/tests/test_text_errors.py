@@ -1,0 +1,216 @@
+"""Data that cannot be trained on: each says where, what is wrong, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fundamentallm_text import Text
+from fundamentallm_text.files import Extent
+from fundamentallm_text.pieces import decoded
+from fundamentallm_text.vocabularies import learn_pairs
+
+from fundamentallm import DataError, SettingsError
+from fundamentallm.testing import TinyRun
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(tiny_run: TinyRun, tmp_path: Path) -> Fails:
+    """Start a run with a text plugin of these settings and return how it fails."""
+
+    def start(**text: Any) -> str:
+        with pytest.raises(DataError) as caught:
+            tiny_run(Text(**{"context_length": 8} | text), run_dir=tmp_path / "run")
+        assert caught.value.exit_code == 4
+        return str(caught.value)
+
+    return start
+
+
+def _file(folder: Path, name: str, content: bytes = b"some words, enough of them" * 9) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def test_a_missing_file(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / "none.txt"
+    assert fails(path=path) == f"text.path: there is no file {path}"
+
+
+def test_a_missing_file_to_hold_out(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / "none.txt"
+    text = fails(path=_file(tmp_path, "a.txt"), validation_path=path)
+    assert text == f"text.validation_path: there is no file {path}"
+
+
+def test_a_pattern_that_matches_nothing(fails: Fails, tmp_path: Path) -> None:
+    pattern = tmp_path / "*.md"
+    assert fails(path=pattern) == f"text.path: no file with anything in it matches {pattern}"
+
+
+def test_a_folder(fails: Fails, tmp_path: Path) -> None:
+    assert f"{tmp_path} is a folder; name its files with a pattern: " in fails(path=tmp_path)
+
+
+def test_a_list_of_no_files(fails: Fails) -> None:
+    assert fails(path=[]) == "text.path: the list names no file"
+
+
+def test_an_empty_file(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "empty.txt", b"")
+    assert fails(path=path) == f"text.path: {path} is empty"
+
+
+def test_a_file_below_a_file(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.txt") / "b.txt"
+    assert fails(path=path) == f"text.path: there is no file {path}"
+
+
+def test_a_name_that_is_too_long(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 999)
+    assert fails(path=path) == f"{path} cannot be read: File name too long"
+
+
+def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
+    extent = Extent(tmp_path / "gone.txt", 0, 9)
+    with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file"):
+        list(decoded(extent))
+    _file(tmp_path, "gone.txt", b"1234")
+    with pytest.raises(DataError, match=r"gone\.txt became shorter while it was read"):
+        list(decoded(extent))
+
+
+def test_training_text_shorter_than_a_window(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "short.txt", b"12345678")
+    text = fails(path=path, validation_fraction=0.0)
+    assert text == ("the training text has 8 tokens; one window of text.context_length = 8 needs 9")
+
+
+def test_held_out_text_shorter_than_a_window(fails: Fails, tmp_path: Path) -> None:
+    text = fails(path=_file(tmp_path, "a.txt", b"x" * 80), validation_fraction=0.1)
+    assert text == ("the held-out text has 8 tokens; one window of text.context_length = 8 needs 9")
+
+
+def test_a_file_to_train_on_and_to_hold_out(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.txt")
+    text = fails(path=tmp_path / "*.txt", validation_path=path)
+    assert text == f"text.validation_path: {path} is also one of the training files"
+
+
+def test_bytes_that_are_not_text(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.txt", b"x" * 100 + b"\xff" + b"x" * 100)
+    for tokenizer in ("char", "bpe"):
+        assert fails(path=path, tokenizer=tokenizer) == (
+            f"{path}: byte 100 (0xff) is not UTF-8 text; convert the file, or train on its bytes "
+            'with tokenizer = "byte"'
+        )
+
+
+def test_a_tokenizer_that_is_larger_than_the_vocabulary(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.txt", b"abcd" * 99)
+    assert fails(path=path, vocab_size=3) == (
+        "text.vocab_size is 3, but the tokenizer has 4 tokens"
+    )
+
+
+def test_a_tokenizer_file_that_is_none(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "t.json", b"{")
+    text = fails(path=_file(tmp_path, "a.txt"), tokenizer=path)
+    assert text.startswith(f"text.tokenizer: {path} is not a tokenizer.json: ")
+
+
+def test_a_bin_of_an_odd_size(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.bin", bytes(99))
+    assert fails(path=path, vocab_size=9) == (
+        f"{path}: 99 bytes are not a whole number of uint16 tokens; "
+        "text.dtype tells the type of its tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (np.zeros(99), "its items are <f8, none of uint8, uint16, uint32, int16, int32, int64"),
+        (np.zeros(99, dtype=">u2"), "its items are >u2, none of"),
+        (np.zeros(99, dtype=bool), "its items are |b1, none of"),
+        (np.zeros((9, 11), dtype=np.uint16), "its shape is (9, 11); tokens are one long row"),
+        (np.array([{}]), "is not a .npy file of numbers: "),
+    ],
+)
+def test_an_npy_that_is_no_row_of_ids(fails: Fails, tmp_path: Path, array: Any, why: str) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, array)
+    assert why in fails(path=path, vocab_size=9)
+
+
+def test_an_npy_that_is_none(fails: Fails, tmp_path: Path) -> None:
+    path = _file(tmp_path, "a.npy")
+    assert f"{path} is not a .npy file of numbers: " in fails(path=path, vocab_size=9)
+
+
+@pytest.mark.parametrize("wrong", [9, -1])
+def test_token_ids_outside_the_vocabulary(fails: Fails, tmp_path: Path, wrong: int) -> None:
+    tokens = np.zeros(99, dtype=np.int32)
+    tokens[[50, 60]] = wrong
+    path = tmp_path / "a.npy"
+    np.save(path, tokens)
+    assert fails(path=path, vocab_size=9) == (
+        f"{path}: token 50 is {wrong}, outside a vocabulary of 9; text.vocab_size tells how many "
+        "ids there are, text.dtype how they are stored"
+    )
+
+
+def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(0, dtype=np.uint16))
+    assert "training text has 0 tokens" in fails(path=tmp_path / "a.npy", vocab_size=9)
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        ({"tokenizer": "bpee"}, "tokenizer: expected"),
+        (
+            {"tokenizer": "bpe", "vocab_size": 255},
+            "vocab_size: a learned tokenizer has at least 256",
+        ),
+        ({"path": ["a.bin", "b.txt"], "vocab_size": 9}, "path: text files and token files"),
+        ({"path": ["b.txt", "a.bin"]}, "path: text files and token files"),
+        ({"path": "a.bin"}, "vocab_size: token files need it"),
+        ({"path": "a.bin", "vocab_size": 9, "tokenizer": "char"}, "tokenizer: token files are"),
+        ({"path": "a.npy", "vocab_size": 9, "separator": "x"}, "separator: is for text"),
+        ({"path": "a.npy", "vocab_size": 9, "max_bytes": 9}, "max_bytes: is for text"),
+        ({"source": "wikipedia"}, "source: unknown value"),
+        ({"validation_fraction": 1.0}, "validation_fraction: must be < 1"),
+        ({"validation_fraction": -0.1}, "validation_fraction: must be >= 0"),
+        ({"batch_size": 0}, "batch_size: must be >= 1"),
+        ({"context_length": 0}, "context_length: must be >= 1"),
+        ({"prefetch": -1}, "prefetch: must be >= 0"),
+        ({"validation_batches": 0}, "validation_batches: must be >= 1"),
+    ],
+)
+def test_settings_that_cannot_be(tiny_run: TinyRun, table: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        tiny_run("text", settings={"text": table})
+    assert f"text.{problem}" in str(caught.value)
+
+
+def test_a_learned_tokenizer_can_be_as_small_as_the_bytes() -> None:
+    assert Text(tokenizer="bpe", vocab_size=256).vocab_size == 256
+    with pytest.raises(ValueError, match="at least 257"):
+        Text(tokenizer="bpe", vocab_size=256, separator="|")
+
+
+def test_errors_do_not_stick_once_the_data_is_right(fails: Fails, tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.full(99, 9, dtype=np.uint16))
+    assert "outside a vocabulary of 9" in fails(path=path, vocab_size=9)
+    assert "outside a vocabulary of 8" in fails(path=path, vocab_size=8)
+    known = tmp_path / "t.json"
+    known.write_text(learn_pairs(["ab"], 2, 256, "").to_json())
+    assert "the tokenizer has" in fails(path=path, vocab_size=8, tokenizer=known)

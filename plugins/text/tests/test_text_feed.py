@@ -1,0 +1,142 @@
+"""From tokens to batches: the same ones by every way there is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from fundamentallm_text.feed import Cut, Slot, ahead, feed, plan, sent, staged
+from fundamentallm_text.order import RandomWindows
+from numpy.lib.stride_tricks import sliding_window_view
+
+from fundamentallm import Batch, DataError
+
+DTYPES = ["uint8", "uint16", "uint32", "int16", "int32", "int64"]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+LENGTH, ROWS = 5, 3
+ORDER = RandomWindows(200, LENGTH, 11)
+
+
+def _tokens(dtype: str) -> np.ndarray:
+    """Ids up to the largest of a type: what signed numbers of the same size cannot hold."""
+    top = min(int(np.iinfo(dtype).max), 2**32 - 1)
+    return np.linspace(0, top, 200).astype(dtype)
+
+
+def _plain(batch: Batch) -> tuple[list[list[int]], list[list[int]], tuple[float, int, int, int]]:
+    inputs, targets = batch.data
+    counts = (batch.weight, batch.samples, batch.tokens, batch.first)
+    return inputs.tolist(), targets.tolist(), counts
+
+
+def _expected(dtype: str, count: int, first: int = 0) -> list[object]:
+    tokens = _tokens(dtype)
+    found: list[object] = []
+    for begin in range(first, first + count * ROWS, ROWS):
+        starts = ORDER.starts(begin, ROWS)
+        rows = [tokens[s : s + LENGTH + 1].tolist() for s in starts]
+        counts = (float(ROWS * LENGTH), ROWS, ROWS * LENGTH, begin)
+        found.append(([row[:-1] for row in rows], [row[1:] for row in rows], counts))
+    return found
+
+
+def _feed(dtype: str, device: str, depth: int, first: int = 0) -> Iterator[Batch]:
+    windows = sliding_window_view(_tokens(dtype), LENGTH + 1)
+    return feed(windows, plan(ORDER, Cut(ROWS, 0, ROWS), first), ROWS, device, depth)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batches_are_the_windows_of_the_order(dtype: str, depth: int, device: str) -> None:
+    stream = _feed(dtype, device, depth, first=7)
+    found = list(islice(stream, 20))
+    assert [_plain(batch) for batch in found] == _expected(dtype, 20, first=7)
+    for batch in found:
+        assert [t.dtype for t in batch.data] == [torch.int64, torch.int64]
+        assert all(t.is_contiguous() and t.device.type == device for t in batch.data)
+    assert len({t.data_ptr() for batch in found for t in batch.data}) == 40
+    if depth:
+        stream.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_goes_through_slots_arrives_whole(dtype: str, depth: int, device: str) -> None:
+    """The way of a GPU, which the CPU can walk too: as stored, in turn, widened on arrival."""
+    windows = sliding_window_view(_tokens(dtype), LENGTH + 1)
+    slots = [Slot(ROWS, LENGTH + 1, windows.dtype, device) for _ in range(depth + 2)]
+    assert all(slot.memory.element_size() == windows.dtype.itemsize for slot in slots)
+    filled = staged(windows, plan(ORDER, Cut(ROWS, 0, ROWS), 0), slots)
+    stream = sent(ahead(filled, depth) if depth else filled, device)
+    found = list(islice(stream, 30))
+    assert [_plain(batch) for batch in found] == _expected(dtype, 30)
+    del stream, filled
+
+
+def test_a_plan_goes_on_where_a_batch_of_any_size_begins() -> None:
+    whole = [part.starts.tolist() for part in islice(plan(ORDER, Cut(1, 0, 1), 0), 10_000)]
+    flat = [start for starts in whole for start in starts]
+    later = next(plan(ORDER, Cut(8, 2, 5), 9000))
+    assert later.starts.tolist() == flat[9002:9005]
+    assert (later.first, later.samples) == (9002, 8)
+
+
+def _failing(after: int) -> Iterator[int]:
+    yield from range(after)
+    raise DataError("the disk is gone")
+
+
+def test_an_error_in_the_thread_is_raised_where_its_item_would_have_come() -> None:
+    stream = ahead(_failing(5), 2)
+    assert list(islice(stream, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(stream)
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("taken", [0, 1, 10])
+def test_no_thread_is_left_behind(depth: int, taken: int) -> None:
+    before = threading.active_count()
+    stream = ahead(iter(range(1000)), depth)
+    assert list(islice(stream, taken)) == list(range(taken))
+    stream.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_a_stream_that_is_forgotten_ends_its_thread() -> None:
+    before = threading.active_count()
+    stream = ahead(iter(range(1000)), 2)
+    next(stream)
+    assert threading.active_count() == before + 1
+    del stream
+    assert threading.active_count() == before
+
+
+def test_an_iterator_that_ends_ends_the_stream() -> None:
+    assert list(ahead(iter(range(7)), 2)) == list(range(7))
+
+
+def test_the_thread_is_never_further_ahead_than_asked_for() -> None:
+    made: list[int] = []
+    reached = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            if number == 3:
+                reached.set()
+            yield number
+
+    stream = ahead(items(), 2)
+    assert next(stream) == 0
+    assert reached.wait(10)  # 0 was taken, 1 and 2 wait, 3 waits for room
+    assert not threading.Event().wait(0.05)
+    assert made == [0, 1, 2, 3]
+    stream.close()  # type: ignore[attr-defined]
