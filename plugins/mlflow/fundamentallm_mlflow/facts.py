@@ -1,0 +1,91 @@
+"""What MLflow is told about a run besides its metrics: parameters, tags, description."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fundamentallm import Period, setting_fields
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+_FOLDERS = ("name", "folder")
+
+
+def parameters(run: Run, own: object) -> dict[str, str]:
+    """Return the settings that can make a difference to the result, as ``table.key`` -> text.
+
+    Loggers and bars are left out: they cannot, and would be most of the columns of a comparison.
+    """
+    tables: dict[str, Any] = {"run": run.settings} | {
+        name: instance
+        for name, instance in run.plugins.items()
+        if instance is not own and not getattr(instance, "observer", False)
+    }
+    flat = {key: value for name, table in tables.items() for key, value in _flat(name, table)}
+    return {key: value for key, value in flat.items() if key.partition(".")[2] not in _FOLDERS}
+
+
+def tags(run: Run, chosen: dict[str, str]) -> dict[str, str]:
+    """Return the user's tags, and those that tell where the run came from."""
+    record = run.folder / "environment.json"
+    environment = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    git = environment.get("git") or {}
+    found = {
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": " ".join(environment.get("command", [])),
+        "mlflow.source.git.commit": git.get("commit"),
+        "mlflow.user": _user(),
+        "mlflow.note.content": _note(run),
+        "git.dirty": git.get("dirty"),
+        "host": environment.get("host"),
+        "device": run.device,
+        "world_size": run.world_size,
+        "run_folder": str(run.folder.resolve()),
+        "data.fingerprint": run.data.fingerprint,
+        "settings.sha256": _digest(run.folder / "settings.toml"),
+    }
+    found |= {f"version.{k}": v for k, v in environment.get("versions", {}).items()}
+    found |= {f"plugin.{k}": v for k, v in environment.get("plugins", {}).items()}
+    return {key: _text(value) for key, value in found.items() if value not in (None, "")} | chosen
+
+
+def records(run: Run) -> list[str]:
+    """Return the files of the run folder that MLflow keeps a copy of."""
+    names = ("settings.toml", "environment.json")
+    return [str(run.folder.resolve() / n) for n in names if (run.folder / n).is_file()]
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
+    if hasattr(type(value), "__attrs_attrs__") and not isinstance(value, Period):
+        value = {name: getattr(value, name) for name in setting_fields(type(value))}
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}", inner)]
+    return [] if value is None else [(prefix, _text(value))]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(_text(part) for part in value)
+    return str(value)
+
+
+def _note(run: Run) -> str:
+    return f"Run folder: `{run.folder.resolve()}`\n\nContinue: `fundamentallm resume {run.folder}`"
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without an entry for this user
+        return None
