@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, get_args
 
 from fundamentallm import SettingsError, field, ge, gt, hookimpl, in_, lt, optional, plugin
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from fundamentallm_gpt.model import GPT
 
 __all__ = ["Gpt"]
-
-logger = logging.getLogger("fundamentallm")
 
 
 @plugin
@@ -114,15 +111,13 @@ class Gpt:
     def build_model(self, run: Run) -> GPT:
         from fundamentallm_gpt.model import GPT
 
-        model = GPT(
+        return GPT(
             self.shape(),
             vocab_size=_from_data(run.data, "vocab_size"),
             context_length=self._context_length(run.data),
             dropout=self.dropout,
             pad_vocab_to=self.pad_vocab_to_multiple_of,
         )
-        logger.info("gpt: %s parameters", f"{model.num_parameters():,}")
-        return model
 
     def _context_length(self, data: Data) -> int:
         if self.context_length is None:

@@ -180,10 +180,3 @@ def test_every_choice_is_checked_in_python_too() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Gpt(**wrong)  # type: ignore[arg-type]
-
-
-def test_the_parameter_count_is_told(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "fundamentallm")
-    run = tiny_run(Gpt(), CountingData(), length=1)
-    assert isinstance(run.model, GPT)
-    assert f"gpt: {run.model.num_parameters():,} parameters" in caplog.messages
