@@ -1,0 +1,172 @@
+"""Durable, verified checkpoints, and the way back from them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fundamentallm import Period, field, ge, hookimpl, plugin, state
+
+if TYPE_CHECKING:
+    from fundamentallm import Run, Snapshot
+    from fundamentallm_checkpoint.manifest import Manifest
+    from fundamentallm_checkpoint.retention import Rules
+
+log = logging.getLogger("fundamentallm")
+
+
+@plugin
+class Checkpoint:
+    """Save all that a resumed run needs, durably, and keep the last, the best and the milestones.
+
+    Saving changes nothing of the run. List it twice, the second time under a name of its own, for
+    two rhythms side by side; each instance has a folder of its own, and resuming looks at all.
+    """
+
+    every: Period = Period(10, "minutes")
+    """How often to save."""
+    keep_last: int = field(default=3, validator=ge(1))
+    """How many of the newest checkpoints stay; the last two always do, should one be damaged."""
+    keep_best: int = field(default=0, validator=ge(0))
+    """How many of the best by ``monitor`` stay besides; a validation that is among them is saved
+    at once, whatever ``every`` says."""
+    monitor: str = "val/loss"
+    """The metric that tells the best."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger ``monitor`` is better."""
+    keep_every: Period | None = None
+    """How often to save a milestone, which is never deleted."""
+    save_final: bool = True
+    """Whether the last step is saved, whatever ``every`` says; after a signal it always is."""
+    folder: Path | None = None
+    """Where checkpoints go, in a folder named after the run; by default into the run folder."""
+
+    run_id: str = state("")
+    """What tells this run's checkpoints from those of a namesake."""
+    _start: int = field(init=False, default=-1)
+    _measured: tuple[int, dict[str, float]] = field(init=False, factory=lambda: (-1, {}))
+    _candidate: bool = field(init=False, default=False)
+
+    speaks_for_all = ("read_checkpoint",)
+
+    @hookimpl
+    def read_checkpoint(self, run: Run) -> Snapshot | None:
+        """Return the wanted or the newest sound snapshot of all instances."""
+        from fundamentallm_checkpoint import store
+
+        own = [instance.home(run) for instance in self._siblings(run)]
+        homes = dict.fromkeys([*own, *store.homes_below(run.folder / "checkpoints")])
+        judge = next((i for i in self._siblings(run) if i.keep_best), self)
+        loaded = store.load(homes, run.wanted_checkpoint, judge.rules())
+        if loaded is None:
+            return None
+        log.info("loaded %s", loaded.folder)
+        if loaded.manifest.data != run.data.fingerprint:
+            log.warning("the data are not those that %s was trained on", loaded.folder)
+        return loaded.snapshot
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        self._start = run.progress.step
+        known = [instance.run_id for instance in self._siblings(run) if instance.run_id]
+        self.run_id = known[0] if known else uuid.uuid4().hex
+        if run.rank == 0:
+            from fundamentallm_checkpoint import store
+
+            store.prepare(self.home(run), self._start)
+
+    @hookimpl
+    def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
+        self._measure(run, metrics)
+        self._candidate = self.keep_best > 0 and self.monitor in metrics
+
+    @hookimpl
+    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        self._measure(run, metrics)
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if self.every.due(run.progress) or run.ending or self._candidate or self._at_milestone(run):
+            self._save_if_due(run)
+
+    def home(self, run: Run) -> Path:
+        """Return the folder that this instance's checkpoints of ``run`` are in."""
+        home = self.folder / run.folder.name if self.folder else run.folder / "checkpoints"
+        name = next(name for name, instance in run.plugins.items() if instance is self)
+        return home if name == "checkpoint" else home / name
+
+    def rules(self) -> Rules:
+        """Return what this instance keeps."""
+        from fundamentallm_checkpoint.retention import Rules
+
+        return Rules(
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            monitor=self.monitor,
+            mode=self.mode,
+        )
+
+    def _siblings(self, run: Run) -> list[Checkpoint]:
+        return [plugin for plugin in run.plugins.values() if isinstance(plugin, Checkpoint)]
+
+    def _measure(self, run: Run, metrics: dict[str, float]) -> None:
+        """Remember what is known of this very step."""
+        step, known = self._measured
+        now = run.progress.step
+        self._measured = now, (known if step == now else {}) | metrics
+
+    def _at_milestone(self, run: Run) -> bool:
+        return self.keep_every is not None and self.keep_every.due(run.progress)
+
+    def _save_if_due(self, run: Run) -> None:
+        is_best = self._candidate and self._is_among_best(run)
+        self._candidate = False
+        final = run.ending and (self.save_final or run.signal is not None)
+        tags = {
+            "milestone": self._at_milestone(run),
+            "final": run.ending and run.signal is None,
+            "best": is_best,
+        }
+        due = self.every.due(run.progress) or final or tags["milestone"] or is_best
+        # What this process began with is on the disk already.
+        if due and run.progress.step > self._start:
+            self._save(run, tuple(tag for tag, applies in tags.items() if applies))
+
+    def _save(self, run: Run, tags: tuple[str, ...]) -> None:
+        from fundamentallm_checkpoint import publication, store
+
+        snapshot = run.snapshot()  # on every process: parts of it may have to be gathered
+        if run.rank:
+            return
+        draft, home = self._draft(run, tags), self.home(run)
+        folder = publication.publish(home, snapshot, draft, partial(run.report, "saving"))
+        run.hook.on_checkpoint_saved(run=run, folder=folder)
+        store.prune(home, self.rules())
+
+    def _draft(self, run: Run, tags: tuple[str, ...] = ()) -> Manifest:
+        from fundamentallm_checkpoint.manifest import Manifest
+
+        step, metrics = self._measured
+        settings = run.folder / "settings.toml"
+        known = hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else ""
+        return Manifest(
+            step=run.progress.step,
+            run=self.run_id,
+            created=time.time(),
+            settings=known,
+            data=run.data.fingerprint,
+            metrics=metrics if step == run.progress.step else {},
+            tags=tags,
+        )
+
+    def _is_among_best(self, run: Run) -> bool:
+        from fundamentallm_checkpoint import retention, store
+
+        draft = self._draft(run)
+        best = retention.ranked([*store.sound(self.home(run)), draft], self.rules())
+        return draft in best[: self.keep_best]

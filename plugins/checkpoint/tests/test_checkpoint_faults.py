@@ -1,0 +1,348 @@
+"""Whatever fails or is changed, the newest sound checkpoint is found and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from fundamentallm_checkpoint import Checkpoint, files, publication, store
+from fundamentallm_checkpoint.manifest import Manifest
+from fundamentallm_checkpoint.retention import Rules
+
+from fundamentallm import Period, StorageError, train
+from fundamentallm.testing import TinyRun, assert_same_weights, compose_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors")
+RULES = Rules(keep_last=3, monitor="val/loss")
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    train(compose_tiny(Checkpoint(every=Period(2))), run_dir=folder)
+    return folder
+
+
+@pytest.fixture
+def run_folder(two_saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_saved, tmp_path / "run"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(path: Path) -> None:
+    shutil.copy(path.parent.parent / "step-00000002" / path.name, path)
+
+
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent.parent / "step-00000002" / path.name)
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (flip, "was changed after it was written"),
+    (cut, "bytes instead of"),
+    (Path.unlink, "cannot be read: No such file"),
+    (swap, "was changed after it was written|bytes instead of"),
+    (link, "is not a regular file"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=["flip", "cut", "delete", "swap", "link"])
+def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(
+    damage: Callable[[Path], None], said: str, name: str, run_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = run_folder / "checkpoints"
+    damage(folder / "step-00000004" / name)
+    loaded = store.load([folder], None, RULES)
+    assert loaded is not None
+    assert loaded.manifest.step == 2
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert f"step-00000004: {name}" in warning
+    assert any(text in warning for text in said.split("|"))
+
+
+def edit(key: str, value: object) -> Callable[[dict[str, object]], None]:
+    return lambda facts: facts.update({key: value})
+
+
+def with_file(name: str, **seal: object) -> Callable[[dict[str, object]], None]:
+    return lambda facts: facts["files"].update({name: seal})  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edit("step", 3), "is one of step 3"),
+        (edit("step", "4"), "tells no step"),
+        (edit("format", 0), "tells no format"),
+        (edit("files", {}), "lists no model.safetensors"),
+        (edit("metrics", None), "tells no metrics"),
+        (with_file("../../settings.toml", size=1, sha256=""), "which is not a plain file name"),
+        (with_file("/etc/passwd", size=1, sha256=""), "which is not a plain file name"),
+        (with_file(".hidden", size=1, sha256=""), "which is not a plain file name"),
+        (with_file("model.safetensors", size=-1, sha256=""), "size and sha256 of model.safetensors"),
+        (with_file("model.safetensors", size=True), "size and sha256 of model.safetensors"),
+        (with_file("more.bin", size=1, sha256=""), "more.bin cannot be read: No such file"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_told(
+    change: Callable[[dict[str, object]], None], said: str, run_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    assert loaded is not None
+    assert loaded.manifest.step == 2
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": NaN}', "\xff", "[" * 100_000, "x" * 2**21])
+def test_a_manifest_that_is_none_is_told(
+    text: str, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
+    path.write_text(text, encoding="latin-1")
+    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    assert loaded is not None
+    assert loaded.manifest.step == 2
+    assert "step-00000004: manifest.json" in caplog.text
+
+
+def test_a_file_that_no_manifest_lists_is_not_read(run_folder: Path) -> None:
+    newest = run_folder / "checkpoints" / "step-00000004"
+    (newest / "more.json").write_text("anything")
+    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    assert loaded is not None
+    assert loaded.folder == newest
+
+
+def test_a_resumed_run_goes_on_from_the_older_one_to_the_same_end(
+    run_folder: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    flip(run_folder / "checkpoints" / "step-00000004" / "model.safetensors")
+    resumed = tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
+    assert_same_weights(resumed, tiny_run(length=6, run_dir=tmp_path / "whole"))
+    loaded = store.load([run_folder / "checkpoints"], "step-4", RULES)
+    assert loaded is not None
+
+
+def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_anew(
+    run_folder: Path, tiny_run: TinyRun
+) -> None:
+    folder = run_folder / "checkpoints"
+    flip(folder / "step-00000004" / "model.safetensors")
+    cut(folder / "step-00000002" / "state.json")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(StorageError) as caught:
+        tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
+    assert caught.value.exit_code == 5
+    assert "step-00000004: model.safetensors was changed" in str(caught.value)
+    assert "step-00000002: state.json has" in str(caught.value)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_newer_format_is_refused_and_not_passed_over(run_folder: Path, tiny_run: TinyRun) -> None:
+    path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(StorageError, match=r"format 2, and this version .* reads format 1: pip inst"):
+        tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
+
+
+def test_a_pickle_in_place_of_a_file_is_refused_even_with_a_matching_manifest(
+    run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = run_folder / "checkpoints" / "step-00000004"
+    torch.save({"w": torch.ones(2)}, newest / "model.safetensors")
+    path = newest / "manifest.json"
+    facts = json.loads(path.read_text())
+    seal = files.measure(newest / "model.safetensors")
+    facts["files"]["model.safetensors"] = {"size": seal.size, "sha256": seal.sha256}
+    path.write_text(json.dumps(facts))
+    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    assert loaded is not None
+    assert loaded.manifest.step == 2
+    assert "not a sound safetensors file" in caplog.text
+
+
+# The publish protocol, operation by operation.
+
+
+def draft(step: int) -> Manifest:
+    return Manifest(step=step, run="it", created=0.0, settings="", data="", metrics={})
+
+
+def snapshot(step: int) -> dict[str, object]:
+    weights = torch.full((50, 50), float(step))
+    return {"model": {"w": weights}, "optimizer": {"w": {"m": weights}}, "progress": {"step": step}}
+
+
+OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "rmdir", "unlink", "flock")
+
+
+class Faults:
+    """Lets the ``nth`` file operation fail, or end the process before it is made."""
+
+    def __init__(self, nth: int, fault: Callable[[object], None]) -> None:
+        self.left, self.fault = nth, fault
+
+    def __call__(self, operation: Callable[..., object]) -> Callable[..., object]:
+        def tried(*words: object, **options: object) -> object:
+            self.left -= 1
+            if self.left == 0:
+                self.fault(words[0])
+            return operation(*words, **options)
+
+        return tried
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for name in OPERATIONS:
+            if hasattr(os, name):
+                patch.setattr(os, name, self(getattr(os, name)))
+        patch.setattr(files.fcntl, "flock", self(files.fcntl.flock))
+
+
+def refuse(subject: object) -> None:
+    path = None if isinstance(subject, int) else str(subject)
+    raise OSError(28, "No space left on device", path)
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["a further step", "the same step"])
+def test_an_operation_that_fails_leaves_the_earlier_checkpoint_and_no_trace(
+    same_step: bool, tmp_path: Path
+) -> None:
+    step = 1 if same_step else 2
+    for nth in range(1, 200):
+        home = tmp_path / str(nth)
+        publication.publish(home, snapshot(1), draft(1))
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(nth, refuse)
+            faults.install(patch)
+            try:
+                publication.publish(home, snapshot(step), draft(step))
+            except StorageError as error:
+                assert f"step {step} could not be saved: {home}" in str(error)
+                assert "No space left on device" in str(error)
+        if faults.left > 0:
+            break
+        loaded = store.load([home], None, RULES)
+        assert loaded is not None
+        assert float(loaded.snapshot["model"]["w"][0, 0]) == loaded.manifest.step
+        assert not list(home.glob(".tmp-*"))
+    assert nth > 15
+
+
+def test_a_process_killed_at_any_operation_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    for nth in range(1, 200):
+        home = tmp_path / str(nth)
+        publication.publish(home, snapshot(1), draft(1))
+        child = os.fork()
+        if child == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                Faults(nth, lambda _: os.kill(os.getpid(), 9)).install(patch)
+                publication.publish(home, snapshot(2), draft(2))
+                os._exit(0)
+        killed = os.waitpid(child, 0)[1] == 9
+        loaded = store.load([home], None, RULES)
+        assert loaded is not None
+        assert float(loaded.snapshot["model"]["w"][0, 0]) == loaded.manifest.step
+        store.prepare(home, 2)
+        assert not list(home.glob(".*"))
+        if not killed:
+            assert loaded.manifest.step == 2
+            break
+    assert nth > 15
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    publication.publish(tmp_path / "home", snapshot(1), draft(1))
+    done: list[str] = []
+    named: dict[int, str] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        opened, synced, renamed = os.open, os.fsync, os.rename
+
+        def note_open(path: str, *words: int, **options: int) -> int:
+            number = opened(path, *words, **options)
+            named[number] = Path(path).name if "step" not in Path(path).name else "target"
+            return number
+
+        def note_sync(number: int) -> None:
+            done.append("folder" if named[number].startswith(".tmp-") else named[number])
+            synced(number)
+
+        def note_rename(path: Path, target: Path) -> None:
+            done.append("renamed")
+            renamed(path, target)
+
+        patch.setattr(os, "open", note_open)
+        patch.setattr(os, "fsync", note_sync)
+        patch.setattr(os, "rename", note_rename)
+        publication.publish(tmp_path / "home", snapshot(2), draft(2))
+    contents = ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert done == [*contents, "manifest.json", "folder", "renamed", "home"]
+
+
+def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"optimizer\.safetensors: File too large"):
+            publication.publish(tmp_path / "home", wide(), draft(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def wide() -> dict[str, object]:
+    moments = {"w": {"m": torch.ones(1000)}}
+    return {"model": {"w": torch.ones(10)}, "optimizer": moments, "progress": {}}
+
+
+def test_retention_goes_on_where_one_cannot_be_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 7):
+        publication.publish(tmp_path, snapshot(step), draft(step))
+    removed = files.remove
+
+    def remove(path: Path) -> None:
+        if "00000002" in path.name:
+            raise OSError(16, "Device or resource busy", str(path))
+        removed(path)
+
+    monkeypatch.setattr(files, "remove", remove)
+    store.prune(tmp_path, RULES)
+    assert [store.step_of(path.name) for path in store.folders(tmp_path)] == [6, 5, 4]
+    assert "could not be deleted: Device or resource busy" in caplog.text
+
+
+def test_a_checkpoint_that_is_not_sound_does_not_count_as_one_of_the_last(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        publication.publish(tmp_path, snapshot(step), draft(step))
+    cut(tmp_path / "step-00000004" / "model.safetensors")
+    store.prune(tmp_path, Rules(keep_last=2))
+    assert [store.step_of(path.name) for path in store.folders(tmp_path)] == [5, 4, 3]

@@ -1,0 +1,411 @@
+"""Checkpoints of real runs: saving, resuming, keeping, finding again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fundamentallm_checkpoint import Checkpoint
+
+from fundamentallm import (
+    Period,
+    SettingsError,
+    StorageError,
+    field,
+    hookimpl,
+    load_run,
+    plugin,
+    state,
+    train,
+)  # fmt: skip
+from fundamentallm.testing import (
+    PluginContract,
+    Recorder,
+    TinyOptimizer,
+    TinyRun,
+    assert_same_weights,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+TWO = Period(2)
+
+
+@plugin
+class Counter:
+    """Counts steps, in a plain value, a tensor and a tuple, and adds a fleeting number."""
+
+    steps: int = state(0)
+    best: float = state(float("inf"))
+    seen: object = state(None)
+    pair: tuple[int, str] = state((0, ""))
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        import torch
+
+        self.steps += 1
+        self.seen = torch.arange(self.steps)
+        self.pair = (self.steps, "steps")
+        run.log("test/steps", float(self.steps))
+
+
+@plugin
+class Ends:
+    """Ends the process as ``kill -9`` does, or asks for the end by a signal."""
+
+    at: int = 0
+    by: int = signal.SIGTERM
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.at:
+            os.kill(os.getpid(), self.by)
+
+
+def saved(run: Run | Path) -> list[int]:
+    folder = run if isinstance(run, Path) else run.folder / "checkpoints"
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def manifest(run: Run, step: int) -> dict[str, object]:
+    path = run.folder / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    return json.loads(path.read_text())
+
+
+class TestContract(PluginContract):
+    plugin = Checkpoint
+
+
+def test_saves_every_period_and_at_the_end(tiny_run: TinyRun) -> None:
+    assert saved(tiny_run(Checkpoint(every=TWO, keep_last=9), length=5)) == [2, 4, 5]
+
+
+def test_leaves_out_the_last_step_if_told_so(tiny_run: TinyRun) -> None:
+    run = tiny_run(Checkpoint(every=TWO, keep_last=9, save_final=False), length=5)
+    assert saved(run) == [2, 4]
+
+
+def test_saving_changes_nothing_of_the_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    saving = tiny_run(Checkpoint(every=Period(1)), length=6, run_dir=tmp_path / "saving")
+    assert_same_weights(saving, tiny_run(length=6, run_dir=tmp_path / "plain"))
+
+
+def test_a_resumed_run_ends_bit_identical(tiny_run: TinyRun, tmp_path: Path) -> None:
+    whole, first, second = Counter(), Counter(), Counter()
+    uninterrupted = tiny_run(whole, length=9, log_every=4, run_dir=tmp_path / "whole")
+    kept = Checkpoint(every=TWO)
+    part = tiny_run(kept, first, Ends(at=3), length=9, log_every=4)
+    assert (part.outcome, part.progress.step) == ("interrupted", 3)
+    resumed = tiny_run(Checkpoint(every=TWO), second, length=9, log_every=4)
+    assert_same_weights(uninterrupted, resumed)
+    assert resumed.history == uninterrupted.history[-len(resumed.history) :]
+    assert (second.steps, second.best, second.pair) == (whole.steps, whole.best, whole.pair)
+    assert resumed.progress.step == 9
+    assert resumed.progress.tokens == uninterrupted.progress.tokens
+
+
+def test_a_signal_is_saved_whatever_the_settings_say(tiny_run: TinyRun) -> None:
+    run = tiny_run(Checkpoint(every=Period(100), save_final=False), Ends(at=3), length=9)
+    assert saved(run) == [3]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from fundamentallm import train
+from fundamentallm.testing import compose_tiny
+from test_checkpoint_runs import Checkpoint, Ends, KillsSaving, TWO
+composed = compose_tiny(Checkpoint(every=TWO), {victim}, length=9)
+train(composed, run_dir=Path({folder!r}))
+"""
+
+
+@plugin
+class KillsSaving:
+    """Ends the process in the middle of the ``nth`` save."""
+
+    nth: int = 3
+    seen: int = field(init=False, default=0)
+
+    @hookimpl
+    def on_progress(self, task: str, done: int, total: int | None) -> None:
+        self.seen += task == "saving" and done != total
+        if self.seen == self.nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["Ends(at=7, by=9)", "KillsSaving(nth=4)"])
+def test_a_killed_run_resumes_bit_identical(
+    victim: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), victim=victim)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    before = saved(folder / "checkpoints")
+    resumed = tiny_run(Checkpoint(every=TWO), length=9, run_dir=folder)
+    assert before and before[-1] < 9
+    assert_same_weights(tiny_run(length=9, run_dir=tmp_path / "whole"), resumed)
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_keeps_the_last_the_best_and_the_milestones(tiny_run: TinyRun) -> None:
+    kept = Checkpoint(every=Period(1), keep_last=2, keep_best=1, keep_every=Period(5))
+    run = tiny_run(kept, TinyOptimizer(lr=0.5), length=12, validate_every=1)
+    losses = {int(row["step"]): row["val/loss"] for row in run.history if "val/loss" in row}
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert saved(run) == sorted({5, 10, 11, 12, best})
+    assert "milestone" in manifest(run, 5)["tags"]  # type: ignore[operator]
+    assert manifest(run, best)["metrics"]["val/loss"] == losses[best]  # type: ignore[index]
+
+
+def test_saves_a_validation_that_is_among_the_best(tiny_run: TinyRun) -> None:
+    kept = Checkpoint(every=Period(100), keep_last=1, keep_best=1, save_final=False)
+    run = tiny_run(kept, length=6, validate_every=3)
+    losses = {int(row["step"]): row["val/loss"] for row in run.history if "val/loss" in row}
+    assert losses[6] < losses[3], "the test needs a run that gets better"
+    assert saved(run) == [3, 6]
+
+
+def test_a_greater_metric_is_better_if_told_so(tiny_run: TinyRun) -> None:
+    kept = Checkpoint(every=Period(100), keep_best=1, mode="max", save_final=False)
+    assert saved(tiny_run(kept, length=6, validate_every=3)) == [3]
+
+
+def test_announces_only_what_is_there_already(tiny_run: TinyRun) -> None:
+    found: list[tuple[str, bool]] = []
+
+    @plugin
+    class Hears:
+        @hookimpl
+        def on_checkpoint_saved(self, folder: Path) -> None:
+            found.append((folder.name, (folder / "manifest.json").is_file()))
+
+    tiny_run(Checkpoint(every=TWO), Hears(), length=4)
+    assert found == [("step-00000002", True), ("step-00000004", True)]
+
+
+def test_a_finished_run_saves_nothing_more(tiny_run: TinyRun) -> None:
+    run = tiny_run(Checkpoint(every=TWO), length=4)
+    newest = run.folder / "checkpoints" / "step-00000004" / "manifest.json"
+    before = newest.stat()
+    tiny_run(Checkpoint(every=TWO), length=4)
+    assert newest.stat() == before
+
+
+def test_a_longer_length_continues_a_finished_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    tiny_run(Checkpoint(every=TWO), length=4)
+    longer = tiny_run(Checkpoint(every=TWO), length=7)
+    assert_same_weights(longer, tiny_run(length=7, run_dir=tmp_path / "whole"))
+
+
+def two_instances(**archive: object) -> dict[str, dict[str, object]]:
+    rolling = {"every": 2, "keep_last": 2}
+    return {"checkpoint": rolling, "archive": {"plugin": "checkpoint", "every": 3, **archive}}
+
+
+def test_two_instances_have_a_folder_each(tiny_run: TinyRun) -> None:
+    run = tiny_run("checkpoint", "archive", settings=two_instances(keep_last=9), length=8)
+    assert saved(run) == [6, 8]
+    assert saved(run.folder / "checkpoints" / "archive") == [3, 6, 8]
+
+
+@pytest.mark.parametrize("names", [("checkpoint", "archive"), ("archive", "checkpoint"), ("checkpoint",)])
+def test_resuming_looks_at_all_instances(names: tuple[str, ...], tiny_run: TinyRun) -> None:
+    tables = two_instances(save_final=False)
+    tables["checkpoint"] |= {"every": 100, "save_final": False}
+    tiny_run("checkpoint", "archive", settings=tables, length=5)
+    trace = Recorder()
+    kept = {name: tables[name] for name in names}
+    run = tiny_run(*names, settings=kept, length=6, trace=trace)
+    assert trace.names.count("on_step_start") == 6 - 3
+    assert run.progress.step == 6
+
+
+def test_two_instances_share_the_name_of_their_run(tiny_run: TinyRun) -> None:
+    run = tiny_run("checkpoint", "archive", settings=two_instances(), length=6)
+    other = run.folder / "checkpoints" / "archive" / "step-00000006" / "manifest.json"
+    assert json.loads(other.read_text())["run"] == manifest(run, 6)["run"]
+
+
+def test_another_folder_gets_one_folder_per_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        kept = Checkpoint(every=TWO, folder=tmp_path / "store")
+        tiny_run(kept, length=4, run_dir=tmp_path / name)
+    assert saved(tmp_path / "store" / "one") == saved(tmp_path / "store" / "other") == [2, 4]
+
+
+def test_an_abandoned_continuation_is_set_aside(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_run(Checkpoint(every=TWO, keep_last=9), length=6)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-00000006" / "manifest.json").unlink()
+    (folder / "step-00000004" / "manifest.json").unlink()
+    tiny_run(Checkpoint(every=Period(100), save_final=False), length=5)
+    assert saved(folder) == [2]
+    (aside,) = folder.glob("superseded-*")
+    assert saved(aside) == [4, 6]
+    assert f"2 later checkpoints were moved to {aside}" in caplog.text
+
+
+PARTS = """
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+
+@plugin
+class Parts:
+    @hookimpl
+    def build_data(self, run):
+        return TinyData().build_data(run)
+
+    @hookimpl
+    def build_model(self, run):
+        return TinyModel().build_model()
+
+    @hookimpl
+    def build_optimizer(self, run):
+        return TinyOptimizer(lr=0.5).build_optimizer(run)
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Run:
+    """A run that can be loaded again by its folder alone, and that gets worse in the end."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    (tmp_path / "it.toml").write_text(
+        f'plugins = ["{tmp_path}/parts.py", "checkpoint"]\n'
+        "run = {length = 12, validate_every = 1, device = 'cpu'}\n"
+        "checkpoint = {every = 1, keep_last = 99}\n"
+    )
+    return train(tmp_path / "it.toml", run_dir=tmp_path / "run")
+
+
+def test_loads_the_best_the_latest_or_the_one_named(recorded: Run) -> None:
+    from safetensors.torch import load_file
+
+    losses = {int(row["step"]): row["val/loss"] for row in recorded.history}
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert best < 12
+    for wish, step in {"best": best, "latest": 12, "step-00000007": 7, "step-7": 7}.items():
+        folder = recorded.folder / "checkpoints" / f"step-{step:08d}"
+        expected = load_file(folder / "model.safetensors")
+        loaded = load_run(recorded.folder, at=wish).model.state_dict()
+        assert all(loaded[name].equal(tensor) for name, tensor in expected.items()), wish
+
+
+def test_loading_writes_nothing(recorded: Run) -> None:
+    before = {path: path.stat() for path in recorded.folder.rglob("*")}
+    load_run(recorded.folder, at="step-00000003")
+    assert {path: path.stat() for path in recorded.folder.rglob("*")} == before
+
+
+def test_says_which_checkpoints_there_are_if_the_wanted_one_is_not(recorded: Run) -> None:
+    known = r"checkpoints: step-00000012, step-00000011"
+    with pytest.raises(StorageError, match=rf"no checkpoint 'step-13' \({known}"):
+        load_run(recorded.folder, at="step-13")
+    settings = recorded.folder / "settings.toml"
+    settings.write_text(settings.read_text().replace('"val/loss"', '"train/tokens"'))
+    for path in recorded.folder.rglob("manifest.json"):
+        path.write_text(path.read_text().replace('"train/tokens"', '"train/token"'))
+    with pytest.raises(StorageError, match="no checkpoint tells its train/tokens"):
+        load_run(recorded.folder, at="best")
+
+
+def test_what_is_wanted_by_name_is_never_replaced_by_another(recorded: Run) -> None:
+    (recorded.folder / "checkpoints" / "step-00000007" / "model.safetensors").unlink()
+    with pytest.raises(StorageError, match=r"step-00000007: model\.safetensors cannot be read"):
+        load_run(recorded.folder, at="step-00000007")
+
+
+def test_a_nan_in_the_weights_is_told_and_never_crowds_out_the_last_sound_weights(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @plugin
+    class Poison:
+        @hookimpl
+        def settle_step(self, run: Run) -> None:
+            if run.progress.step == 3:
+                next(run.model.parameters()).data[0, 0] = float("nan")
+
+    kept = Checkpoint(every=Period(1), keep_last=2)
+    with pytest.raises(Exception, match="diverged"):
+        tiny_run(kept, Poison(), length=9, log_every=8)
+    assert saved(tmp_path / "run" / "checkpoints") == [2, 6, 7]
+    assert "step 3: 1 of the saved tensors hold NaN or infinity" in caplog.text
+
+
+def test_rejects_a_monitor_that_nothing_produces(tiny_run: TinyRun) -> None:
+    with pytest.raises(SettingsError, match=r"checkpoint\.monitor: nothing listed produces 'val/los'"):
+        tiny_run(Checkpoint(every=TWO, monitor="val/los"))
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tiny_run: TinyRun) -> None:
+    before = os.umask(0o027)
+    try:
+        run = tiny_run(Checkpoint(every=TWO), length=2)
+    finally:
+        os.umask(before)
+    newest = run.folder / "checkpoints" / "step-00000002"
+    assert oct(newest.stat().st_mode & 0o777) == oct(0o750)
+    assert {oct(path.stat().st_mode & 0o777) for path in newest.iterdir()} == {oct(0o640)}
+
+
+def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_not(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    from fundamentallm_checkpoint import files
+
+    folder = tmp_path / "run" / "checkpoints"
+    for name in (".tmp-00000002-dead", ".trash-step-00000001-dead"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    with files.claimed(folder / ".tmp-00000002-alive"):
+        tiny_run(Checkpoint(every=TWO), length=2)
+        assert [path.name for path in folder.glob(".*")] == [".tmp-00000002-alive"]
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_named(tiny_run: TinyRun) -> None:
+    @plugin
+    class Strange:
+        memory: object = state(factory=lambda: {"seen": {1, 2}})
+
+        @hookimpl
+        def on_step_end(self) -> None:
+            pass
+
+    with pytest.raises(StorageError, match=r"plugins/strange/memory/seen: .* not <class 'set'>"):
+        tiny_run(Checkpoint(every=TWO), Strange(), length=2)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    (tmp_path / "store").write_text("not a folder")
+    trace = Recorder()
+    with pytest.raises(StorageError, match=r"store.*: "):
+        tiny_run(Checkpoint(every=TWO, folder=tmp_path / "store"), length=2, trace=trace)
+    assert "on_step_start" not in trace.names
+
+
+def test_warns_if_the_data_are_not_those_of_the_checkpoint(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(Checkpoint(every=TWO), length=4)
+    path = run.folder / "checkpoints" / "step-00000004" / "manifest.json"
+    path.write_text(path.read_text().replace('"data": "tiny"', '"data": "other"'))
+    with caplog.at_level(logging.WARNING):
+        tiny_run(Checkpoint(every=TWO), length=6)
+    assert "the data are not those" in caplog.text
