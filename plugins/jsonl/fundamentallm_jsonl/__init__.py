@@ -1,0 +1,94 @@
+"""The metrics of a run as one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from fundamentallm import field, hookimpl, plugin
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fundamentallm import Run
+
+FILE = "metrics.jsonl"
+
+
+@plugin
+class Jsonl:
+    """Append every row of metrics to ``metrics.jsonl`` in the run folder, as a line of JSON.
+
+    A line holds ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
+    ``metrics`` by name. It is written at once and whole; a resumed run drops the lines of steps
+    that it makes again, so that no step is there twice.
+    """
+
+    _file: int | None = field(init=False, default=None)
+
+    observer = True
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        if run.rank == 0:
+            path = run.folder / FILE
+            if path.exists():
+                drop_rows_after(run.progress.step, path)
+            # Appending, so that one write puts the whole line at the end, whoever else writes.
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    @hookimpl
+    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        if self._file is not None:
+            line = row(run.progress.step, run.progress.tokens, metrics)
+            if os.write(self._file, line) < len(line):
+                raise OSError(f"{run.folder / FILE}: the disk took only a part of a line")
+
+    @hookimpl
+    def on_train_end(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
+    """Return one line. JSON has no NaN: it is ``"NaN"``, as infinity is ``"Infinity"`` and
+    ``"-Infinity"``; ``float()`` of the string is the number again."""
+    values: dict[str, Any] = {name: _value(value) for name, value in metrics.items()}
+    facts = {"time": round(time.time(), 3), "step": step, "tokens": tokens, "metrics": values}
+    return json.dumps(facts, allow_nan=False).encode() + b"\n"
+
+
+def drop_rows_after(step: int, path: Path) -> None:
+    """Drop rows of later steps and what is no row, such as a line that was cut short."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    dropped = False
+    try:
+        with path.open("rb") as old, beside.open("xb") as new:
+            for line in old:
+                if _belongs(line, step):
+                    new.write(line)
+                else:
+                    dropped = True
+            new.flush()
+            os.fsync(new.fileno())
+        if dropped:
+            beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+def _value(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,174 @@
+"""``metrics.jsonl``: every row once, every line JSON, whatever happened to the process."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fundamentallm_jsonl import Jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm import Snapshot, field, hookimpl, plugin, train
+from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+
+class TestContract(PluginContract):
+    plugin = Jsonl
+
+
+@plugin
+class Memory:
+    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
+
+    step: int = 0
+    kept: Snapshot | None = field(init=False, default=None)
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.progress.step == self.step:
+            import copy
+
+            self.kept = copy.deepcopy(run.snapshot())
+
+    @hookimpl
+    def read_checkpoint(self) -> Snapshot | None:
+        return self.kept
+
+
+def refuse(text: str) -> None:
+    raise AssertionError(f"{text} is not JSON")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_a_row_is_what_the_run_logged(tiny_run: TinyRun) -> None:
+    run = tiny_run(Jsonl(), length=5, validate_every=4)
+    found = rows(run.folder)
+    assert [list(row) for row in found] == [["time", "step", "tokens", "metrics"]] * len(found)
+    assert [{"step": row["step"], **row["metrics"]} for row in found] == run.history
+    assert [row["tokens"] for row in found] == [int(r["train/tokens"]) for r in run.history]
+    assert [row["time"] for row in found] == sorted(row["time"] for row in found)
+
+
+def test_every_row_is_there_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
+    seen: list[int] = []
+
+    @plugin
+    class Reads:
+        @hookimpl
+        def on_safe_point(self, run: Run) -> None:
+            seen.append(len(rows(run.folder)))
+
+    tiny_run(Jsonl(), Reads(), length=4, log_every=1)
+    assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("end", [b"", b'{"time": 1.5, "step": 6, "tok', b"\x00\x00\n", b"[]\n"])
+def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> None:
+    memory = Memory(step=4)
+    whole = tiny_run(Jsonl(), memory, length=8, log_every=1)
+    path = whole.folder / "metrics.jsonl"
+    before = rows(whole.folder)
+    with path.open("ab") as file:
+        file.write(end)
+    tiny_run(Jsonl(), memory, length=9, log_every=1)
+    after = rows(whole.folder)
+    assert [row["step"] for row in after] == list(range(1, 10))
+    assert after[:4] == before[:4]
+    assert after[4]["time"] > before[7]["time"]
+    assert sorted(p.name for p in whole.folder.iterdir() if "jsonl" in p.name) == ["metrics.jsonl"]
+
+
+def test_a_run_from_step_0_in_the_same_folder_begins_anew(tiny_run: TinyRun) -> None:
+    for _ in range(2):
+        run = tiny_run(Jsonl(), length=4, log_every=1)
+    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4]
+
+
+def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> None:
+    memory = Memory(step=4)
+    run = tiny_run(Jsonl(), memory, length=4, log_every=1)
+    path = run.folder / "metrics.jsonl"
+    before = path.read_bytes(), path.stat().st_ino
+    tiny_run(Jsonl(), memory, length=6, log_every=1)
+    assert path.read_bytes().startswith(before[0])
+    assert path.stat().st_ino == before[1]
+
+
+KILLED = """
+import os
+from pathlib import Path
+from fundamentallm import hookimpl, plugin, train
+from fundamentallm.testing import compose_tiny
+from fundamentallm_jsonl import Jsonl
+
+@plugin
+class Dies:
+    @hookimpl
+    def on_safe_point(self, run):
+        if run.progress.step == 3:
+            os.kill(os.getpid(), 9)
+
+train(compose_tiny(Jsonl(), Dies(), length=9, log_every=1), run_dir=Path({folder!r}))
+"""
+
+
+def test_a_killed_run_has_lost_no_row(tmp_path: Path) -> None:
+    code = KILLED.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+@given(st.dictionaries(st.text(), st.floats()))
+def test_every_float_comes_back_from_valid_json(metrics: dict[str, float]) -> None:
+    from fundamentallm_jsonl import row
+
+    line = row(1, 2, metrics)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    found = json.loads(line, parse_constant=refuse)["metrics"]
+    assert found.keys() == metrics.keys()
+    for name, value in metrics.items():
+        again = float(found[name])
+        assert again == value or (math.isnan(again) and math.isnan(value))
+
+
+def test_a_file_that_cannot_be_written_is_a_warning_and_not_the_end(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    assert tiny_run(Jsonl(), length=4).outcome == "finished"
+    assert "jsonl failed and is muted" in caplog.text
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    @plugin
+    class Second:
+        @hookimpl
+        def build_tokenizer(self, run: Run) -> object:
+            run.rank = 1
+            return object()
+
+    train(compose_tiny(Second(), Jsonl(), length=4), run_dir=tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_no_file_stays_open(tiny_run: TinyRun, tmp_path: Path) -> None:
+    tiny_run(Jsonl(), length=2)  # whatever torch opens, it opens now
+    before = len([*Path("/dev/fd").iterdir()])
+    tiny_run(Jsonl(), length=2, run_dir=tmp_path / "other")
+    assert len([*Path("/dev/fd").iterdir()]) == before
