@@ -62,6 +62,7 @@ class AdamW:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
+        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
@@ -103,6 +104,7 @@ class Adam:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
+        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
@@ -148,6 +150,7 @@ class SGD:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
+        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
