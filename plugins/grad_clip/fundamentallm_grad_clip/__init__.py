@@ -37,11 +37,13 @@ class GradClip:
 
     @hookimpl
     def on_train_start(self) -> None:
+        """Choose the way to clip, so that no step has to."""
         from fundamentallm_grad_clip.clip import clip_norm, clip_value
 
         self._clip = clip_norm if self.max_value is None else clip_value
 
     @hookimpl
     def edit_gradients(self, run: Run) -> None:
+        """Clip the gradients, and log their norm as it was before."""
         norm = self._clip(run.parameters, self.max_norm or self.max_value, self.norm_type)
         run.log("optim/grad_norm", norm)
