@@ -25,4 +25,5 @@ class Accumulate:
 
     @hookimpl
     def collect_batches(self, stream: Iterator[Batch]) -> list[Batch]:
+        """Take the next ``microbatches`` micro-batches as one window."""
         return list(islice(stream, self.microbatches))
