@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,7 +39,10 @@ def collect_batches(run: Run, stream: Iterator[Batch]) -> list[Batch]:
 
 
 def weigh_window(run: Run, window: list[Batch]) -> float:
-    return sum([batch.weight for batch in window])
+    total = 0.0
+    for batch in window:
+        total += batch.weight
+    return total
 
 
 def train_microbatch(run: Run, batch: Batch, share: float, is_last: bool) -> None:
@@ -51,7 +54,8 @@ def train_microbatch(run: Run, batch: Batch, share: float, is_last: bool) -> Non
 
 def forward(run: Run, batch: Batch) -> Tensor:
     data = batch.data
-    return cast("Tensor", run.module(**data) if isinstance(data, dict) else run.module(*data))
+    loss: Tensor = run.module(**data) if isinstance(data, dict) else run.module(*data)
+    return loss
 
 
 def backward(run: Run, loss: Tensor) -> None:

@@ -45,20 +45,23 @@ def _caller(registry: PluginManager, hook: str, muted: set[str]) -> Callable[...
         return cast("Callable[..., Any]", Nothing())
     if kind(hook) == "exclusive" or (len(calls) == 1 and kind(hook) != "vote"):
         return calls[0]
-    return _every(calls) if hook == "on_train_end" else lambda **given: [c(**given) for c in calls]
+    return _every(calls) if hook == "on_train_end" else _each(calls)
 
 
 def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[..., Any]:
     call, names, plugin = cast("Callable[..., Any]", impl.function), impl.argnames, impl.plugin_name
     observes = getattr(impl.plugin, "observer", False)
-    if len(names) == len(spec) and not observes:
+    unwanted = [name for name in spec if name not in names]
+    if not unwanted and not observes:
         return call
 
     def select(**given: Any) -> Any:
         if observes and plugin in muted:
             return None
+        for name in unwanted:
+            del given[name]
         try:
-            return call(**{name: given[name] for name in names})
+            return call(**given)
         except Exception as error:
             if not observes:
                 raise
@@ -66,6 +69,16 @@ def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[.
             log.warning("%s failed and is muted from now on: %r", plugin, error, exc_info=error)
 
     return select
+
+
+def _each(calls: list[Callable[..., Any]]) -> Callable[..., list[Any]]:
+    def call_each(**given: Any) -> list[Any]:
+        answers = []
+        for call in calls:  # a comprehension would be one more call in every step
+            answers.append(call(**given))  # noqa: PERF401
+        return answers
+
+    return call_each
 
 
 def _every(calls: list[Callable[..., Any]]) -> Callable[..., Any]:

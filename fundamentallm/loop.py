@@ -9,9 +9,8 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fundamentallm.errors import DataError, NotFiniteError, SettingsError
+from fundamentallm.states import seed_random
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +26,7 @@ def build(run: Run) -> None:
     run.data = hook.build_data(run=run)
     run.progress.epoch_samples = run.data.epoch_samples
     run.tokenizer = hook.build_tokenizer(run=run)
-    torch.manual_seed(run.seed_for("model"))
+    seed_random(run.seed_for("model"))
     run.model = hook.build_model(run=run).to(run.device)
     hook.adapt_model(run=run)
     module = hook.checkpoint_activations(run=run, model=run.model)
@@ -36,7 +35,7 @@ def build(run: Run) -> None:
     run.parameters = list(run.model.parameters())
     run.optimizer = hook.build_optimizer(run=run)
     run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
-    torch.manual_seed(run.seed_for("train"))
+    seed_random(run.seed_for("train"))
 
 
 def train(run: Run, started: float) -> None:
@@ -69,7 +68,7 @@ def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
     if hook.finish_gradients:
         hook.finish_gradients(run=run)
     verdicts: Any = hook.judge_step(run=run) if hook.judge_step else ()
-    run.rejected = [reason for reason in verdicts if reason]
+    run.rejected = list(filter(None, verdicts))
     applied = not run.rejected
     if applied:
         for batch, loss in zip(window, run.losses, strict=False):

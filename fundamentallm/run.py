@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fundamentallm.settings import RunSettings
 
 Snapshot: TypeAlias = dict[str, Any]
+_NUMBER = (float, int)  # making a union of types takes longer than asking it
 _Entry: TypeAlias = tuple[Any, float, int]  # value, weight, step
 Logged: TypeAlias = defaultdict[str, list[_Entry]]
 
@@ -161,7 +162,7 @@ class Run:
         A tensor stays on the device: nothing waits. It must be 0-d and not be changed in place
         later. ``weight`` is by default that of the batch at hand, and 1 between batches.
         """
-        if not isinstance(value, float | int):
+        if not isinstance(value, _NUMBER) and value.requires_grad:
             value = value.detach()
         weighed = self.weight if weight is None else weight
         self._logged[name].append((value, weighed, self.progress.step))
