@@ -27,6 +27,16 @@ def set_state(instance: object, kept: dict[str, Any]) -> None:
         setattr(instance, name, kept[name])
 
 
+def seed_random(seed: int) -> None:
+    """Seed every global random number generator that is in use."""
+    import torch
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
 def random_state() -> dict[str, Any]:
     """Return the state of every global random number generator that is in use."""
     import torch

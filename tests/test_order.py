@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import tomli
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import compose, train
@@ -30,47 +31,50 @@ SMALL = [
 def finished(plugins: list[str], folder: Path, cache: Path):
     """Train the small quickstart with the plugins in an order; return all that may not differ."""
     tracking = f"mlflow.tracking_uri='sqlite:///{cache}/mlflow.db'"
-    composed = compose(
-        {**tomli.loads((SETTINGS / "base.toml").read_text()),
-         **tomli.loads((SETTINGS / "quickstart.toml").read_text()), "plugins": plugins} | {},
-        overrides=[*SMALL, f"text.cache_dir='{cache}/text'"]
-        + ([tracking] if "mlflow" in plugins else []),
-    )  # fmt: skip
+    shuffled = folder / "shuffled.toml"
+    shuffled.write_text(f"extends = '{SETTINGS / 'quickstart.toml'}'\nplugins = {plugins}\n")
+    overrides = [*SMALL, f"text.cache_dir='{cache}/text'"]
+    composed = compose(shuffled, overrides=overrides + [tracking] * ("mlflow" in plugins))
     run = train(composed, run_dir=folder)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         del row["time"]
     state = run.snapshot()
-    names = ("progress", "random", "logged")
-    kept = {name: str({**state[name], "seconds": 0, "before": 0}) for name in names}
-    return weights(run), rows, kept, str(sorted(state["optimizer"]))
+    del state["progress"]["seconds"], state["progress"]["before"]
+    kept = {name: repr(state[name]) for name in ("progress", "random", "logged")}
+    digest = hashlib.sha256(repr(kept).encode()).hexdigest()
+    for name, tensor in sorted(weights(run).items()):
+        digest += name + hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return digest, rows
 
 
 @pytest.fixture(scope="module")
 def listed_order(tmp_path_factory):
+    """Return a cache, and what the listed order ends in: a digest of all bits, and the rows."""
     cache = tmp_path_factory.mktemp("cache")
     plugins = [name for name in LISTED if name != "mlflow"]
     return cache, finished(plugins, tmp_path_factory.mktemp("listed"), cache)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A list that differs needs no smaller example, and looking for one takes minutes.
+@settings(
+    max_examples=8,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(plugins=st.permutations([name for name in LISTED if name != "mlflow"]))
 def test_any_shuffle_of_the_quickstart_ends_in_the_same_bits(
     plugins, listed_order, tmp_path_factory
 ):
-    cache, (expected, rows, kept, _) = listed_order
-    found, found_rows, found_kept, _ = finished(plugins, tmp_path_factory.mktemp("run"), cache)
-    assert all(found[name].equal(expected[name]) for name in expected)
-    assert found_rows == rows
-    assert found_kept == kept
+    cache, expected = listed_order
+    assert finished(plugins, tmp_path_factory.mktemp("run"), cache) == expected
 
 
 def test_the_quickstart_with_mlflow_first_or_last_ends_in_the_same_bits(
     listed_order, tmp_path_factory
 ):
-    cache, (expected, rows, _, _) = listed_order
+    cache, expected = listed_order
     others = [name for name in LISTED if name != "mlflow"]
     for plugins in (["mlflow", *others], [*reversed(others), "mlflow"]):
-        found, found_rows, _, _ = finished(plugins, tmp_path_factory.mktemp("run"), cache)
-        assert all(found[name].equal(expected[name]) for name in expected)
-        assert found_rows == rows
+        assert finished(plugins, tmp_path_factory.mktemp("run"), cache) == expected

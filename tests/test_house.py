@@ -1,0 +1,189 @@
+"""The rules of the house: sizes, imports, words, documents that match the code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+from fundamentallm import HOOKS, find_plugins
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted(p for p in (ROOT / "fundamentallm").glob("*.py") if p.name != "testing.py")
+FOLDERS = sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml"))
+MODULES = sorted(ROOT.glob("plugins/*/fundamentallm_*/*.py"))
+
+
+def code_lines(path: Path) -> int:
+    """Count lines that are neither blank, nor a comment, nor a docstring."""
+    text = path.read_text()
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        for child in getattr(node, "body", None) or [] if not isinstance(node, ast.Lambda) else []:
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant) \
+                    and isinstance(child.value.value, str):  # fmt: skip
+                documented |= set(range(child.lineno, (child.end_lineno or child.lineno) + 1))
+    lines = enumerate((line.strip() for line in text.splitlines()), 1)
+    return sum(1 for n, line in lines if line and not line.startswith("#") and n not in documented)
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_the_core_stays_under_1500_lines_of_code():
+    assert sum(map(code_lines, CORE)) <= 1500
+
+
+def test_no_module_of_the_core_is_over_300_lines_and_the_loop_is_at_most_150():
+    sizes = {path.name: len(path.read_text().splitlines()) for path in CORE}
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
+    assert sizes["loop.py"] <= 150
+
+
+def test_no_module_of_a_plugin_is_over_250_lines():
+    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in MODULES}
+    assert {name: size for name, size in sizes.items() if size > 250} == {}
+
+
+def test_the_core_imports_no_plugin_and_no_feature():
+    forbidden = re.compile(r"fundamentallm_|mlflow|torch\.distributed|torch\.amp")
+    for path in [*CORE, ROOT / "fundamentallm" / "testing.py"]:
+        assert [name for name in imports(path) if forbidden.match(name)] == [], path.name
+
+
+def test_plugins_import_from_the_core_its_face_alone_and_never_each_other():
+    modules = {path.name for path in (ROOT / "fundamentallm").glob("*.py")}
+    for path in MODULES:
+        own = path.parent.name
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "fundamentallm":
+                assert f"{parts[1]}.py" not in modules if len(parts) > 2 else True, (path, name)
+            assert not parts[0].startswith("fundamentallm_") or parts[0] == own, (path, name)
+
+
+def test_nobody_uses_what_a_dependency_keeps_to_itself():
+    private = re.compile(r"(torch|pluggy|attrs|cattrs|mlflow|rich|click|tokenizers)\b.*\._[a-z]")
+    for path in [*CORE, *MODULES]:
+        assert [name for name in imports(path) if private.match(name)] == [], path
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+class TestEveryDistribution:
+    def test_is_named_after_its_folder(self, folder):
+        project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
+        assert project["name"] == f"fundamentallm-{folder.name.replace('_', '-')}"
+        assert (folder / f"fundamentallm_{folder.name}" / "py.typed").is_file()
+
+    def test_takes_the_core_as_a_range(self, folder):
+        project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
+        assert "fundamentallm>=0.1,<0.2" in project["dependencies"]
+        assert not [d for d in project["dependencies"] if "==" in d]
+
+    def test_has_a_readme_of_one_sentence_and_what_is_generated(self, folder):
+        project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
+        text = (folder / "README.md").read_text()
+        assert text.startswith("# ")
+        assert text.split("\n\n")[1].strip()
+        if project.get("entry-points", {}).get("fundamentallm"):
+            assert "<!-- settings" in text
+            assert "<!-- hooks" in text
+
+    def test_every_plugin_of_it_passes_the_contract(self, folder):
+        project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
+        tests = "\n".join(path.read_text() for path in folder.glob("tests/test_*.py"))
+        for entry in project.get("entry-points", {}).get("fundamentallm", {}).values():
+            name = entry.partition(":")[2]
+            assert re.search(rf"plugin(: [^=]+)? = {name}\b", tests), f"no PluginContract of {name}"
+
+
+def test_every_first_party_plugin_is_known_by_the_distribution_that_brings_it():
+    ours = tomli.loads((ROOT / "fundamentallm" / "first_party.toml").read_text())
+    found = {name: offers[0].distribution for name, offers in find_plugins().items()
+             if offers[0].distribution.startswith("fundamentallm-")}  # fmt: skip
+    assert ours == found
+
+
+def test_every_hook_is_documented_and_tested():
+    page = (ROOT / "docs" / "hooks.md").read_text()
+    tests = (ROOT / "tests" / "test_hooks.py").read_text()
+    for hook in HOOKS:
+        assert f"`{hook}`" in page or f" {hook}(" in page, hook
+        assert hook in tests, hook
+
+
+def test_the_generated_documents_match_the_code():
+    done = subprocess.run(
+        [sys.executable, "-m", "fundamentallm", "reference", "--check"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_words_that_mean_two_things_are_not_used():
+    wrong = re.compile(r"\b(global_step|batch_idx|n_iter|iter_num|trainer|self\.cfg|config_path)\b")
+    for path in [*CORE, *MODULES]:
+        found = wrong.findall(path.read_text())
+        assert found == [], path
+
+
+def test_no_furniture_words_name_a_class_or_a_file():
+    furniture = re.compile(r"(Manager|Handler|Helper|Base|Mixin|Connector|Wrapper)$")
+    for path in [*CORE, *MODULES]:
+        assert path.name not in ("utils.py", "helpers.py", "common.py", "misc.py")
+        tree = ast.parse(path.read_text())
+        classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        assert [name for name in classes if furniture.search(name)] == [], path
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_in_plain_python_runs_and_has_fewer_than_25_lines(tmp_path):
+    (example,) = blocks(ROOT / "docs" / "python.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) < 25
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    outcome, loss = done.stdout.split()[-2:]
+    assert outcome == "finished"
+    assert float(loss) < 0.05
+
+
+def test_the_readme_s_settings_and_plugin_compose(tmp_path):
+    from fundamentallm import compose
+
+    (settings, *_) = blocks(ROOT / "README.md", "toml")
+    (plugin, *_) = blocks(ROOT / "README.md", "python")
+    assert len(plugin.strip().splitlines()) <= 17
+    (tmp_path / "loss_stop.py").write_text(plugin)
+    (tmp_path / "my.toml").write_text(settings)
+    composed = compose(
+        tmp_path / "my.toml", overrides=["loss_stop.enough=1.5"], add=["./loss_stop.py"]
+    )
+    assert list(composed.plugins)[-1] == "loss_stop"
+
+
+def test_every_settings_file_says_what_it_is_and_composes():
+    from fundamentallm import compose
+
+    for path in sorted((ROOT / "settings").glob("*.toml")):
+        assert path.read_text().startswith("# "), path
+        composed = compose(path)
+        assert json.dumps(composed.tables)
