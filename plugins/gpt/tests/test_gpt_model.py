@@ -158,6 +158,20 @@ def test_a_cache_changes_no_logits_however_the_tokens_are_cut(
         torch.testing.assert_close(torch.cat(found, 1), model.logits(ids), atol=1e-5, rtol=1e-5)
 
 
+@given(shape=shapes, seed=st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_greedy_decoding_with_a_cache_finds_the_same_tokens(shape: Shape, seed: int) -> None:
+    model = make(shape, seed)
+    plain = tokens(2, 1, seed)
+    new, cache, found = plain, model.make_cache(2, 9), [plain]
+    with torch.no_grad():
+        for _ in range(8):
+            plain = torch.cat((plain, model.logits(plain)[:, -1:].argmax(-1)), dim=1)
+            new = model.logits(new, cache)[:, -1:].argmax(-1)
+            found.append(new)
+    assert torch.equal(torch.cat(found, dim=1), plain)
+
+
 def test_the_loss_is_the_mean_over_the_targets_that_count() -> None:
     model = make(shape_of(None, TINY))
     inputs, targets = tokens(2, 6), tokens(2, 6, seed=2)
