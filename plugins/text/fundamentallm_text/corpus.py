@@ -99,11 +99,16 @@ class Corpus:
         return RandomWindows(tokens, self.context_length, seed)
 
     def _check_lengths(self) -> None:
-        for name, split in (("training", self.train), ("held-out", self.held_out)):
-            if split is not None and len(split.tokens) <= self.context_length:
+        length = self.context_length
+        more = "more held-out text (text.validation_fraction = 0 for none)"
+        for name, split, hint in (
+            ("training", self.train, "more text"),
+            ("held-out", self.held_out, more),
+        ):
+            if split is not None and len(split.tokens) <= length:
                 raise DataError(
                     f"the {name} text has {len(split.tokens)} tokens; one window of "
-                    f"text.context_length = {self.context_length} needs {self.context_length + 1}"
+                    f"text.context_length = {length} needs {length + 1}: shorten it, or give {hint}"
                 )
 
 

@@ -43,15 +43,16 @@ class TextReader:
         ]
         vocabulary = self._vocabulary(train, held_out, contents)
         vocab_size = padded(vocabulary.vocab_size, self.settings.vocab_size)
-        found = [
-            self._tokenize(text, content, vocabulary) if text else None
-            for text, content in zip((train, held_out), contents, strict=True)
-        ]
+        splits = Splits(
+            self._tokenize(train, contents[0], vocabulary),
+            self._tokenize(held_out, contents[1], vocabulary) if held_out else None,
+            vocabulary,
+            vocab_size,
+        )
         for path, stamp in stamps.items():
             if stamp_of(path) != stamp:
                 raise DataError(f"{path} was changed while it was read")
-        assert found[0] is not None
-        return Splits(found[0], found[1], vocabulary, vocab_size)
+        return splits
 
     def _divide(self) -> tuple[list[Extent], list[Extent]]:
         settings = self.settings

@@ -162,6 +162,7 @@ def learn_pairs(text: Iterable[str], size: int, vocab_size: int, separator: str)
         vocab_size=vocab_size,
         special_tokens=[separator] if separator else [],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sampled(text, -(-size // BPE_SAMPLE)), trainer)

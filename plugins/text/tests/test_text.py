@@ -183,7 +183,7 @@ def test_a_validation_can_be_a_few_batches_spread_over_the_split(corpus: Read) -
     assert rows == [all_rows[i * len(all_rows) // 4] for i in range(4)]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 500), size=st.integers(1, 9), depth=st.integers(0, 2))
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
 def test_samples_are_the_same_from_any_place_in_any_batch_size(

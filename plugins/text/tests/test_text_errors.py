@@ -86,15 +86,24 @@ def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
         list(decoded(extent))
 
 
-def test_training_text_shorter_than_a_window(fails: Fails, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
+def test_training_text_shorter_than_a_window(fails: Fails, tmp_path: Path, tokenizer: Any) -> None:
     path = _file(tmp_path, "short.txt", b"12345678")
-    text = fails(path=path, validation_fraction=0.0)
-    assert text == ("the training text has 8 tokens; one window of text.context_length = 8 needs 9")
+    assert fails(path=path, validation_fraction=0.0, tokenizer=tokenizer) == (
+        "the training text has 8 tokens; one window of text.context_length = 8 needs 9: "
+        "shorten it, or give more text"
+    )
+    assert fails(path=path, validation_fraction=0.95, tokenizer=tokenizer).startswith(
+        "the training text has 0 tokens; one window"
+    )
 
 
 def test_held_out_text_shorter_than_a_window(fails: Fails, tmp_path: Path) -> None:
-    text = fails(path=_file(tmp_path, "a.txt", b"x" * 80), validation_fraction=0.1)
-    assert text == ("the held-out text has 8 tokens; one window of text.context_length = 8 needs 9")
+    path = _file(tmp_path, "a.txt", b"x" * 80)
+    assert fails(path=path, validation_fraction=0.1) == (
+        "the held-out text has 8 tokens; one window of text.context_length = 8 needs 9: "
+        "shorten it, or give more held-out text (text.validation_fraction = 0 for none)"
+    )
 
 
 def test_a_file_to_train_on_and_to_hold_out(fails: Fails, tmp_path: Path) -> None:
