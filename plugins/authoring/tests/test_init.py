@@ -9,7 +9,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from fundamentallm_authoring.commands import init
 from fundamentallm_authoring.sheet import sheet, toml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import SettingsError, compose, find_plugins, setting_fields
@@ -96,10 +96,15 @@ def test_an_unknown_plugin_is_told_and_nothing_is_written(tmp_path: Path) -> Non
     assert not file.exists()
 
 
-@given(st.recursive(
-    st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-))  # fmt: skip
-@settings(max_examples=40)
+TEXT = st.text(max_size=4)
+VALUES = st.recursive(
+    st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(VALUES)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_value_is_the_same_after_toml_and_back(value: object) -> None:
     assert tomllib.loads(f"x = {toml(value)}") == {"x": value}

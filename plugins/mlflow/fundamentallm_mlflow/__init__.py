@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fundamentallm import field, gt, hookimpl, plugin
 
@@ -83,28 +83,31 @@ class Mlflow:
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
         """Append the row to the journal."""
-        if self._journal is None:
-            return
-        try:
-            self._journal.append("metrics", step=run.progress.step, metrics=metrics)
-        except OSError as error:
-            log.warning("mlflow: the journal takes no more rows (%s); MLflow gets none from here "
-                        "on, the training goes on", error.strerror)  # fmt: skip
-            self._journal.close()
-            self._journal = None
+        self._append("metrics", step=run.progress.step, metrics=metrics)
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """Set the end state, and wait for the store to take what is left."""
-        if self._journal is not None:
-            error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
-            self._journal.append("end", outcome=outcome, error=error)
-            self._journal.close()
+        error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
+        self._append("end", outcome=outcome, error=error)
         left = self._shipper.finish(self.end_seconds) if self._shipper is not None else None
         if left is not None:
             log.warning("mlflow: %s; the rows are in %s, and continuing the run ships them",
                         left, run.folder / "mlflow")  # fmt: skip
+        if self._journal is not None:
+            self._journal.close()
         self._journal = self._shipper = None
+
+    def _append(self, kind: str, **facts: Any) -> None:
+        if self._journal is None:
+            return
+        try:
+            self._journal.append(kind, **facts)
+        except OSError as error:
+            log.warning("mlflow: the journal takes no more rows (%s): MLflow shows none from here "
+                        "on; the training goes on", error.strerror)  # fmt: skip
+            self._journal.close()
+            self._journal = None
 
 
 def absolute(uri: str | None) -> str:

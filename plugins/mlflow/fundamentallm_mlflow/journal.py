@@ -11,6 +11,7 @@ One JSON object per line, of three kinds::
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -34,7 +35,9 @@ class Journal:
     def append(self, kind: str, **facts: Any) -> None:
         """Add a row; raises ``OSError`` if the disk does not take it."""
         row = {"kind": kind, "time": time.time_ns() // 1_000_000, **facts}
-        os.write(self._file, (json.dumps(row) + "\n").encode())
+        line = (json.dumps(row) + "\n").encode()
+        if os.write(self._file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Let go of the file; nothing is left to be written."""

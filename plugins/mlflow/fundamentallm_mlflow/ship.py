@@ -125,8 +125,8 @@ def _answer(answers: Any, facts: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0] if lines else type(error).__name__}"[:500]
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:500]
 
 
 if __name__ == "__main__":

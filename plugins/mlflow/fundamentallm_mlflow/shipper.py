@@ -45,11 +45,11 @@ class Shipper:
             )
         answer = self._ask(request, patience)
         if "error" in answer:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             store, details = request["place"], folder / "ship.log"
+            said = answer["error"].replace(request["uri"], store)
             raise PluginError(
-                f"mlflow: the store {store} cannot be used: {answer['error']} (details: {details})"
+                f"mlflow: the store {store} cannot be used: {said} (details: {details})"
             )
         self.run_id: str = answer["run_id"]
 
@@ -60,12 +60,15 @@ class Shipper:
             # The process itself gives up after ``patience``: let it say so.
             code = self._process.wait(patience + 10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             return "the store did not take the last rows in time"
         return {0: None, 3: "the store did not take the last rows in time"}.get(
             code, f"the shipping process ended with code {code}"
         )
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
     def _ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
         to, answers = (cast("IO[bytes]", p) for p in (self._process.stdin, self._process.stdout))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fundamentallm_mlflow import Mlflow, absolute
+from fundamentallm_mlflow.journal import Journal
+from fundamentallm_mlflow.ship import Shipment, ship
 from fundamentallm_mlflow.shipper import masked
 
 from fundamentallm import FundamentalError, PluginError, hookimpl, plugin
@@ -154,9 +156,11 @@ def test_a_run_that_ends_in_every_way_and_is_continued_each_time_is_one_run_in_t
 
 
 def test_a_store_that_does_not_open_ends_the_run_at_its_start(tiny_run: TinyRun) -> None:
-    with pytest.raises(PluginError, match="mlflow: the store nonsense://x cannot be used: ") as e:
-        tiny_run(Mlflow(tracking_uri="nonsense://x", start_seconds=120.0))
+    wrong = Mlflow(tracking_uri="nonsense://me:secret@x", start_seconds=120.0)
+    with pytest.raises(PluginError, match=r"mlflow: the store nonsense://me:\*+@x cannot be") as e:
+        tiny_run(wrong)
     assert "unsupported URI" in str(e.value)
+    assert "secret" not in str(e.value)
     assert e.value.exit_code == 7
 
 
@@ -245,3 +249,71 @@ def test_a_database_is_the_same_from_every_folder(monkeypatch: Any, tmp_path: Pa
 def test_passwords_are_not_shown() -> None:
     assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
     assert masked("http://host:5000") == "http://host:5000"
+
+
+def journal_of(folder: Path, steps: range) -> Path:
+    journal = Journal(folder / "journal.jsonl")
+    journal.append("start")
+    for step in steps:
+        journal.append("metrics", step=step, metrics={"train/loss": 1.0 / step})
+    journal.close()
+    return folder / "journal.jsonl"
+
+
+def test_what_the_store_does_not_take_is_shipped_once_when_it_is_back(
+    uri: str, tmp_path: Path
+) -> None:
+    from fundamentallm_mlflow.store import Store
+
+    class Away(Store):
+        """A store that loses the connection: before taking a batch, then after taking it."""
+
+        failures = 0
+
+        def take(self, points: Any) -> None:
+            self.failures += 1
+            if self.failures == 2:
+                super().take(points)
+            if self.failures < 3:
+                raise ConnectionError("away")
+            super().take(points)
+
+    store = Away(request(uri, "away"), tmp_path)
+    shipment = Shipment(journal_of(tmp_path, range(1, 2000)), store)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            shipment.ship()
+    shipment.ship()
+    (kept,) = runs_of(uri, "away")
+    assert points(uri, kept, "train/loss") == [(step, 1.0 / step) for step in range(1, 2000)]
+    again = Store(request(uri, "away"), tmp_path)
+    assert again.offset == (tmp_path / "journal.jsonl").stat().st_size
+
+
+def test_a_store_that_stays_away_is_given_up_after_the_end(uri: str, tmp_path: Path) -> None:
+    from fundamentallm_mlflow.store import Store
+
+    class Away(Store):
+        def take(self, points: Any) -> None:
+            raise ConnectionError("away")
+
+    store = Away(request(uri, "stays away"), tmp_path)
+    shipment = Shipment(journal_of(tmp_path, range(1, 3)), store)
+    assert ship(shipment, store, trainer=os.getpid(), patience=0.0) == 3
+    (kept,) = runs_of(uri, "stays away")
+    assert kept.info.status == "RUNNING"
+
+
+def test_a_full_disk_ends_the_logging_and_not_the_training(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "mlflow").mkdir(parents=True)
+    (tmp_path / "run" / "mlflow" / "journal.jsonl").symlink_to("/dev/full")
+    with pytest.raises(FundamentalError, match="No space left on device"):
+        tiny_run(logger("full"))
+    one = logger("full")
+    one._journal = Journal(tmp_path / "run" / "mlflow" / "journal.jsonl")
+    run = tiny_run(run_dir=tmp_path / "plain")
+    one.on_log(run, {"train/loss": 1.0})
+    assert "the journal takes no more rows (No space left on device)" in caplog.text
+    one.on_log(run, {"train/loss": 1.0})
