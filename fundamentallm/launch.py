@@ -151,6 +151,8 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
     except Exception as error:
+        if "can't allocate memory" in str(error):  # what torch says on a CPU, as a RuntimeError
+            raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
         blamed = blame(error, registry)
         if blamed is None:
             raise

@@ -27,7 +27,8 @@ def new_folder(composed: Composed) -> Path:
     while True:
         folder = run.folder / (name if count == 1 else f"{name}-{count}")
         try:
-            folder.mkdir(parents=True)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         except FileExistsError:
             count += 1
         except OSError as error:
@@ -55,9 +56,8 @@ def write_record(folder: Path, composed: Composed) -> None:
 def environment(composed: Composed) -> dict[str, Any]:
     """Describe what the run depends on besides its settings."""
     packages = ("fundamentallm", "torch", "numpy", "pluggy")
-    there = {d.name: d.version for d in metadata.distributions()}
     return {
-        "versions": {name: there[name] for name in packages if name in there},
+        "versions": {name: v for name in packages if (v := _version(name)) is not None},
         "plugins": composed.brought,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -67,6 +67,13 @@ def environment(composed: Composed) -> dict[str, Any]:
         "seed": composed.run.seed,
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str | None:

@@ -35,6 +35,7 @@ class Batch:
     ``data`` is what ``forward`` unpacks: a tuple of tensors, or a dict of them. ``weight`` is what
     its mean loss is a mean over (target tokens of a language model, else samples): windows and
     validations weigh by it. ``first`` is the index of its first sample in the order of the data.
+    ``samples`` and ``tokens`` count over all processes of a run, ``weight`` in this one.
     """
 
     data: Any

@@ -158,14 +158,14 @@ def learn_pairs(text: Iterable[str], size: int, vocab_size: int, separator: str)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    recipe = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[separator] if separator else [],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sampled(text, -(-size // BPE_SAMPLE)), trainer)
+    tokenizer.train_from_iterator(_sampled(text, -(-size // BPE_SAMPLE)), recipe)
     return Pairs(tokenizer)
 
 
