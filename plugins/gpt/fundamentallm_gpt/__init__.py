@@ -109,6 +109,7 @@ class Gpt:
 
     @hookimpl
     def build_model(self, run: Run) -> GPT:
+        """Make the transformer, with GPT-2's initial weights."""
         from fundamentallm_gpt.model import GPT
 
         return GPT(

@@ -71,6 +71,7 @@ class Sample:
 
     @hookimpl(wrapper=True)
     def build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
+        """Refuse to start without a tokenizer, or with a model that cannot be sampled from."""
         # Here and not in an event: there the failure of an observer would only silence it.
         from fundamentallm_sample.generate import check_model
 
@@ -85,6 +86,7 @@ class Sample:
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
+        """Write samples, if a period or the run is over."""
         # After a signal there may be seconds left, and they belong to whoever saves.
         if run.rank or run.signal is not None:
             return
