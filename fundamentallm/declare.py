@@ -7,7 +7,7 @@ import inspect
 import re
 import textwrap
 from itertools import pairwise
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 import attrs
 
@@ -16,11 +16,11 @@ C = TypeVar("C", bound=type)
 field = attrs.field
 
 
-def state(default: Any = None, *, factory: Any = None) -> Any:
+def state(default: Any = None, *, factory: Any = None, init: Literal[False] = False) -> Any:
     """Declare a field that is not a setting but training state: saved in every checkpoint and
     restored by the core, under the plugin's instance name. Tensors and JSON values only."""
     chosen = attrs.Factory(factory) if factory is not None else default
-    return attrs.field(init=False, default=chosen, metadata={"state": True})
+    return attrs.field(init=init, default=chosen, metadata={"state": True})
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(attrs.field, state))
