@@ -121,13 +121,18 @@ def minicpm(
     return 1.0 if it < stable else fall((it - stable) / (length - stable))
 
 
+def around(length: int, *edges: int) -> list[int]:
+    """Return the updates at and beside the edges of a schedule's parts."""
+    return [at for edge in edges for at in (edge - 1, edge, edge + 1) if 0 <= at < length]
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, int, float, list[int]]:
-    """Draw a length, a warmup, a final factor, and updates to resume at."""
+    """Draw a length, a warmup, a final factor, and updates to resume at, the edges among them."""
     length = draw(st.integers(2, STEPS))
     warmup = draw(st.integers(0, length - 1))
     resumed = draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=30))
-    return length, warmup, draw(st.floats(0, 1)), resumed
+    return length, warmup, draw(st.floats(0, 1)), resumed + around(length, 0, warmup, length)
 
 
 def lead(warmup: int) -> Period | float:
@@ -178,6 +183,11 @@ def test_inverse_sqrt_is_that_of_attention_is_all_you_need(drawn: Any) -> None:
     same(mine, [vaswani(it + 1, warmup + 1) for it in at])
 
 
+def test_inverse_sqrt_does_so_at_each_of_ten_thousand_updates() -> None:
+    mine = factors(STEPS, shape="inverse_sqrt", warmup=Period(400))
+    same(mine, [vaswani(it + 1, 401) for it in range(STEPS)])
+
+
 FALLS: dict[str, Callable[[float, float], float]] = {
     "linear": lambda x, lowest: 1 - x * (1 - lowest),
     "cosine": lambda x, lowest: lowest + (1 - lowest) * math.cos(math.pi * x / 2) ** 2,
@@ -189,10 +199,19 @@ FALLS: dict[str, Callable[[float, float], float]] = {
 def test_wsd_is_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: Any) -> None:
     length, warmup, lowest, at = drawn
     decay = data.draw(st.integers(1, length - warmup))
+    at = at + around(length, length - decay)
     table = {"shape": "wsd", "decay": Period(decay), "decay_shape": fall, "decay_to": lowest}
     same(factors(length, at, warmup=lead(warmup), **table), [
         minicpm(it, warmup, length - decay, lambda x: FALLS[fall](x, lowest), length) for it in at
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize("fall", FALLS)
+def test_wsd_is_so_at_each_of_ten_thousand_updates(fall: str) -> None:
+    table: dict[str, Any] = {"decay": 0.2, "decay_shape": fall, "decay_to": 0.1}
+    mine = factors(STEPS, shape="wsd", warmup=Period(400), **table)
+    theirs = FALLS[fall]
+    same(mine, [minicpm(it, 400, 8000, lambda x: theirs(x, 0.1), STEPS) for it in range(STEPS)])
 
 
 def sgdr(it: int, cycle: int, growth: int, lowest: float) -> float:
@@ -205,6 +224,7 @@ def sgdr(it: int, cycle: int, growth: int, lowest: float) -> float:
 @given(runs(), st.integers(1, 500), st.integers(1, 12))
 def test_restarts_are_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -> None:
     length, warmup, lowest, at = drawn
+    at = at + around(length, warmup + cycle, warmup + cycle * (1 + growth))
     table = {"cycle": Period(cycle), "cycle_growth": float(growth), "decay_to": lowest}
     mine = factors(length, at, shape="cosine_with_restarts", warmup=lead(warmup), **table)
     same(mine, [
