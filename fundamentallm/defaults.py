@@ -78,8 +78,9 @@ def validate(run: Run) -> dict[str, float]:
                 run.phase = split
                 total = len(batches) if isinstance(batches, Sized) else None
                 for index, batch in enumerate(batches):
-                    run.weight = batch.weight
-                    run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
+                    if batch.weight:  # the mean over no target at all would be no number
+                        run.weight = batch.weight
+                        run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
                     run.report("validation", index + 1, total)
         return run.take_logged()
     finally:

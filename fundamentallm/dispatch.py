@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from fundamentallm.errors import SettingsError
 from fundamentallm.hookspecs import HOOKS, Hooks, kind
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[.
         try:
             return call(**given)
         except Exception as error:
-            if not observes:
+            if not observes or isinstance(error, SettingsError):
                 raise
             muted.add(plugin)
             log.warning("%s failed and is muted from now on: %r", plugin, error, exc_info=error)

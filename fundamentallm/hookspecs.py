@@ -90,7 +90,8 @@ class Hooks(Protocol):
 
     @hookspec
     def adapt_model(self, run: Run) -> None:
-        """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize."""
+        """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize. All of it
+        is put into training mode before ``on_train_start``, where a module may be taken out."""
 
     @exclusive
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:

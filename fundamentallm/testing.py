@@ -137,7 +137,8 @@ TINY: dict[str, Callable[[], object]] = {
 
 def tiny_parts(plugins: list[object]) -> list[object]:
     """Return a tiny data source, model and optimizer, as far as ``plugins`` do not bring them."""
-    answered = {hook for one in plugins for hook, _, _ in hook_methods(type(one))}
+    answered = {hook for one in plugins for hook, options, _ in hook_methods(type(one))
+                if not options["wrapper"]}  # fmt: skip
     return [TINY[hook]() for hook in REQUIRED if hook not in answered]
 
 
