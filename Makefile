@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
 JOBS ?= 2
+# What is generated from the code: two pages, and tables in the README of everything that is a plugin.
+READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
+REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
 .PHONY: setup quickstart test lint bench reference clean
 
@@ -29,13 +32,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy fundamentallm $(wildcard plugins/*/fundamentallm_*)
 	$(BIN)/lint-imports
-	$(BIN)/fundamentallm reference --check
+	$(BIN)/fundamentallm reference --check $(REFERENCE)
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
 reference: setup
-	$(BIN)/fundamentallm reference
+	$(BIN)/fundamentallm reference $(REFERENCE)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
