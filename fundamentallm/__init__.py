@@ -45,8 +45,8 @@ __all__ = [
     "Progress", "Run", "RunSettings", "SettingsError", "Snapshot", "StorageError", "Tokenizer",
     "and_", "attribute_docs", "compose", "deep_iterable", "field", "find_plugins", "ge", "gt",
     "hook_methods", "hookimpl", "in_", "kind", "le", "load_run", "lt", "matches_re", "optional",
-    "order", "plugin", "plugin_name", "recorded", "setting_fields", "state", "state_fields", "table",
-    "train",
+    "order", "plugin", "plugin_name", "recorded", "setting_fields", "state", "state_fields",
+    "table", "train",
 ]  # fmt: skip
 
 

@@ -157,7 +157,8 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
         if blamed is None:
             raise
         name, hook = blamed
-        raise PluginError(f"plugin {name!r} ({brought[name]}) failed in {hook}: {error!r}") from error
+        who = f"plugin {name!r} ({brought[name]})"
+        raise PluginError(f"{who} failed in {hook}: {error!r}") from error
 
 
 def blame(error: BaseException, registry: PluginManager) -> tuple[str, str] | None:

@@ -235,7 +235,8 @@ class PluginContract:
 
     def test_importing_it_imports_nothing_heavy(self) -> None:
         code = f"import sys, {self.plugin.__module__}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert not set(HEAVY) & set(done.stdout.split())
 

@@ -61,6 +61,7 @@ class Images:
         self.epoch_samples = len(self.trained)
 
     def batches(self, progress: Progress) -> Iterator[Batch]:
+        """Yield micro-batches without end, an epoch after the other."""
         import torch
 
         epoch, first = divmod(progress.samples, self.epoch_samples)
@@ -74,8 +75,10 @@ class Images:
             epoch, first = epoch + 1, 0
 
     def validation(self) -> Mapping[str, list[Batch]]:
+        """Return every fifth image, in batches."""
         return {"val": [self.batch(part) for part in self.held_out.split(self.batch_size)]}
 
     def batch(self, indices: Tensor) -> Batch:
+        """Return the images at some indices, of shape (n, 64), and their labels (n,)."""
         count = len(indices)
         return Batch((self.images[indices], self.labels[indices]), count, count, tokens=0)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fundamentallm_accumulate import Accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fundamentallm import Batch, Progress, Run, SettingsError, compose, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
+from fundamentallm_accumulate import Accumulate
 
 VOCABULARY, WIDTH, TOKENS, PADDING = 11, 5, 7, -100
 

@@ -7,12 +7,12 @@ import tomllib
 from pathlib import Path
 
 from click.testing import CliRunner
-from fundamentallm_authoring.commands import init
-from fundamentallm_authoring.sheet import sheet, toml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import SettingsError, compose, find_plugins, setting_fields
+from fundamentallm_authoring.commands import init
+from fundamentallm_authoring.sheet import sheet, toml
 
 
 def composed(text: str, everything: type, samples: Path, folder: Path) -> dict[str, object]:

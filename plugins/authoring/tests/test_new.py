@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fundamentallm_authoring.commands import new
 
 from fundamentallm import SettingsError
+from fundamentallm_authoring.commands import new
 
 SETTINGS = """
 plugins = ["./tiny.py", "acme_noise"]

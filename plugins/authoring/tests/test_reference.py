@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fundamentallm_authoring.commands import reference
-from fundamentallm_authoring.reference import filled, hooks_table, settings_table
 
 from fundamentallm import HOOKS, FundamentalError, RunSettings, SettingsError, setting_fields
+from fundamentallm_authoring.commands import reference
+from fundamentallm_authoring.reference import filled, hooks_table, settings_table
 
 README = """# X
 <!-- settings -->

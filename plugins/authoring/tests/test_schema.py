@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fundamentallm_authoring.commands import schema
-from fundamentallm_authoring.schema import settings_schema
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
 from fundamentallm import SettingsError, compose, find_plugins, setting_fields
+from fundamentallm_authoring.commands import schema
+from fundamentallm_authoring.schema import settings_schema
 
 GOOD: dict[str, list[Any]] = {
     "count": [1, 9],

@@ -9,10 +9,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from fundamentallm_console import Console
 
 from fundamentallm import hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun
+from fundamentallm_console import Console
 
 if TYPE_CHECKING:
     from pathlib import Path

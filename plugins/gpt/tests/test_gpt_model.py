@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from fundamentallm_gpt.model import GPT
-from fundamentallm_gpt.rope import rotate, rotation
-from fundamentallm_gpt.shapes import PRESETS, Preset, Shape, shape_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from fundamentallm_gpt.model import GPT
+from fundamentallm_gpt.rope import rotate, rotation
+from fundamentallm_gpt.shapes import PRESETS, Preset, Shape, shape_of
 
 # Large initial weights, so that attention is far from uniform.
 SIZES = {"num_layers": 2, "num_heads": 4, "d_model": 16, "d_ff": 24}

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fundamentallm_gpt import Gpt
-from fundamentallm_gpt.model import GPT
 
 from fundamentallm import (
     Batch,
@@ -21,6 +19,8 @@ from fundamentallm import (
     plugin,
 )
 from fundamentallm.testing import PluginContract, TinyOptimizer, TinyRun, assert_same_weights
+from fundamentallm_gpt import Gpt
+from fundamentallm_gpt.model import GPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

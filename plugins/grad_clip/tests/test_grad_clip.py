@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fundamentallm_grad_clip import GradClip
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Run, SettingsError, compose, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun
+from fundamentallm_grad_clip import GradClip
 
 Clip = Callable[[list[torch.nn.Parameter]], Tensor]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fundamentallm_lr_schedule import LrSchedule
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.optim import SGD, lr_scheduler
 
 from fundamentallm import Period, Progress, Run, RunSettings
+from fundamentallm_lr_schedule import LrSchedule
 
 STEPS = 10_000
 

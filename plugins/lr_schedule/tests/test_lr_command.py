@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fundamentallm_lr_schedule.command import lr
-from fundamentallm_lr_schedule.curve import trace
-from fundamentallm_lr_schedule.drawing import text
 
 from fundamentallm import SettingsError, StorageError, compose, train
 from fundamentallm.testing import compose_tiny
+from fundamentallm_lr_schedule.command import lr
+from fundamentallm_lr_schedule.curve import trace
+from fundamentallm_lr_schedule.drawing import text
 
 PARTS = '''
 from fundamentallm import hookimpl, plugin

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fundamentallm_lr_schedule import LrSchedule
 
 from fundamentallm import (
     Batch,
@@ -23,6 +22,7 @@ from fundamentallm import (
     plugin,
 )
 from fundamentallm.testing import PluginContract, TinyRun
+from fundamentallm_lr_schedule import LrSchedule
 
 
 class TestContract(PluginContract):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from fundamentallm_mlflow.journal import Journal, JournalReader, Marks
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fundamentallm_mlflow.journal import Journal, JournalReader, Marks
 
 if TYPE_CHECKING:
     from pathlib import Path

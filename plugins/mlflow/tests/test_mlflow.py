@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from fundamentallm import FundamentalError, PluginError, hookimpl, plugin
+from fundamentallm.testing import PluginContract, TinyRun
 from fundamentallm_mlflow import Mlflow, absolute
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ship import Shipment, ship
 from fundamentallm_mlflow.shipper import masked
-
-from fundamentallm import FundamentalError, PluginError, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

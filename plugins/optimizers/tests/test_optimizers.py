@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from fundamentallm_optimizers import SGD, Adam, AdamW, Group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
 from fundamentallm import Run, SettingsError, compose, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm_optimizers import SGD, Adam, AdamW, Group
 
 Make = Callable[[dict[str, nn.Parameter]], optim.Optimizer]
 

@@ -14,13 +14,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
-from fundamentallm_progress import Progress
-from fundamentallm_progress.pace import Pace, clock_face, short
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import Period, PluginError, Run, RunSettings, hookimpl, plugin
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
+from fundamentallm_progress import Progress
+from fundamentallm_progress.pace import Pace, clock_face, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -312,6 +312,7 @@ def test_speed_follows_a_change_of_it(tmp_path: Path) -> None:
     assert pace.speed() == "1k tokens/s"
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e6), st.integers(1, 10**6), st.integers(0, 10**6))
 def test_the_time_left_is_never_negative(seconds: float, length: int, step: int) -> None:
     from pathlib import Path

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from fundamentallm_sample.command import sample
 
 from fundamentallm import SettingsError, train
+from fundamentallm_sample.command import sample
 
 LOCAL = '''
 import torch

@@ -6,6 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fundamentallm import NotFiniteError, SettingsError
 from fundamentallm_sample.generate import (
     Choice,
     check_model,
@@ -14,11 +19,6 @@ from fundamentallm_sample.generate import (
     keep_top_k,
     keep_top_p,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
-from fundamentallm import NotFiniteError, SettingsError
 
 # Few distinct values, so that ties are common.
 rows = st.lists(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fundamentallm_sample import Sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fundamentallm import Batch, Data, Period, Progress, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm_sample import Sample
 
 LETTERS = "\nabcdefg"
 

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from fundamentallm_text import Text
-from fundamentallm_text.corpus import Corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fundamentallm import Batch, PluginError, Progress, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm_text import Text
+from fundamentallm_text.corpus import Corpus
 
 VERSE = "The quick brown fox jumps over the lazy dog.\n" * 40
 

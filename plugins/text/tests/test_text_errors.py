@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from fundamentallm import DataError, SettingsError
+from fundamentallm.testing import TinyRun
 from fundamentallm_text import Text
 from fundamentallm_text.files import Extent
 from fundamentallm_text.pieces import decoded
 from fundamentallm_text.vocabularies import learn_pairs
-
-from fundamentallm import DataError, SettingsError
-from fundamentallm.testing import TinyRun
 
 Fails = Callable[..., str]
 

@@ -9,11 +9,11 @@ from itertools import count, islice
 import numpy as np
 import pytest
 import torch
-from fundamentallm_text.feed import Cut, Slot, ahead, feed, plan, sent, staged
-from fundamentallm_text.order import RandomWindows
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fundamentallm import Batch, DataError
+from fundamentallm_text.feed import Cut, Slot, ahead, feed, plan, sent, staged
+from fundamentallm_text.order import RandomWindows
 
 DTYPES = ["uint8", "uint16", "uint32", "int16", "int32", "int64"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -6,6 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fundamentallm_text.order import (
     GOLDEN,
     EpochWindows,
@@ -17,8 +20,6 @@ from fundamentallm_text.order import (
     scramble,
     share,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 SEEDS = st.integers(0, 2**63 - 1)
 COUNTS = st.integers(1, 5_000)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fundamentallm_text.files import Extent, cut, extents, find, standard_library
-from fundamentallm_text.pieces import cut_text, decoded, grouped, pieces
-from fundamentallm_text.vocabularies import learn_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import DataError
+from fundamentallm_text.files import Extent, cut, extents, find, standard_library
+from fundamentallm_text.pieces import cut_text, decoded, grouped, pieces
+from fundamentallm_text.vocabularies import learn_pairs
 
 # Words, blanks and newlines in every arrangement: where the cuts of a tokenizer are delicate.
 PROSE = st.lists(st.sampled_from(["a", "bc", " ", "\n", "\r\n", "\t", ".", "é", "1", "d'e", "…"]))

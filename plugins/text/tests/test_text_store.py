@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from fundamentallm_text.store import HEADER, Store
 
 from fundamentallm import StorageError
+from fundamentallm_text.store import HEADER, Store
 
 if TYPE_CHECKING:
     from fundamentallm_text.store import Tokens

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fundamentallm_text import Text
 from fundamentallm_text.splits import Splits
 from fundamentallm_text.store import Store

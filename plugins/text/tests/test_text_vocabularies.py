@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm import DataError
 from fundamentallm_text.vocabularies import (
     Bytes,
     Characters,
@@ -17,10 +21,6 @@ from fundamentallm_text.vocabularies import (
     learn_pairs,
     load_pairs,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fundamentallm import DataError
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 LEARNED = learn_pairs(["the cat and the hat\n" * 20], 400, 300, "<|end|>")
