@@ -48,7 +48,6 @@ class Checkpoint:
 
     run_id: str = state("")
     """What tells this run's checkpoints from those of a namesake."""
-    _start: int = field(init=False, default=-1)
     _measured: tuple[int, dict[str, float]] = field(init=False, factory=lambda: (-1, {}))
     _candidate: bool = field(init=False, default=False)
 
@@ -59,9 +58,10 @@ class Checkpoint:
         """Return the wanted or the newest sound snapshot of all instances."""
         from fundamentallm_checkpoint import store
 
-        own = [instance.home(run) for instance in self._siblings(run)]
+        siblings = self._siblings(run)
+        own = [instance.home(run) for instance in siblings]
         homes = dict.fromkeys([*own, *store.homes_below(run.folder / "checkpoints")])
-        judge = next((i for i in self._siblings(run) if i.keep_best), self)
+        judge = next((i for i in siblings if i.keep_best), siblings[0])
         loaded = store.load(homes, run.wanted_checkpoint, judge.rules())
         if loaded is None:
             return None
@@ -72,13 +72,12 @@ class Checkpoint:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        self._start = run.progress.step
         known = [instance.run_id for instance in self._siblings(run) if instance.run_id]
         self.run_id = known[0] if known else uuid.uuid4().hex
         if run.rank == 0:
             from fundamentallm_checkpoint import store
 
-            store.prepare(self.home(run), self._start)
+            store.prepare(self.home(run), run.progress.step)
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
@@ -112,7 +111,9 @@ class Checkpoint:
         )
 
     def _siblings(self, run: Run) -> list[Checkpoint]:
-        return [plugin for plugin in run.plugins.values() if isinstance(plugin, Checkpoint)]
+        """Return all instances, the one named ``checkpoint`` first, whatever the list's order."""
+        found = [(n != "checkpoint", n, p) for n, p in run.plugins.items() if type(p) is type(self)]
+        return [instance for *_, instance in sorted(found, key=lambda one: one[:2])]
 
     def _measure(self, run: Run, metrics: dict[str, float]) -> None:
         """Remember what is known of this very step."""
@@ -133,8 +134,7 @@ class Checkpoint:
             "best": is_best,
         }
         due = self.every.due(run.progress) or final or tags["milestone"] or is_best
-        # What this process began with is on the disk already.
-        if due and run.progress.step > self._start:
+        if due:
             self._save(run, tuple(tag for tag, applies in tags.items() if applies))
 
     def _save(self, run: Run, tags: tuple[str, ...]) -> None:

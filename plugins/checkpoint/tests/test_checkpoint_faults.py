@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from fundamentallm_checkpoint import Checkpoint, files, publication, store
-from fundamentallm_checkpoint.manifest import Manifest
-from fundamentallm_checkpoint.retention import Rules
 
 from fundamentallm import Period, StorageError, train
 from fundamentallm.testing import TinyRun, assert_same_weights, compose_tiny
+from fundamentallm_checkpoint import Checkpoint, files, publication, store
+from fundamentallm_checkpoint.manifest import Manifest
+from fundamentallm_checkpoint.retention import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable

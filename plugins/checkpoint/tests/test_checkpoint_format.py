@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fundamentallm_checkpoint import contents, tensors, trees
-from fundamentallm_checkpoint.tensors import Written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fundamentallm import StorageError
+from fundamentallm_checkpoint import contents, tensors, trees
+from fundamentallm_checkpoint.tensors import Written
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,7 +131,7 @@ def test_every_kind_of_number_is_readable_by_safetensors(dtype: torch.dtype, tmp
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path: Path) -> None:
-    shared = torch.randn(4, 3)
+    shared = torch.randn(3, 3)
     given = {"out": shared, "embedding": shared, "view": shared.t(), "half": shared[:2]}
     tensors.write(tmp_path / "it", given)
     with safe_open(tmp_path / "it", "pt") as file:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import attrs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fundamentallm_checkpoint.manifest import Manifest
 from fundamentallm_checkpoint.retention import MILESTONE, Rules, plan, ranked
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def known(
@@ -39,6 +40,7 @@ rules = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(existing, rules)
 def test_what_is_promised_to_stay_stays(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
@@ -52,6 +54,7 @@ def test_what_is_promised_to_stay_stays(there: list[Manifest], given_: Rules) ->
     assert all(m in stays for m in ranked(there, given_)[: given_.keep_best])
 
 
+@settings(deadline=None)
 @given(existing, rules)
 def test_nothing_stays_without_a_reason(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
@@ -59,17 +62,20 @@ def test_nothing_stays_without_a_reason(there: list[Manifest], given_: Rules) ->
     assert len(there) - len(gone) <= max(given_.keep_last, 2) + given_.keep_best + milestones + 1
 
 
+@settings(deadline=None)
 @given(existing, rules)
 def test_deleting_twice_deletes_nothing_more(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
     assert plan([m for m in there if m.step not in gone], given_) == set()
 
 
+@settings(deadline=None)
 @given(existing, rules)
 def test_the_order_they_are_found_in_does_not_matter(there: list[Manifest], given_: Rules) -> None:
     assert plan(there, given_) == plan(list(reversed(there)), given_)
 
 
+@settings(deadline=None)
 @given(existing, rules)
 def test_the_best_come_first_and_nan_never(there: list[Manifest], given_: Rules) -> None:
     scores = [m.metrics["val/loss"] for m in ranked(there, given_)]

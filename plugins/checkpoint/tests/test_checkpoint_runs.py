@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fundamentallm_checkpoint import Checkpoint
 
 from fundamentallm import (
     Period,
@@ -32,6 +31,7 @@ from fundamentallm.testing import (
     TinyRun,
     assert_same_weights,
 )  # fmt: skip
+from fundamentallm_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -171,6 +171,18 @@ def test_keeps_the_last_the_best_and_the_milestones(tiny_run: TinyRun) -> None:
     assert manifest(run, best)["metrics"]["val/loss"] == losses[best]  # type: ignore[index]
 
 
+def test_the_metrics_of_a_checkpoint_are_those_of_its_very_step(tiny_run: TinyRun) -> None:
+    run = tiny_run(Checkpoint(every=Period(1), keep_last=9), length=4, log_every=2)
+    known = {step: sorted(manifest(run, step)["metrics"]) for step in (1, 2, 3)}  # type: ignore[call-overload]
+    assert known == {1: [], 2: ["optim/lr", "train/loss", "train/tokens"], 3: []}
+
+
+def test_an_older_validation_says_nothing_of_a_checkpoint(tiny_run: TinyRun) -> None:
+    kept = Checkpoint(every=Period(1), keep_last=9)
+    run = tiny_run(kept, length=4, log_every=1, validate_every=2)
+    assert ["val/loss" in manifest(run, step)["metrics"] for step in (1, 2, 3)] == [False, True, False]
+
+
 def test_saves_a_validation_that_is_among_the_best(tiny_run: TinyRun) -> None:
     kept = Checkpoint(every=Period(100), keep_last=1, keep_best=1, save_final=False)
     run = tiny_run(kept, length=6, validate_every=3)
@@ -200,9 +212,9 @@ def test_announces_only_what_is_there_already(tiny_run: TinyRun) -> None:
 def test_a_finished_run_saves_nothing_more(tiny_run: TinyRun) -> None:
     run = tiny_run(Checkpoint(every=TWO), length=4)
     newest = run.folder / "checkpoints" / "step-00000004" / "manifest.json"
-    before = newest.stat()
+    before = newest.stat().st_mtime_ns
     tiny_run(Checkpoint(every=TWO), length=4)
-    assert newest.stat() == before
+    assert newest.stat().st_mtime_ns == before
 
 
 def test_a_longer_length_continues_a_finished_run(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -286,9 +298,10 @@ def recorded(tmp_path: Path) -> Run:
     """A run that can be loaded again by its folder alone, and that gets worse in the end."""
     (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "it.toml").write_text(
-        f'plugins = ["{tmp_path}/parts.py", "checkpoint"]\n'
+        f'plugins = ["{tmp_path}/parts.py", "archive", "checkpoint"]\n'
         "run = {length = 12, validate_every = 1, device = 'cpu'}\n"
-        "checkpoint = {every = 1, keep_last = 99}\n"
+        "checkpoint = {every = 1, keep_last = 99, keep_best = 1}\n"
+        "archive = {plugin = 'checkpoint', every = 99, save_final = false, mode = 'max'}\n"
     )
     return train(tmp_path / "it.toml", run_dir=tmp_path / "run")
 
@@ -307,9 +320,9 @@ def test_loads_the_best_the_latest_or_the_one_named(recorded: Run) -> None:
 
 
 def test_loading_writes_nothing(recorded: Run) -> None:
-    before = {path: path.stat() for path in recorded.folder.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")}
     load_run(recorded.folder, at="step-00000003")
-    assert {path: path.stat() for path in recorded.folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")} == before
 
 
 def test_says_which_checkpoints_there_are_if_the_wanted_one_is_not(recorded: Run) -> None:

@@ -65,17 +65,16 @@ def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
 def drop_rows_after(step: int, path: Path) -> None:
     """Drop rows of later steps and what is no row, such as a line that was cut short."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    dropped = False
+    changed = False
     try:
         with path.open("rb") as old, beside.open("xb") as new:
             for line in old:
-                if _belongs(line, step):
-                    new.write(line)
-                else:
-                    dropped = True
+                whole = line.removesuffix(b"\n") + b"\n" if _belongs(line, step) else b""
+                new.write(whole)
+                changed |= whole != line
             new.flush()
             os.fsync(new.fileno())
-        if dropped:
+        if changed:
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -83,7 +82,7 @@ def drop_rows_after(step: int, path: Path) -> None:
 
 def _belongs(line: bytes, step: int) -> bool:
     try:
-        return line.endswith(b"\n") and int(json.loads(line)["step"]) <= step
+        return int(json.loads(line)["step"]) <= step
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
 

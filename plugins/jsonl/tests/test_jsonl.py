@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fundamentallm_jsonl import Jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import Snapshot, field, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
+from fundamentallm_jsonl import Jsonl
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -92,6 +92,15 @@ def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> Non
     assert sorted(p.name for p in whole.folder.iterdir() if "jsonl" in p.name) == ["metrics.jsonl"]
 
 
+def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) -> None:
+    memory = Memory(step=4)
+    run = tiny_run(Jsonl(), memory, length=4, log_every=1)
+    path = run.folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    tiny_run(Jsonl(), memory, length=6, log_every=1)
+    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_from_step_0_in_the_same_folder_begins_anew(tiny_run: TinyRun) -> None:
     for _ in range(2):
         run = tiny_run(Jsonl(), length=4, log_every=1)
@@ -133,6 +142,7 @@ def test_a_killed_run_has_lost_no_row(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), st.floats()))
 def test_every_float_comes_back_from_valid_json(metrics: dict[str, float]) -> None:
     from fundamentallm_jsonl import row
