@@ -264,5 +264,6 @@ def _to_floats(tensors: list[Tensor]) -> list[float]:
 
 
 def _mean(entries: list[_Entry]) -> float:
-    total = math.fsum(weight for _, weight, _ in entries)
-    return math.fsum(value * weight for value, weight, _ in entries) / total if total else math.nan
+    # Lists: a generator would be called once for every step of the period.
+    total = math.fsum([weight for _, weight, _ in entries])
+    return math.fsum([v * w for v, w, _ in entries]) / total if total else math.nan
