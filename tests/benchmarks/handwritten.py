@@ -1,0 +1,131 @@
+"""The loop that runs are measured against: what one writes by hand for one model, and writes well.
+
+It does the work of a run with a dozen plugins: warmup and cosine, clipping, weight decay on
+matrices alone, losses that stay on the device until a row is due, rows in ``metrics.jsonl``, lines
+in ``train.log`` and on the terminal, checkpoints in two rhythms, samples. Nothing of it can be
+chosen, and so nothing of it costs a call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from statistics import fmean
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+LR, DECAY_TO, WARMUP = 1e-3, 0.1, 10
+BETAS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.99), 0.1, 1.0
+LOG_EVERY = 50
+NEVER = 10**9
+SAVE_EVERY = ARCHIVE_EVERY = SAMPLE_EVERY = POEM_EVERY = NEVER
+
+log = logging.getLogger("handwritten")
+
+
+def lr_at(step: int, steps: int) -> float:
+    """Return the learning rate of the update that follows ``step`` others."""
+    if step < WARMUP:
+        return LR * ((step + 1) / (WARMUP + 1))
+    x = (step - WARMUP) / (steps - WARMUP)
+    return LR * (DECAY_TO + (1 - DECAY_TO) * (1 + math.cos(math.pi * x)) / 2)
+
+
+def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return a fused AdamW that decays matrices alone."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=LR, betas=BETAS, fused=True)
+
+
+def train(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, folder: Path
+) -> list[dict[str, float]]:
+    """Train ``model`` for ``steps`` steps and return the rows of metrics."""
+    open_log(folder / "train.log")
+    model.train()
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(parameters)
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    history: list[dict[str, float]] = []
+    step = tokens = 0
+    seconds = 0.0
+    with (folder / "metrics.jsonl").open("a") as rows:
+        while step < steps:
+            started = time.perf_counter()
+            inputs, targets = next(batches)
+            loss = model(inputs, targets)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            lr = lr_at(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            norms.append(norm)
+            step += 1
+            tokens += targets.numel()
+            seconds += time.perf_counter() - started
+            if step % LOG_EVERY == 0 or step == steps:
+                numbers = torch.stack(losses + norms).tolist()
+                means = fmean(numbers[: len(losses)]), fmean(numbers[len(losses) :])
+                losses.clear()
+                norms.clear()
+                row = {"train/loss": means[0], "optim/grad_norm": means[1], "optim/lr": lr}
+                write_row(rows, step, steps, row | {"train/tokens": float(tokens)})
+                history.append({"step": step, **row, "train/tokens": float(tokens)})
+            if step % SAVE_EVERY == 0 or step % ARCHIVE_EVERY == 0:
+                save(model, optimizer, step, folder)
+            if step % SAMPLE_EVERY == 0 or step % POEM_EVERY == 0:
+                raise AssertionError("no measurement is that long")
+    log.info("finished after %.1f s", seconds)
+    return history
+
+
+def write_row(rows: TextIO, step: int, steps: int, metrics: dict[str, float]) -> None:
+    """Write a row of metrics to its file, to the log, and to the terminal."""
+    facts = {
+        "time": time.time(),
+        "step": step,
+        "tokens": metrics["train/tokens"],
+        "metrics": metrics,
+    }
+    rows.write(json.dumps(facts) + "\n")
+    rows.flush()
+    shown = ", ".join(f"{name} {value:,.5g}" for name, value in metrics.items())
+    log.info("step %d: %s", step, shown)
+    sys.stderr.write(f"{step}/{steps} ({step / steps:.0%})  loss {metrics['train/loss']:.4g}\n")
+    sys.stderr.flush()
+
+
+def open_log(path: Path) -> None:
+    """Let the log go to a file of its own, and nowhere else."""
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path) -> None:
+    """Save what a resumed training needs."""
+    kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(kept, folder / f"step-{step:08d}.pt")

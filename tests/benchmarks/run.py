@@ -1,0 +1,68 @@
+"""Measure what a step costs besides the model: all figures, each with its bound, PASS or FAIL.
+
+``python tests/benchmarks/run.py`` ends with exit code 1 if a bound is broken. ``--pairs N`` is how
+long the two loops race (twenty steps each pair), ``--quick`` counts Python calls alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+
+import calls
+import instructions
+import noop
+import speed
+import torch
+
+BOUND = 1.05
+INTERVALS = {"period": "50 steps and their log row", "between": "steps between two log rows"}
+
+
+def main() -> int:
+    """Print all figures and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="count Python calls alone")
+    parser.add_argument("--pairs", type=int, default=120, help="length of the race")
+    chosen = parser.parse_args()
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    print(f"a run with {', '.join(noop.SETTINGS['plugins'])}")
+    within = [show_calls()]
+    if not chosen.quick:
+        within += [show_instructions(), speed.report(chosen.pairs)]
+    return 0 if all(within) else 1
+
+
+def show_calls() -> bool:
+    """Print the Python calls per step of both loops."""
+    spans = {"period": noop.PERIOD, "between": noop.BETWEEN}
+    by_run = {name: calls.per_step(noop.by_run, span) for name, span in spans.items()}
+    by_hand = {name: calls.per_step(noop.by_hand, span) for name, span in spans.items()}
+    return show("Python calls", by_run, by_hand)
+
+
+def show_instructions() -> bool:
+    """Print the instructions per step of both loops, if they can be counted here."""
+    if not instructions.available():
+        print("instructions: not counted, valgrind is not installed")
+        return True
+    return show("instructions", instructions.counts("run"), instructions.counts("handwritten"))
+
+
+def show(what: str, by_run: dict[str, float], by_hand: dict[str, float]) -> bool:
+    """Print a figure of both loops; tell whether the run's is within its bound."""
+    within = True
+    for name, text in INTERVALS.items():
+        ratio = by_run[name] / by_hand[name]
+        within = within and ratio <= BOUND
+        print(f"{what} per step, {text}: run {by_run[name]:,.1f}, "
+              f"handwritten {by_hand[name]:,.1f}, ratio {ratio:.4f} (at most {BOUND}): "
+              f"{'PASS' if ratio <= BOUND else 'FAIL'}", flush=True)  # fmt: skip
+    return within
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What a step costs besides the model, held against a handwritten loop that does the same work."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fundamentallm import Run, hookimpl, plugin, train
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # scripts, not a package
+import calls
+import handwritten
+import noop
+
+BOUND = 1.05
+
+# What makes the host wait for a device. A tensor's number is read by the first operation, whatever
+# Python calls it (item, float, bool, int, format); the others need numbers to know their result.
+WAITING_OPERATIONS = (
+    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
+    "aten::_unique2", "aten::is_nonzero", "aten::item",
+)  # fmt: skip
+# These read memory without any operation where the memory is the host's, as in these tests.
+WAITING_CALLS = ("tolist", "numpy", "cpu", "__array__")
+
+
+class HostReads:
+    """Counts what would make the host wait for the device, while it is switched on."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        found = self.found
+
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                name = func._schema.name
+                found.update([name] if name in WAITING_OPERATIONS else [])
+                return func(*args, **(kwargs or {}))
+
+        class Calls(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+                name = getattr(func, "__name__", "")
+                found.update([name] if name in WAITING_CALLS else [])
+                return func(*args, **(kwargs or {}))
+
+        self.modes = [Operations(), Calls()]
+
+    def start(self) -> None:
+        for mode in self.modes:
+            mode.__enter__()
+
+    def stop(self) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(None, None, None)
+
+
+@plugin
+class Watch:
+    """Counts host reads between the safe points of two steps."""
+
+    first: int
+    last: int
+    reads: Any = None
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.progress.step == self.first:
+            self.reads.start()
+        if run.progress.step == self.last:
+            self.reads.stop()
+
+
+def test_a_run_does_what_the_handwritten_loop_does_bit_by_bit():
+    run = noop.by_run({})
+    model, history = noop.by_hand({})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], tensor), name
+    assert run.history == history
+    assert len(history) == noop.STEPS // handwritten.LOG_EVERY + 1
+
+
+@pytest.mark.parametrize("interval", [noop.PERIOD, noop.BETWEEN], ids=["log_period", "between"])
+def test_a_step_with_eleven_plugins_makes_at_most_5_percent_more_python_calls(interval):
+    by_run = calls.per_step(noop.by_run, interval)
+    by_hand = calls.per_step(noop.by_hand, interval)
+    assert by_run <= BOUND * by_hand, f"{by_run:.2f} calls per step, by hand {by_hand:.2f}"
+
+
+def test_no_step_between_two_log_rows_reads_a_device_value():
+    reads = HostReads()
+    first, last = noop.BETWEEN
+    noop.by_run({first: reads.start, last: reads.stop})
+    assert reads.found == {}
+
+
+def test_no_step_of_a_gpt_on_text_reads_a_device_value_between_two_log_rows(tmp_path):
+    reads = HostReads()
+    settings = {
+        **noop.SETTINGS,
+        "plugins": ["text", "gpt", *noop.SETTINGS["plugins"]],
+        "run": {"length": 20, "log_every": 10, "validate_every": 10, "device": "cpu"},
+        "text": {"max_bytes": 100_000, "context_length": 16, "batch_size": 4,
+                 "validation_batches": 1, "cache_dir": str(tmp_path / "cache")},
+        "gpt": {"num_layers": 1, "num_heads": 2, "d_model": 16, "dropout": 0.1},
+        "accumulate": {"microbatches": 2},
+    }  # fmt: skip
+    train(settings, plugins=[Watch(first=10, last=19, reads=reads)], run_dir=tmp_path / "run")
+    assert reads.found == {}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [float, bool, int, str, "{:.2f}".format, torch.Tensor.item, torch.Tensor.tolist,
+     torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: x > 0 or None,
+     lambda x: torch.equal(x, x), lambda x: x[x > 0]],
+)  # fmt: skip
+def test_a_plugin_that_reads_a_device_value_in_every_step_is_found_out(read, tiny_run):
+    @plugin
+    class Reader:
+        """Does what no plugin should."""
+
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            read(run.losses[-1])
+
+    reads = HostReads()
+    tiny_run(Reader(), Watch(first=4, last=8, reads=reads), length=9, log_every=100)
+    assert reads.found.total() >= 4
+
+
+@pytest.fixture(scope="module")
+def bare() -> Counter[str]:
+    return calls.count(bare_run, noop.BETWEEN)
+
+
+def test_a_hook_that_nobody_hears_costs_no_call(bare):
+    assert [name for name in bare if "dispatch.py" in name] == []
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "settle_step", "on_step_end", "on_safe_point"])
+def test_hearing_an_event_alone_costs_the_call_of_the_listener_and_no_more(hook, bare):
+    listener = listener_to(hook)
+    heard = calls.count(lambda marks: bare_run(marks, listener), noop.BETWEEN)
+    first, last = noop.BETWEEN
+    assert heard.total() - bare.total() == last - first
+
+
+def bare_run(marks: Any, *listeners: object) -> Run:
+    """Train the no-op model with an optimizer and nothing else."""
+    settings = {"plugins": ["adamw"], "run": noop.SETTINGS["run"]}
+    with noop.quiet() as folder:
+        return train(settings, plugins=[noop.Noop(marks=marks), *listeners], run_dir=folder)
+
+
+def listener_to(hook: str) -> object:
+    if hook == "settle_step":
+
+        @plugin
+        class Settler:
+            """Hears how a step ended."""
+
+            @hookimpl
+            def settle_step(self, run: Run, applied: bool) -> None: ...
+
+        return Settler()
+    hear = hookimpl(lambda self, run: None, specname=hook)
+    return plugin(type("Listener", (), {"hear": hear, "__doc__": "Hears one event."}))()
