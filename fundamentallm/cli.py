@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tomli_w
 
 from fundamentallm.errors import FundamentalError, SettingsError
-from fundamentallm.plugins import Composed, compose, find_plugins, hook_methods, order
+from fundamentallm.plugins import Composed, Found, compose, find_plugins, hook_methods, order
+from fundamentallm.settings import written
 
 
 class Commands(click.Group):
@@ -32,12 +32,9 @@ class Commands(click.Group):
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """List commands without loading them: the help of an entry is its distribution's."""
-        rows = []
-        for name in self.list_commands(context):
-            own = super().get_command(context, name)
-            entry = self._entries().get(name)
-            about = entry.dist.name if entry and entry.dist else ""
-            rows.append((name, own.get_short_help_str(90) if own else f"({about})"))
+        by = {n: entry.dist.name if entry.dist else "?" for n, entry in self._entries().items()}
+        own = {name: command.get_short_help_str(90) for name, command in self.commands.items()}
+        rows = [(name, own.get(name, f"({by.get(name)})")) for name in self.list_commands(context)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
@@ -69,8 +66,7 @@ def cli() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Start or continue this run.")
 def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
     """Train as SETTINGS say, in a new run folder."""
-    composed = compose(settings, **choice)
-    _train(composed, run_dir)
+    _train(compose(settings, **choice), run_dir)
 
 
 @cli.command()
@@ -78,17 +74,15 @@ def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
 @click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
 def resume(run: Path, overrides: tuple[str, ...]) -> None:
     """Continue the run in folder RUN from its newest sound checkpoint."""
-    if not (run / "settings.toml").is_file():
-        raise SettingsError(f"{run}: is not a run folder: it has no settings.toml")
-    _train(compose(run / "settings.toml", overrides=overrides), run)
+    from fundamentallm.launch import recorded
+    _train(recorded(run, overrides), run)
 
 
 @cli.command()
 @settings_options
 def show(settings: Path, **choice: Any) -> None:
     """Print the composed SETTINGS, and where each value comes from."""
-    composed = compose(settings, **choice)
-    for line in described(composed):
+    for line in described(compose(settings, **choice)):
         click.echo(line)
 
 
@@ -97,13 +91,9 @@ def show(settings: Path, **choice: Any) -> None:
 def plugins(as_json: bool) -> None:
     """List the installed plugins."""
     rows = [{"name": f.name, "distribution": f.distribution, "version": f.version,
-             "about": (f.load().__doc__ or "").partition("\n")[0]}
-            for offers in find_plugins().values() for f in offers]  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['name']:<16}{row['distribution']} {row['version']}\n    {row['about']}")
+             "about": _about(f)} for offers in find_plugins().values() for f in offers]  # fmt: skip
+    lines = map("{name:<16}{distribution} {version}\n    {about}".format_map, rows)
+    click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
 
 @cli.command()
@@ -112,29 +102,33 @@ def hooks(settings: Path | None) -> None:
     """Print the hooks in the order of a run, with SETTINGS who answers each."""
     from fundamentallm.hookspecs import HOOKS, kind
     listed = compose(settings).plugins if settings else {}
-    methods = [(name, *method) for name in order(listed) for method in hook_methods(type(listed[name]))]
+    heard = [(hook, name + " (wraps)" * options["wrapper"]) for name in order(listed)
+             for hook, options, _ in hook_methods(type(listed[name]))]  # fmt: skip
     for hook in HOOKS:
-        heard = [name + (" (wraps)" if options["wrapper"] else "")
-                 for name, found, options, _ in methods if found == hook]  # fmt: skip
-        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(heard)}".rstrip())
+        names = [name for one, name in heard if one == hook]
+        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(names)}".rstrip())
+
+
+def _about(found: Found) -> str:
+    try:
+        return (found.load().__doc__ or "").partition("\n")[0]
+    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
+        return f"cannot be loaded: {type(error).__name__}: {error}"
 
 
 def described(composed: Composed) -> list[str]:
     """Return the settings as TOML lines, each value with its origin as a comment."""
-    lines: list[str] = []
-    for name, table in composed.tables.items():
-        if not isinstance(table, dict):
-            lines.append(_line(name, table, composed, (name,)))
-            continue
+    tables = composed.tables
+    lines = [_line(composed, ("plugins",), tables.pop("plugins"))]
+    for name, table in tables.items():
         lines += ["", f"[{name}]" + (f"  # {composed.brought[name]}" if name != "run" else "")]
-        lines += [_line(key, value, composed, (name, key)) for key, value in table.items()]
+        lines += [_line(composed, (name, key), value) for key, value in table.items()]
     return lines
 
 
-def _line(name: str, value: Any, composed: Composed, key: tuple[str, ...]) -> str:
+def _line(composed: Composed, key: tuple[str, ...], value: Any) -> str:
     stated = composed.source.origins.get(key)
-    text = f"{name} = {value}" if isinstance(value, dict) else tomli_w.dumps({name: value}).strip()
-    return f"{text}  # {stated.place if stated else 'default'}"
+    return f"{key[-1]} = {written(value)}  # {stated.place if stated else 'default'}"
 
 
 def _train(composed: Composed, run_dir: Path | None) -> None:
@@ -146,7 +140,7 @@ def _train(composed: Composed, run_dir: Path | None) -> None:
     advice = f"resume with: fundamentallm resume {folder}"
     try:
         run = launch(composed, run_dir=folder)
-    except FundamentalError as error:
+    except Exception as error:
         saved = sorted(folder.glob("checkpoints/step-*"))
         if saved and not isinstance(error, SettingsError):
             error.add_note(f"the newest checkpoint is {saved[-1]}; {advice}")
@@ -160,9 +154,7 @@ def _train(composed: Composed, run_dir: Path | None) -> None:
 def main() -> None:
     """Run the command line; every error that its user can act on ends with its exit code."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
+        code = cli.main(standalone_mode=False)
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
@@ -172,3 +164,4 @@ def main() -> None:
         for line in (f"error: {error}", *getattr(error, "__notes__", ())):
             click.echo(line, err=True)
         sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)  # click returns what a command's exit() said

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from fundamentallm.errors import SettingsError
+
 if TYPE_CHECKING:
     from fundamentallm.run import Progress
 
 _COUNTS = {"steps": "step", "epochs": "samples", "tokens": "tokens"}
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
-_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([a-z]+?)s?\s*")
+_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([a-z]+?)s?\s*")
 
 
 @attrs.frozen
@@ -29,7 +31,7 @@ class Period:
 
     def __attrs_post_init__(self) -> None:
         if not 0 < self.amount < float("inf"):
-            raise ValueError(f"a period is more than zero, not {self.amount:g}")
+            raise ValueError(f"a period is finite and more than zero, not {self.amount:g}")
         if self.unit in ("steps", "tokens") and self.amount != int(self.amount):
             raise ValueError(f"a number of {self.unit} is whole, not {self.amount:g}")
 
@@ -58,7 +60,7 @@ class Period:
     def due(self, progress: Progress) -> bool:
         """Whether the last step completed a period. ``"10 minutes"`` counts training time."""
         if self.unit == "steps":  # asked after every step by every saver: worth a short cut
-            return not progress.step % self.amount
+            return progress.step > 0 and not progress.step % self.amount
         size = self._size(progress)
         before: float = getattr(progress.before, _COUNTS.get(self.unit, "seconds"))
         return self._count(progress) // size > before // size
@@ -75,7 +77,8 @@ class Period:
     def _size(self, progress: Progress) -> float:
         if self.unit != "epochs":
             return self.amount * _SECONDS.get(self.unit, 1)
-        if progress.epoch_samples is None:
-            raise ValueError(f"{self}: the data source has no epochs")
-        # Whole samples: 0.1 epochs of 1,005 samples is 101 of them, at every rank and resume.
-        return -(-self.amount * progress.epoch_samples // 1)
+        if not progress.epoch_samples:
+            raise SettingsError(f"a period of {self} needs data with epochs, which this has not")
+        # Whole samples: 0.1 epochs of 1,005 samples is 101 of them, at every rank and resume; but
+        # 0.07 of 100, which is 7.000000000000001 in binary, is 7.
+        return -(-self.amount * progress.epoch_samples * (1 - 1e-12) // 1)

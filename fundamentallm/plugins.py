@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib import metadata
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from fundamentallm.declare import plugin_name
 from fundamentallm.errors import SettingsError
 from fundamentallm.hookspecs import HOOKS, REQUIRED, Hooks, kind
 from fundamentallm.periods import Period
-from fundamentallm.settings import RunSettings, build, plain, suggest, walk
+from fundamentallm.settings import RunSettings, build, plain, suggest, walk, written
 from fundamentallm.sources import Source, read
 
 CORE_METRICS = ("train/loss", "train/tokens", "optim/lr", "val/loss")
+RESERVED = ("run", "plugins", "extends", "core")
 
 
 @attrs.frozen
@@ -66,13 +68,9 @@ def find_plugins() -> dict[str, list[Found]]:
 
 
 def compose(
-    settings: Path | str | Mapping[str, Any],
-    *,
-    overrides: Iterable[str] = (),
-    plugins: Sequence[object] = (),
-    add: Sequence[str] = (),
-    remove: Sequence[str] = (),
-) -> Composed:
+    settings: Path | str | Mapping[str, Any], *, overrides: Iterable[str] = (),
+    plugins: Sequence[object] = (), add: Sequence[str] = (), remove: Sequence[str] = (),
+) -> Composed:  # fmt: skip
     """Read settings, make the plugins they list, and check that all fits together.
 
     ``plugins`` are ready instances to use beside the listed ones; ``add`` and ``remove`` change
@@ -81,27 +79,25 @@ def compose(
     source = read(settings, overrides)
     if source.problems:  # of syntax: anything said beyond them would be a guess
         raise SettingsError(source.problems)
-    listed = _listed(source, add, remove)
     run = build(RunSettings, source.values.get("run", {}), source, ("run",))
-    built: dict[str, Any] = {}
-    brought: dict[str, str] = {}
+    listed, found = _listed(source, add, remove), find_plugins()
+    built, brought = dict[str, Any](), dict[str, str]()
     for name, entry in listed.items():
-        cls, brought[name] = _class(source, name, entry)
-        table = source.values.get(name, {})
-        if isinstance(table, dict):
-            table = {key: value for key, value in table.items() if key != "plugin"}
-        built[name] = cls and build(cls, table, source, (name,))
+        cls, brought[name] = _class(source, name, entry, found)
+        if cls is not None:
+            built[name] = build(cls, _table(source, name), source, (name,))
     for instance in plugins:
-        name = plugin_name(type(instance))
-        if name in built:
-            source.blame(("plugins",), f"two plugins are named {name!r}: rename one class")
-        built[name], brought[name] = instance, f"{type(instance).__module__}, given as an object"
-    _claim_tables(source, built, remove)
-    if None not in built.values():
-        source.problems += _fit(built, brought)
-        source.problems += _epochs(built | {"run": run}, source)
-    if source.problems or run is None:
+        name, brought[name] = _given(source, instance, built)
+        built[name] = instance
+    _claim_tables(source, {"plugins", "run", *listed, *built, *remove}, found)
+    _check_hooks(source, built, brought)
+    if listed.keys() <= built.keys():  # what a plugin would answer that was not found is unknown
+        source.problems += [f"{hook}: no plugin answers; list one that does"
+                            for hook in REQUIRED if hook not in _answers(built)]  # fmt: skip
+    _check_values(source, built | {"run": run})
+    if source.problems:
         raise SettingsError(source.problems)
+    order(built)
     source.values["plugins"] = list(listed.values())
     return Composed(run, built, source, brought)
 
@@ -120,10 +116,11 @@ def register(composed: Composed, defaults: Mapping[str, Any]) -> pluggy.PluginMa
 
 def order(plugins: Mapping[str, object]) -> list[str]:
     """Return the names in list order, moved only as far as ``before``/``after`` demand."""
+    pairs = {pair for pair in permutations(plugins, 2) if _precedes(plugins, *pair)}
     done: list[str] = []
     while len(done) < len(plugins):
         left = [name for name in plugins if name not in done]
-        ready = [n for n in left if not any(_precedes(plugins[o], plugins[n]) for o in left)]
+        ready = [name for name in left if not any((other, name) in pairs for other in left)]
         if not ready:
             raise SettingsError(f"before/after of these plugins run in a circle: {', '.join(left)}")
         done.append(ready[0])
@@ -133,88 +130,106 @@ def order(plugins: Mapping[str, object]) -> list[str]:
 def hook_methods(cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
     """Yield the name, options and function of every method marked as a hook."""
     for name, function in inspect.getmembers(cls, inspect.isroutine):
-        options = getattr(function, "fundamentallm_impl", None)
-        if options is not None:
+        if options := getattr(function, "fundamentallm_impl", None):
             yield options.get("specname") or name, options, function
 
 
 def class_problems(cls: type) -> Iterator[str]:
     """Yield what is wrong with the hooks of one plugin class."""
-    for name, options, function in hook_methods(cls):
-        if name not in HOOKS:
-            yield f"there is no hook {name!r}{suggest(name, HOOKS)}"
-            continue
-        known = inspect.signature(getattr(Hooks, name)).parameters
-        for word in inspect.signature(function).parameters.keys() - known:
-            yield f"{name} has no argument {word!r}; known: {', '.join(list(known)[1:])}"
-        if options["wrapper"] and kind(name) != "exclusive":
-            yield f"{name} cannot be wrapped: only exclusive hooks can"
-    for name in set(HOOKS) & set(dir(cls)) - {name for name, _, _ in hook_methods(cls)}:
+    methods = {name: method for name, *method in hook_methods(cls)}
+    for name in (hook for hook in HOOKS if hasattr(cls, hook) and hook not in methods):
         yield f"method {name} is named like a hook but lacks @hookimpl"
+    for name, (options, function) in methods.items():
+        if name in HOOKS:
+            yield from _method_problems(name, options, function)
+        else:
+            yield f"there is no hook {name!r}{suggest(name, HOOKS)}"
+
+
+def _method_problems(name: str, options: Mapping[str, Any], function: Any) -> Iterator[str]:
+    if options["wrapper"] and kind(name) != "exclusive":
+        yield f"{name} cannot be wrapped: only exclusive hooks can"
+    if options["wrapper"] != inspect.isgeneratorfunction(function):
+        yield f"{name}: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may"
+    known = list(inspect.signature(getattr(Hooks, name)).parameters)
+    for word, parameter in inspect.signature(function).parameters.items():
+        if word not in known:
+            yield f"{name} has no argument {word!r}; known: {', '.join(known[1:])}"
+        elif parameter.default is not parameter.empty or parameter.kind.name == "KEYWORD_ONLY":
+            yield f"{name} would never get {word!r}: take it by position and without default"
 
 
 def _listed(source: Source, add: Sequence[str], remove: Sequence[str]) -> dict[str, str]:
     """Return the listed entries by instance name: a local file's is its stem."""
-    entries = source.values.get("plugins", [])
-    if not isinstance(entries, list | tuple) or not all(isinstance(e, str) for e in entries):
-        source.blame(("plugins",), "expected a list of plugin names")
-        return {}
+    stated = source.values.get("plugins", [])
+    offered = stated if isinstance(stated, list | tuple) else [stated]
+    entries = [entry for entry in offered if isinstance(entry, str)]
+    if offered is not stated or len(entries) < len(offered):
+        source.blame(("plugins",), f"expected a list of plugin names, got {written(stated)}")
     listed: dict[str, str] = {}
     for entry in [*entries, *add]:
-        name = Path(entry).stem if entry.endswith(".py") else entry
-        if name in listed:
-            source.blame(("plugins",), f"{name!r} is listed twice")
-        listed[name] = entry
+        local = entry.endswith(".py")
+        name = Path(entry).stem if local else entry
+        if name in listed or name in RESERVED:
+            source.blame(("plugins",), f"{name!r} is listed twice, or a name of the core's")
+        listed[name] = str(source.origin(("plugins",)).folder / entry) if local else entry
     for name in remove:
         if listed.pop(name, None) is None:
             source.blame(("plugins",), f"{name!r} is not listed{suggest(name, listed)}")
     return listed
 
 
-def _class(source: Source, name: str, entry: str) -> tuple[type | None, str]:
+def _class(source: Source, name: str, entry: str, found: dict[str, Any]) -> tuple[Any, str]:
     """Return the class behind a listed entry and who brings it; note a mistake if none is found."""
-    if entry.endswith(".py"):
-        return _local_class(source, source.origin(("plugins",)).folder / entry)
     table = source.values.get(name)
-    wanted = table.get("plugin", name) if isinstance(table, dict) else name
-    found = find_plugins()
-    offers = found.get(wanted, [])
-    if len(offers) == 1:
-        who = f"{offers[0].distribution} {offers[0].version}"
-        return _loaded(source, offers[0].load, f"plugin {wanted!r} ({who})"), who
-    ours = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
-    text = f"no installed plugin is named {wanted!r}"
-    text += f": pip install {ours[wanted]}" if wanted in ours else suggest(wanted, [*found, *ours])
-    if offers:
-        text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
-    source.blame((name, "plugin") if wanted != name else ("plugins",), text)
-    return None, ""
-
-
-def _local_class(source: Source, path: Path) -> tuple[type | None, str]:
-    name = f"fundamentallm_local_{path.stem}"
-
-    def load() -> type:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules[name] = module  # where attrs looks for the types that annotations name
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-        classes = [c for c in vars(module).values() if isinstance(c, type)
-                   and c.__module__ == name and any(hook_methods(c))]  # fmt: skip
-        chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
-        if len(chosen) != 1:
-            raise ValueError(f"it has {len(classes)} plugins, and none named like the file")
-        return chosen[0]
-
-    return _loaded(source, load, str(path)), str(path)
-
-
-def _loaded(source: Source, load: Callable[[], type], what: str) -> type | None:
+    wanted = str(table.get("plugin", entry) if isinstance(table, dict) else entry)
+    local = [Found(name, entry, "", partial(_load_file, Path(entry)))]
+    offers = local if entry.endswith(".py") else found.get(wanted, [])
+    if len(offers) != 1:
+        ours = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
+        text = f"no installed plugin is named {wanted!r}"
+        meant = suggest(wanted, {*found, *ours})
+        text += f": pip install {ours[wanted]}" if wanted in ours else meant
+        if offers:
+            text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
+        source.blame((name, "plugin") if wanted != entry else ("plugins",), text)
+        return None, ""
+    who = f"{offers[0].distribution} {offers[0].version}".strip()
     try:
-        return load()
+        cls = offers[0].load()
+        if not (isinstance(cls, type) and attrs.has(cls)):
+            raise TypeError(f"{cls!r} is not a @plugin class")  # noqa: TRY301 - told like the rest
     except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
-        source.blame(("plugins",), f"{what} cannot be loaded: {error}")
-        return None
+        text = f"{name} ({who}) cannot be loaded: {type(error).__name__}: {error}"
+        source.blame(("plugins",), text)
+        return None, who
+    return cls, who
+
+
+def _load_file(path: Path) -> type:
+    name = f"fundamentallm_local_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    sys.modules[name] = module  # where attrs looks for the types that annotations name
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    classes = [c for c in vars(module).values() if isinstance(c, type)
+               and c.__module__ == name and any(hook_methods(c))]  # fmt: skip
+    chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
+    if len(chosen) != 1:
+        raise ValueError(f"it has {len(classes)} plugins, and none named like the file")
+    return chosen[0]
+
+
+def _table(source: Source, name: str) -> Any:
+    table = source.values.get(name, {})
+    return {k: v for k, v in table.items() if k != "plugin"} if isinstance(table, dict) else table
+
+
+def _given(source: Source, instance: object, built: Mapping[str, object]) -> tuple[str, str]:
+    name = plugin_name(type(instance))
+    if name in built or name in RESERVED or not attrs.has(type(instance)):
+        source.blame(("plugins",), f"{instance!r} is no @plugin object, or {name!r} is taken")
+    return name, f"{type(instance).__module__}, given as an object"
 
 
 def _answers(plugins: Mapping[str, object]) -> dict[str, list[str]]:
@@ -222,54 +237,55 @@ def _answers(plugins: Mapping[str, object]) -> dict[str, list[str]]:
     answers: dict[str, list[str]] = {}
     for name, instance in plugins.items():
         for hook, options, _ in hook_methods(type(instance)):
-            if not options["wrapper"]:
+            if hook in HOOKS and not options["wrapper"]:
                 answers.setdefault(hook, []).append(name)
     return answers
 
 
-def _precedes(one: object, other: object) -> bool:
-    mine, theirs = plugin_name(type(one)), plugin_name(type(other))
-    return theirs in getattr(one, "before", ()) or mine in getattr(other, "after", ())
+def _precedes(plugins: Mapping[str, object], one: str, other: str) -> bool:
+    mine, theirs = ({name, plugin_name(type(plugins[name]))} for name in (one, other))
+    before, after = getattr(plugins[one], "before", ()), getattr(plugins[other], "after", ())
+    return not (theirs.isdisjoint(before) and mine.isdisjoint(after))
 
 
-def _fit(plugins: Mapping[str, Any], brought: Mapping[str, str]) -> Iterator[str]:
-    """Yield what is wrong with the plugins, alone and together."""
-    for name, instance in plugins.items():
-        yield from (f"{name} ({brought[name]}): {text}" for text in class_problems(type(instance)))
-    answers = _answers(plugins)
-    for hook, names in answers.items():
+def _check_hooks(source: Source, plugins: Mapping[str, Any], brought: Mapping[str, str]) -> None:
+    """Note what is wrong with the plugins' hooks, alone and together."""
+    problems = [f"{name} ({brought[name]}): {text}" for name, instance in plugins.items()
+                for text in class_problems(type(instance))]  # fmt: skip
+    for hook, names in _answers(plugins).items():
         for one, other in combinations(names, 2):
             both = f"{hook}: {one} ({brought[one]}) and {other} ({brought[other]})"
+            ordered = _precedes(plugins, one, other) or _precedes(plugins, other, one)
+            if kind(hook) == "edit" and not ordered:
+                problems += [f"{both} edit the same thing; one class must declare before or after"]
             a, b = plugins[one], plugins[other]
-            if kind(hook) == "edit" and not (_precedes(a, b) or _precedes(b, a)):
-                yield f"{both} edit the same thing; declare before or after in one of the classes"
             same = type(a) is type(b) and hook in getattr(a, "speaks_for_all", ())
             if kind(hook) == "exclusive" and not same:
-                yield f"{both} both answer, but only one can"
-    yield from (f"{h}: no plugin answers; list one that does" for h in REQUIRED if h not in answers)
+                problems += [f"{both} both answer, but only one can"]
+    for text in problems:
+        source.blame(("plugins",), text)
+
+
+def _check_values(source: Source, plugins: Mapping[str, Any]) -> None:
+    """Note which settings ask for what the other plugins do not bring: metrics, epochs."""
     produced = [*CORE_METRICS, *(m for p in plugins.values() for m in getattr(p, "produces", ()))]
-    for name, instance in plugins.items():
-        wanted = getattr(instance, "monitor", None)
-        if isinstance(wanted, str) and not any(fnmatchcase(wanted, p) for p in produced):
-            yield f"{name}.monitor: nothing listed produces {wanted!r}{suggest(wanted, produced)}"
-
-
-def _epochs(plugins: Mapping[str, Any], source: Source) -> Iterator[str]:
-    """Yield which periods are in epochs though the data has none."""
     data = [plugins[name] for name in _answers(plugins).get("build_data", ())]
-    if data and not getattr(data[0], "has_epochs", True):
-        for name, instance in plugins.items():
-            for key, value in walk(instance, (name,)):
-                if isinstance(value, Period) and value.unit == "epochs":
-                    yield f"{source.origin(key).place}: {'.'.join(key)}: the data has no epochs"
+    epochs = all(getattr(one, "has_epochs", True) for one in data)
+    for key, value in walk(plugins):
+        if isinstance(value, Period) and value.unit == "epochs" and not epochs:
+            source.blame(key, "the data has no epochs")
+    for name, wanted in ((name, getattr(one, "monitor", None)) for name, one in plugins.items()):
+        if isinstance(wanted, str) and not any(fnmatchcase(wanted, p) for p in produced):
+            text = f"nothing listed produces {wanted!r}{suggest(wanted, produced)}"
+            source.blame((name, "monitor"), text)
 
 
-def _claim_tables(source: Source, built: Iterable[str], removed: Iterable[str]) -> None:
-    known = {"plugins", "run", *built, *removed}
+def _claim_tables(source: Source, known: set[str], found: Iterable[str]) -> None:
     for name, value in source.values.items():
         # What a file takes over from one that it extends need not be in its own list.
         if name in known or source.origin((name,)).extended:
             continue
         text = f"unknown {'table' if isinstance(value, dict) else 'setting'}{suggest(name, known)}"
-        here = name in find_plugins()
-        source.blame((name,), "has a table here, but is not in the plugins list" if here else text)
+        if name in found or (isinstance(value, dict) and "plugin" in value):
+            text = "has a table here, but is not in the plugins list"
+        source.blame((name,), text)

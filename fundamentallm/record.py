@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -24,25 +25,22 @@ def new_folder(composed: Composed) -> Path:
     """Make a folder for a new run: ``runs/<name>``, or ``runs/<name>-2`` and so on if taken."""
     path, run, count = composed.source.path, composed.run, 1
     name = run.name or (path.stem if path else "run")
-    while True:
-        folder = run.folder / (name if count == 1 else f"{name}-{count}")
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-        except FileExistsError:
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = run.folder / (name if count == 1 else f"{name}-{count}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
             count += 1
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot be made: {error.strerror}") from error
-        else:
-            return folder
+    except OSError as error:
+        raise StorageError(f"{run.folder}: cannot hold a run: {error.strerror}") from error
 
 
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
-    texts = {
-        "settings.toml": tomli_w.dumps(composed.tables),
-        "environment.json": json.dumps(environment(composed), indent=2) + "\n",
-    }
+    texts = {"settings.toml": tomli_w.dumps(composed.tables),
+             "environment.json": json.dumps(environment(composed), indent=2) + "\n"}  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -78,9 +76,8 @@ def _version(distribution: str) -> str | None:
 
 def _git(*words: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=5, check=False
-        )
+        command = ["git", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

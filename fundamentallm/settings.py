@@ -21,13 +21,8 @@ from fundamentallm.sources import Key, Source
 
 T = TypeVar("T")
 
-_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((float, int), "a number"),
-    str: ((str,), "a string"),
-    Path: ((str, Path), "a path"),
-}
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a string",
+          Path: "a path"}  # fmt: skip
 
 
 @plugin
@@ -50,35 +45,34 @@ class RunSettings:
     """The folder that run folders are made in; the default is one where the command is run."""
 
 
-class Mistakes(ValueError):
+class Mistakes(Exception):
     """Mistakes in one value, each with the keys that lead to it from there."""
 
     def __init__(self, *found: tuple[Key, str]) -> None:
         self.found = found
 
 
-def build(cls: type[T], values: Any, source: Source, key: Key) -> T | None:
-    """Make a plugin or table of the values at ``key``; None, and noted mistakes, if it fails."""
+def build(cls: type[T], values: Any, source: Source, key: Key) -> T:
+    """Make a plugin or table of the values at ``key``. If it fails, note the mistakes and return
+    a blank without settings, whose hooks can be checked all the same."""
     try:
         built = structure(values, cls)
     except Mistakes as mistakes:
         for inner, text in mistakes.found:
             source.blame(key + inner, text)
-        return None
+        return object.__new__(cls)
     for name in values:
-        folder = source.origin((*key, name)).folder
-        setattr(built, name, _absolute(getattr(built, name), folder))
+        setattr(built, name, _anchored(getattr(built, name), values[name], source, (*key, name)))
     return built
 
 
 def structure(values: Any, cls: type[T]) -> T:
     """Check a table against the fields of a class and make an instance; raise ``Mistakes``."""
     if not isinstance(values, dict):
-        raise Mistakes(((), f"expected a table, got {show(values)}"))
+        raise Mistakes(((), f"expected a table, got {written(values)}"))
     fields = setting_fields(cls)
-    found: list[tuple[Key, str]] = [
-        ((name,), f"unknown setting{suggest(name, fields)}") for name in values if name not in fields
-    ]
+    found: list[tuple[Key, str]] = [((name,), f"unknown setting{suggest(name, fields)}")
+                                    for name in values if name not in fields]  # fmt: skip
     kept: dict[str, Any] = {}
     for name, attribute in fields.items():
         if name not in values:
@@ -99,24 +93,26 @@ def structure(values: Any, cls: type[T]) -> T:
 
 
 def _structure_field(value: Any, attribute: attrs.Attribute[Any]) -> Any:
-    kept = converter.structure(value, cast("Any", attribute.type))
     try:
+        kept = converter.structure(value, cast("Any", attribute.type))
         if attribute.validator is not None:
             attribute.validator(None, attribute, kept)
-    except (ValueError, TypeError) as error:  # attrs names the field again: once is enough
-        raise Mistakes(((), re.sub(r"^'\w+' ", "", str(error.args[0])))) from None
+    except (ValueError, TypeError, OverflowError) as error:
+        # attrs names the field again: once is enough
+        raise Mistakes(((), re.sub(r"^'\w+' ", "", str((*error.args, error)[0])))) from None
     return kept
 
 
 def plain(value: Any) -> Any:
     """Turn settings back into what TOML can hold; fields that are None are left out."""
-    if isinstance(value, Period | Path):
-        return str(value)
+    if isinstance(value, Period | Path):  # what is re-run from elsewhere finds the same
+        return str(value.absolute() if isinstance(value, Path) else value)
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     if isinstance(value, dict) or attrs.has(type(value)):
         return {str(name): plain(inner) for name, inner in _parts(value) if inner is not None}
-    return value
+    # Of an object that was given to a plugin in Python, a record can only tell what it was.
+    return value if isinstance(value, bool | int | float | str) else repr(value)
 
 
 def walk(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
@@ -128,7 +124,7 @@ def walk(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if attrs.has(type(value)) and not isinstance(value, Period):
-        return [(name, getattr(value, name)) for name in setting_fields(type(value))]
+        return [(n, getattr(value, n)) for n in setting_fields(type(value)) if hasattr(value, n)]
     return value.items() if isinstance(value, dict) else ()
 
 
@@ -141,15 +137,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (known: {', '.join(names)})" if 0 < len(names) <= 16 else ""
 
 
-def show(value: Any) -> str:
-    """Write a value the way TOML would."""
-    return json.dumps(value, default=str)
+def written(value: Any) -> str:
+    """Write a value as TOML, in one line: which is JSON, but for the sign in inline tables."""
+    return json.dumps(value, default=str, ensure_ascii=False, separators=(", ", " = "))
 
 
 def _structure_plain(value: Any, cls: Any) -> Any:
-    accepted, name = _PLAIN[cls]
+    accepted = {float: (float, int), Path: (str, Path)}.get(cls, cls)
     if not isinstance(value, accepted) or (isinstance(value, bool) and cls is not bool):
-        raise Mistakes(((), f"expected {name}, got {show(value)}"))
+        raise Mistakes(((), f"expected {_PLAIN[cls]}, got {written(value)}"))
     return Path(str(value)).expanduser() if cls is Path else cls(value)
 
 
@@ -158,33 +154,35 @@ def _structure_literal(value: Any, cls: Any) -> Any:
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return value
     hint = suggest(str(value), map(str, allowed))
-    raise Mistakes(((), f"unknown value {show(value)}{hint}"))
+    raise Mistakes(((), f"unknown value {written(value)}{hint}"))
 
 
 def _structure_union(value: Any, cls: Any) -> Any:
-    if value is None and types.NoneType in get_args(cls):
+    members = [member for member in get_args(cls) if member is not types.NoneType]
+    if value is None and len(members) < len(get_args(cls)):
         return None
-    tried: list[Mistakes] = []
-    for member in get_args(cls):
-        if member is not types.NoneType:
-            try:
-                return converter.structure(value, member)
-            except Mistakes as mistakes:
-                tried.append(mistakes)
-    for inside in tried:  # A table or list that is wrong inside is what was meant.
-        if any(key for key, _ in inside.found):
-            raise inside
-    got = f", got {show(value)}"
-    texts = (text.removesuffix(got) for mistakes in tried for _, text in mistakes.found)
-    wishes = dict.fromkeys(text.removeprefix("expected ") for text in texts)
-    raise Mistakes(((), f"expected {' or '.join(wishes)}{got}"))
+    if len(members) == 1:
+        return converter.structure(value, members[0])
+    meant, got, wishes = None, f", got {written(value)}", list[str]()
+    for member in members:
+        try:
+            return converter.structure(value, member)
+        except Mistakes as mistakes:
+            key, text = mistakes.found[0]
+            if get_origin(member) is Literal:
+                wishes += map(written, get_args(member))
+            elif key or not text.startswith("expected "):  # of the right form, but wrong inside
+                meant = meant or mistakes
+            else:
+                wishes.append(text.removeprefix("expected ").removesuffix(got))
+    raise meant or Mistakes(((), f"expected {' or '.join(wishes)}{got}"))
 
 
 def _structure_many(value: Any, cls: Any) -> Any:
     wanted, *_, inner = (get_origin(cls), *get_args(cls))
     if not isinstance(value, (list, tuple) if wanted is list else dict):
-        what = "list" if wanted is list else "table"
-        raise Mistakes(((), f"expected a {what}, got {show(value)}"))
+        what = {list: "list", dict: "table"}[wanted]
+        raise Mistakes(((), f"expected a {what}, got {written(value)}"))
     items: dict[Any, Any] = value if isinstance(value, dict) else dict(enumerate(value))
     kept: dict[Any, Any] = {}
     found: list[tuple[Key, str]] = []
@@ -205,25 +203,23 @@ def _structure_period(value: Any, _: Any) -> Period:
         raise Mistakes(((), str(error))) from None
 
 
-def _absolute(value: Any, folder: Path) -> Any:
+def _anchored(value: Any, stated: Any, source: Source, key: Key) -> Any:
+    """Make the paths in a value absolute, each from where it was stated; defaults were not."""
     if isinstance(value, Path):
-        return folder / value
+        return source.origin(key).folder / value
     if isinstance(value, list):
-        return [_absolute(item, folder) for item in value]
-    parts = {name: _absolute(item, folder) for name, item in _parts(value)}
+        return [_anchored(item, stated[n], source, (*key, str(n))) for n, item in enumerate(value)]
+    parts = {name: _anchored(part, stated[name], source, (*key, name))
+             for name, part in _parts(value) if name in stated}  # fmt: skip
     return parts if isinstance(value, dict) else attrs.evolve(value, **parts) if parts else value
 
 
-converter = cattrs.Converter()
+converter = cattrs.Converter(detailed_validation=False)
 for _cls in _PLAIN:
     converter.register_structure_hook(_cls, _structure_plain)
-for _hook, *_origins in (
-    (_structure_literal, Literal),
-    (_structure_many, list, dict),
-    (_structure_union, Union, types.UnionType),
-):
-    converter.register_structure_hook_func(
-        partial(lambda origins, cls: get_origin(cls) in origins, _origins), _hook
-    )
+for _hook, *_origins in ((_structure_literal, Literal), (_structure_many, list, dict),
+                         (_structure_union, Union, types.UnionType)):  # fmt: skip
+    _is_one = partial(lambda origins, cls: get_origin(cls) in origins, _origins)
+    converter.register_structure_hook_func(_is_one, _hook)
 converter.register_structure_hook_func(attrs.has, structure)
 converter.register_structure_hook(Period, _structure_period)

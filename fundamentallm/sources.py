@@ -55,56 +55,58 @@ def read(settings: Path | str | Mapping[str, Any], overrides: Iterable[str] = ()
         source.merge(settings, dict.fromkeys(_keys(settings), here))
     else:
         source = Source(Path(settings))
-        _read_file(source, Path(settings), ())
+        _read_file(source, Path(settings))
     for override in overrides:
         _override(source, override)
     return source
 
 
-def _read_file(source: Source, path: Path, extending: tuple[Path, ...]) -> None:
-    if path.resolve() in extending:
-        source.problems.append(f"{path}: extends itself")
-        return
+def _read_file(source: Source, path: Path, above: tuple[Path, ...] = (), asked: str = "") -> None:
     try:
         text = path.read_bytes().decode("utf-8")
         values = tomli.loads(text)
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-        source.problems.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+        place = f"{path}:{error.lineno}" if hasattr(error, "lineno") else f"{asked}{path}"
+        said = getattr(error, "msg", None) or getattr(error, "strerror", None) or error
+        source.problems.append(f"{place}: {said}")
         return
-    lines = dict(statement_lines(text))
+    lines, chain = statement_lines(text), (*above, path.resolve())
     base = values.pop("extends", None)
-    if isinstance(base, str):
-        _read_file(source, path.parent / base, (*extending, path.resolve()))
+    asked = f"{path}:{lines.get(('extends',))}: extends: "
+    if isinstance(base, str) and (path.parent / base).resolve() not in chain:
+        _read_file(source, path.parent / base, chain, asked)
     elif base is not None:
-        source.problems.append(f"{path}:{lines[('extends',)]}: extends: expected a path")
+        circle = f"a circle: {base} extends this file too"
+        source.problems.append(asked + (circle if isinstance(base, str) else "expected a path"))
     folder = path.parent.resolve()
-    source.merge(values, {key: Origin(f"{path}:{line}", folder, bool(extending))
+    source.merge(values, {key: Origin(f"{path}:{line}", folder, bool(above))
                           for key, line in lines.items()})  # fmt: skip
 
 
 def _override(source: Source, override: str) -> None:
-    key, _, value = override.partition("=")
+    key, sign, value = override.partition("=")
     # A bare word or path is taken as a string, so that the shell needs no second quotes.
-    for form in (override, f"{key} = {json.dumps(value)}"):
+    for form in (override, f"{key} = {json.dumps(value, ensure_ascii=False)}") if sign else ():
         try:
             values = tomli.loads(form)
         except tomli.TOMLDecodeError:
             continue
-        source.merge(values, {k: Origin("--set", Path.cwd()) for k in _keys(values)})
+        source.merge(values, dict.fromkeys(_keys(values), Origin("--set", Path.cwd())))
         return
     source.problems.append(f"--set {override}: expected table.key=value, with a TOML value")
 
 
-def statement_lines(text: str) -> Iterator[tuple[Key, int]]:
-    """Yield each key of a sound TOML text with the line its statement begins on.
+def statement_lines(text: str) -> dict[Key, int]:
+    """Return the line that the statement of each key of a sound TOML text begins on.
 
     The parser tells no positions of values, so it serves as the oracle instead: a statement is
     the shortest run of lines that parses by itself.
     """
+    lines: dict[Key, int] = {}
+    counts: dict[Key, int] = {}
     prefix: Key = ()
     buffer, start = "", 0
-    counts: dict[Key, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() splits inside strings too
         if not buffer and (not line.strip() or line.lstrip().startswith("#")):
             continue
         start = start if buffer else number
@@ -118,9 +120,13 @@ def statement_lines(text: str) -> Iterator[tuple[Key, int]]:
             if buffer.lstrip().startswith("[["):
                 counts[prefix] = counts.get(prefix, -1) + 1
                 prefix = (*prefix, str(counts[prefix]))
+            lines[prefix] = start
             keys = [()]
-        yield from ((prefix + key, start) for key in keys)
+        for key in (prefix + key for key in keys):
+            for n in range(1, len(key) + 1):  # [a.b] and a.b = 1 state the table a as well
+                lines.setdefault(key[:n], start)
         buffer = ""
+    return lines
 
 
 def _keys(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[Key]:
