@@ -72,6 +72,7 @@ class Checkpoint:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
+        """Make the folder ready: remove leftovers, set an abandoned continuation aside."""
         known = [instance.run_id for instance in self._siblings(run) if instance.run_id]
         self.run_id = known[0] if known else uuid.uuid4().hex
         if run.rank == 0:
@@ -81,15 +82,18 @@ class Checkpoint:
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
+        """Remember the metrics of this step; they may make it one of the best."""
         self._measure(run, metrics)
         self._candidate = self.keep_best > 0 and self.monitor in metrics
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        """Remember the metrics of this step, for the manifest."""
         self._measure(run, metrics)
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
+        """Save if it is due, tell it, then delete what need not stay."""
         if self.every.due(run.progress) or run.ending or self._candidate or self._at_milestone(run):
             self._save_if_due(run)
 

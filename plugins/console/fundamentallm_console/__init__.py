@@ -52,6 +52,7 @@ class Console:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
+        """Open the log, and tell what begins."""
         if run.rank:
             return
         self._open(run)
@@ -65,12 +66,14 @@ class Console:
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
+        """Tell the metrics of the validation."""
         self._validated = frozenset(metrics)
         if self._handlers:
             log.info("step %d: validation: %s", run.progress.step, _listed(metrics.items()))
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        """Tell the other metrics of the row."""
         rest = [(name, value) for name, value in metrics.items() if self._shows(name)]
         self._validated = frozenset()
         if self._handlers and rest:
@@ -78,11 +81,13 @@ class Console:
 
     @hookimpl
     def on_checkpoint_saved(self, folder: Path) -> None:
+        """Tell where it is."""
         if self._handlers:
             log.info("saved %s", folder)
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
+        """Tell how it ended, and close the log."""
         if run.rank:
             return
         if not self._handlers:  # the run failed before its first step: tell that at least

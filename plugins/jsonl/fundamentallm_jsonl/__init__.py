@@ -33,6 +33,7 @@ class Jsonl:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
+        """Open the file, without the rows of steps that are still to come."""
         if run.rank == 0:
             path = run.folder / FILE
             if path.exists():
@@ -42,6 +43,7 @@ class Jsonl:
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        """Append a row, in one write."""
         if self._file is not None:
             line = row(run.progress.step, run.progress.tokens, metrics)
             if os.write(self._file, line) < len(line):
@@ -49,6 +51,7 @@ class Jsonl:
 
     @hookimpl
     def on_train_end(self) -> None:
+        """Close the file."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -47,21 +47,25 @@ class Progress:
 
     @hookimpl
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
+        """Show how far a long task is."""
         if not self.quiet and run.rank == 0:
             self._shown(run).show_task(task, done, total)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
+        """Show the steps from now on."""
         if not self.quiet and run.rank == 0:
             self._shown(run).start_training()
 
     @hookimpl
     def on_log(self, metrics: dict[str, float]) -> None:
+        """Show the metrics of the row."""
         if self._display is not None:
             self._display.show_metrics(metrics)
 
     @hookimpl
     def on_train_end(self) -> None:
+        """Leave the terminal in order."""
         if self._display is not None:
             self._display.close()
             self._display = None
