@@ -94,7 +94,9 @@ class Checkpoint:
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
         """Save if it is due, tell it, then delete what need not stay."""
-        if self.every.due(run.progress) or run.ending or self._candidate or self._at_milestone(run):
+        progress, keep_every = run.progress, self.keep_every
+        milestone = keep_every is not None and keep_every.due(progress)
+        if self.every.due(progress) or milestone or run.ending or self._candidate:
             self._save_if_due(run)
 
     def home(self, run: Run) -> Path:
