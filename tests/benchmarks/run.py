@@ -25,7 +25,7 @@ def main() -> int:
     """Print all figures and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="count Python calls alone")
-    parser.add_argument("--pairs", type=int, default=120, help="length of the race")
+    parser.add_argument("--pairs", type=int, default=200, help="length of the race")
     chosen = parser.parse_args()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip

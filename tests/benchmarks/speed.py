@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import sys
 import sysconfig
 import threading
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import handwritten
@@ -53,7 +54,7 @@ class Cost(NamedTuple):
 
     def since(self) -> Cost:
         now = self.now()
-        return Cost(now.wall - self.wall, now.cpu - self.cpu)
+        return Cost(now.wall - self.wall, now.processor - self.processor)
 
 
 @plugin
@@ -147,13 +148,15 @@ def report(pairs: int) -> bool:
     found = measure(pairs)
     for side, name in enumerate(Cost._fields):
         by_run, by_hand = (TURN / median(pair[k][side] for pair in found) for k in (0, 1))
-        ratios = [pair[1][side] / pair[0][side] for pair in found]
-        low, middle, high = quantiles(ratios, n=4)
+        ratios = sorted(pair[1][side] / pair[0][side] for pair in found)
+        # The order statistics between which the true median is in 19 of 20 measurements.
+        away = min(round(0.98 * math.sqrt(pairs)), (pairs - 1) // 2)
+        low, high = ratios[(pairs - 1) // 2 - away], ratios[pairs // 2 + away]
         print(f"steps per second of a GPT, by {name} time: run {by_run:.2f}, "
-              f"handwritten {by_hand:.2f}; ratio in {len(ratios)} pairs: median {middle:.4f}, "
-              f"half of them within {low:.4f} to {high:.4f}")  # fmt: skip
+              f"handwritten {by_hand:.2f}; median ratio of {pairs} pairs {median(ratios):.4f} "
+              f"(95%: {low:.4f} to {high:.4f})")  # fmt: skip
     ratio = median(by_hand.wall / by_run.wall for by_run, by_hand in found)
-    print(f"steps per second of a GPT, ratio {ratio:.4f} (at least {BOUND}): "
+    print(f"steps per second of a GPT, by wall time: ratio {ratio:.4f} (at least {BOUND}): "
           f"{'PASS' if ratio >= BOUND else 'FAIL'}")  # fmt: skip
     return ratio >= BOUND
 
