@@ -52,8 +52,9 @@ def plugin_name(cls: type) -> str:
 
 def setting_fields(cls: type) -> dict[str, attrs.Attribute[Any]]:
     """Return the fields of a plugin or table that a TOML table may set, with types resolved."""
-    attrs.resolve_types(cls, include_extras=True)
-    return {a.name: a for a in attrs.fields(cls) if a.init}
+    settings = [a for a in attrs.fields(cls) if a.init]
+    attrs.resolve_types(cls, attribs=settings, include_extras=True)
+    return {a.name: a for a in settings}
 
 
 def state_fields(cls: type) -> list[str]:

@@ -40,6 +40,7 @@ from fundamentallm import (
 )  # fmt: skip
 from fundamentallm.hookspecs import REQUIRED
 from fundamentallm.plugins import class_problems, hook_methods
+from fundamentallm.settings import structure
 from fundamentallm.states import get_state, set_state
 
 if TYPE_CHECKING:
@@ -231,7 +232,8 @@ class PluginContract:
     """What makes the plugins that it needs beside it in a run."""
 
     def instance(self) -> Any:
-        return self.plugin(**self.needs)
+        """Build the plugin as a settings file with what it needs would."""
+        return structure(self.needs, self.plugin)
 
     def test_importing_it_imports_nothing_heavy(self) -> None:
         code = f"import sys, {self.plugin.__module__}; print(*sys.modules)"
