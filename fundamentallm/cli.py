@@ -161,7 +161,6 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except FundamentalError as error:
-        for line in (f"error: {error}", *getattr(error, "__notes__", ())):
-            click.echo(line, err=True)
+        click.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)  # click returns what a command's exit() said

@@ -186,10 +186,9 @@ def _class(source: Source, name: str, entry: str, found: dict[str, Any]) -> tupl
     local = [Found(name, entry, "", partial(_load_file, Path(entry)))]
     offers = local if entry.endswith(".py") else found.get(wanted, [])
     if len(offers) != 1:
-        ours = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
+        own = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
         text = f"no installed plugin is named {wanted!r}"
-        meant = suggest(wanted, {*found, *ours})
-        text += f": pip install {ours[wanted]}" if wanted in ours else meant
+        text += f": pip install {own[wanted]}" if wanted in own else suggest(wanted, {*found, *own})
         if offers:
             text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
         source.blame((name, "plugin") if wanted != entry else ("plugins",), text)

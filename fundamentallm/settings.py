@@ -153,8 +153,7 @@ def _structure_literal(value: Any, cls: Any) -> Any:
     allowed = get_args(cls)
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return value
-    hint = suggest(str(value), map(str, allowed))
-    raise Mistakes(((), f"unknown value {written(value)}{hint}"))
+    raise Mistakes(((), f"unknown value {written(value)}{suggest(str(value), map(str, allowed))}"))
 
 
 def _structure_union(value: Any, cls: Any) -> Any:

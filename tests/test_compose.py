@@ -310,8 +310,8 @@ def test_several_plugins_in_one_file_are_told_apart_by_the_files_name() -> None:
 
 @pytest.mark.usefixtures("parts")
 def test_what_a_local_file_imports_is_not_its_own_plugin() -> None:
-    written("my_plugin.py", LOCAL + "from acme_parts import Parts\n")
-    assert compose(listed("parts", "my_plugin.py")).plugins["my_plugin"].size == 1
+    written("mine.py", LOCAL + "from acme_parts import Parts\n")
+    assert type(compose(listed("parts", "mine.py")).plugins["mine"]).__name__ == "MyPlugin"
 
 
 @pytest.mark.parametrize(
@@ -459,6 +459,9 @@ def test_an_instance_may_speak_for_all_instances_of_its_class(install: Install) 
     compose(listed("parts", "saver", "archive", archive={"plugin": "saver"}))
     (problem,) = problems(listed("parts", "saver", "other"))
     assert "both answer" in problem, "it speaks for its own class alone"
+    install("acme-mute", hooks("Mute", "read_checkpoint(self)"), mute="Mute")
+    (problem,) = problems(listed("parts", "mute", "second", second={"plugin": "mute"}))
+    assert "both answer" in problem, "and only where it says so"
 
 
 @pytest.mark.usefixtures("parts")
