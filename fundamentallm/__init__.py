@@ -5,31 +5,16 @@ Everything a plugin or a program may use is imported from here. To read the code
 one plugin, ``defaults``, ``plugins``, ``settings`` and ``cli``.
 """
 
+# isort: off
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
 
-from fundamentallm.declare import (
-    attribute_docs,
-    field,
-    plugin,
-    plugin_name,
-    setting_fields,
-    state,
-    state_fields,
-    table,
-)  # fmt: skip
-from fundamentallm.errors import (
-    DataError,
-    FundamentalError,
-    NotFiniteError,
-    OutOfMemoryError,
-    PeerLostError,
-    PluginError,
-    SettingsError,
-    StorageError,
-)  # fmt: skip
+from fundamentallm.declare import attribute_docs, field, plugin, plugin_name, setting_fields
+from fundamentallm.declare import state, state_fields, table
+from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
+from fundamentallm.errors import PeerLostError, PluginError, SettingsError, StorageError
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl, kind
 from fundamentallm.periods import Period
 from fundamentallm.plugins import Composed, Found, compose, find_plugins, hook_methods, order

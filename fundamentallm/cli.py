@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fundamentallm.errors import FundamentalError, SettingsError
-from fundamentallm.plugins import Composed, Found, compose, find_plugins, hook_methods, order
+from fundamentallm.plugins import Composed, compose
 from fundamentallm.settings import written
 
 
@@ -86,36 +86,6 @@ def show(settings: Path, **choice: Any) -> None:
         click.echo(line)
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def plugins(as_json: bool) -> None:
-    """List the installed plugins."""
-    rows = [{"name": f.name, "distribution": f.distribution, "version": f.version,
-             "about": _about(f)} for offers in find_plugins().values() for f in offers]  # fmt: skip
-    lines = map("{name:<16}{distribution} {version}\n    {about}".format_map, rows)
-    click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
-
-
-@cli.command()
-@click.argument("settings", type=click.Path(path_type=Path), required=False)
-def hooks(settings: Path | None) -> None:
-    """Print the hooks in the order of a run, with SETTINGS who answers each."""
-    from fundamentallm.hookspecs import HOOKS, kind
-    listed = compose(settings).plugins if settings else {}
-    heard = [(hook, name + " (wraps)" * options["wrapper"]) for name in order(listed)
-             for hook, options, _ in hook_methods(type(listed[name]))]  # fmt: skip
-    for hook in HOOKS:
-        names = [name for one, name in heard if one == hook]
-        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(names)}".rstrip())
-
-
-def _about(found: Found) -> str:
-    try:
-        return (found.load().__doc__ or "").partition("\n")[0]
-    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
-        return f"cannot be loaded: {type(error).__name__}: {error}"
-
-
 def described(composed: Composed) -> list[str]:
     """Return the settings as TOML lines, each value with its origin as a comment."""
     tables = composed.tables
@@ -141,14 +111,21 @@ def _train(composed: Composed, run_dir: Path | None) -> None:
     try:
         run = launch(composed, run_dir=folder)
     except Exception as error:
-        saved = sorted(folder.glob("checkpoints/step-*"))
+        saved = [path for path in sorted(folder.glob("checkpoints/step-*")) if _finite(path)]
         if saved and not isinstance(error, SettingsError):
-            error.add_note(f"the newest checkpoint is {saved[-1]}; {advice}")
+            error.add_note(f"the newest finite checkpoint is {saved[-1]}; {advice}")
         raise
     click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
     if run.outcome == "interrupted":
         click.echo(advice, err=True)
         sys.exit(128 + (run.signal or 0))
+
+
+def _finite(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "manifest.json").read_bytes())["finite"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def main() -> None:

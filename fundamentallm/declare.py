@@ -36,7 +36,9 @@ def plugin(cls: C) -> C:
     - ``speaks_for_all``: exclusive hooks that one instance answers for all instances of the class.
     """
     # Equality by value would make pluggy take two equal instances for one.
-    return attrs.define(eq=False, kw_only=True, slots=False)(cls)
+    # Checked when they are read, and not again at every `self.count += 1` in a step.
+    unchecked = attrs.setters.NO_OP
+    return attrs.define(eq=False, kw_only=True, slots=False, on_setattr=unchecked)(cls)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(attrs.field,))

@@ -78,6 +78,8 @@ def validate(run: Run) -> dict[str, float]:
                 run.phase = split
                 total = len(batches) if isinstance(batches, Sized) else None
                 for index, batch in enumerate(batches):
+                    if run.signal is not None:
+                        return {}
                     if batch.weight:  # the mean over no target at all would be no number
                         run.weight = batch.weight
                         run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))

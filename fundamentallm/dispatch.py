@@ -46,7 +46,7 @@ def _caller(registry: PluginManager, hook: str, muted: set[str]) -> Callable[...
         return cast("Callable[..., Any]", Nothing())
     if kind(hook) == "exclusive" or (len(calls) == 1 and kind(hook) != "vote"):
         return calls[0]
-    return _every(calls) if hook == "on_train_end" else _each(calls)
+    return _each(calls, to_the_end=hook == "on_train_end")
 
 
 def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[..., Any]:
@@ -72,25 +72,19 @@ def _bound(impl: HookImpl, muted: set[str], spec: tuple[str, ...]) -> Callable[.
     return select
 
 
-def _each(calls: list[Callable[..., Any]]) -> Callable[..., list[Any]]:
+def _each(calls: list[Callable[..., Any]], to_the_end: bool) -> Callable[..., list[Any]]:
     def call_each(**given: Any) -> list[Any]:
-        answers = []
+        answers: list[Any] = []
+        errors: list[Exception] = []
         for call in calls:  # a comprehension would be one more call in every step
-            answers.append(call(**given))  # noqa: PERF401
-        return answers
-
-    return call_each
-
-
-def _every(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
-    def call_every(**given: Any) -> None:
-        errors = []
-        for call in calls:  # whatever the others do
             try:
-                call(**given)
-            except Exception as error:  # noqa: BLE001 - raised below
+                answers.append(call(**given))
+            except Exception as error:
+                if not to_the_end:
+                    raise
                 errors.append(error)
         if errors:
             raise errors[0]
+        return answers
 
-    return call_every
+    return call_each

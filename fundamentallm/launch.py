@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
-import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from fundamentallm import defaults, loop
 from fundamentallm.dispatch import freeze
 from fundamentallm.errors import FundamentalError, OutOfMemoryError, PluginError, SettingsError
 from fundamentallm.plugins import Composed, compose, register
-from fundamentallm.record import new_folder, write_record
+from fundamentallm.record import locked, new_folder, write_record
 from fundamentallm.run import Run
+from fundamentallm.states import seed_random
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
 
-    from fundamentallm.hookspecs import Hooks, Outcome
+    from fundamentallm.hookspecs import Hooks
 
 log = logging.getLogger("fundamentallm")
 
@@ -42,27 +43,26 @@ def train(
     listed ones; ``overrides`` are strings such as ``"run.length=100"``. ``run_dir`` starts that
     run or continues it; without it a new folder is made. ``trace`` may replace the bound hooks.
     """
-    started = time.perf_counter()
     if not isinstance(settings, Composed):
         settings = compose(settings, overrides=overrides, plugins=plugins)
-    run, registry = prepare(settings, Path(run_dir) if run_dir else new_folder(settings))
+    run, registry = prepare(settings, run_dir)
     run.hook = trace(run.hook) if trace else run.hook
-    write_record(run.folder, settings)
-    outcome: Outcome = "failed"
-    try:
-        with signals(run), told(registry, settings.brought):
-            build(run)
-            loop.train(run, started)
-            done = run.settings.length.reached(run.progress)
-            outcome = "finished" if done else "interrupted" if run.signal else "stopped"
-    except KeyboardInterrupt:
-        run.signal, outcome = signal.SIGINT, "interrupted"
-    except BaseException as error:
-        run.error = error
-        raise
-    finally:
-        run.outcome = outcome
-        _end(run, registry, settings.brought)
+    with locked(run.folder):
+        try:
+            with signals(run), told(registry, settings.brought):
+                build(run)
+                # Not before: settings that do not fit a run's checkpoints must not replace its own.
+                write_record(run.folder, settings)
+                loop.train(run)
+            done = run.progress.closed and run.settings.length.reached(run.progress)
+            run.outcome = "finished" if done else "interrupted" if run.signal else "stopped"
+        except KeyboardInterrupt:
+            run.signal, run.outcome = signal.SIGINT, "interrupted"
+        except BaseException as error:
+            run.error = error
+            raise
+        finally:
+            _end(run, registry, settings.brought)
     return run
 
 
@@ -72,7 +72,7 @@ def load_run(folder: Path | str, *, at: str = "latest") -> Run:
     ``at`` names another: ``"best"`` or ``"step-00000500"``. Nothing is trained or written.
     """
     composed = recorded(folder)
-    run, registry = prepare(composed, Path(folder))
+    run, registry = prepare(composed, folder)
     run.wanted_checkpoint = at
     with told(registry, composed.brought):
         build(run, weights_only=True)
@@ -87,27 +87,46 @@ def recorded(folder: Path | str, overrides: Iterable[str] = ()) -> Composed:
     return compose(path, overrides=overrides)
 
 
-def prepare(composed: Composed, folder: Path) -> tuple[Run, PluginManager]:
-    """Make the run object and bind its hooks; nothing is built yet."""
-    run = Run(composed.run, composed.plugins, folder)
+def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginManager]:
+    """Make the run object, and its folder if none is named; bind the hooks; build nothing yet."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if run.device == "auto":
-        run.device = next(name for name, there in has.items() if there)
-    if not has[run.device]:
-        raise SettingsError(f"run.device: there is no {run.device!r} device here")
+    device: str = composed.run.device
+    device = next(name for name, there in has.items() if there) if device == "auto" else device
+    if not has[device]:
+        raise SettingsError(f"run.device: there is no {device!r} device here")
+    run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
+    run.device = device
     registry = register(composed, defaults.answers())
     run.hook = freeze(registry)
     return run, registry
 
 
 def build(run: Run, *, weights_only: bool = False) -> None:
-    """Build data and model, and put back what the newest checkpoint holds, if there is one."""
-    loop.build(run)
-    snapshot = run.hook.read_checkpoint(run=run)
+    """Build data, tokenizer, model and optimizer, and restore the newest checkpoint, if any."""
+    hook = run.hook
+    run.data = hook.build_data(run=run)
+    run.progress.epoch_samples = run.data.epoch_samples
+    run.tokenizer = hook.build_tokenizer(run=run)
+    seed_random(run.seed_for("model"))
+    run.model = hook.build_model(run=run).to(run.device)
+    hook.adapt_model(run=run)
+    module = hook.checkpoint_activations(run=run, model=run.model)
+    module = hook.compile_model(run=run, model=module)
+    run.module = hook.distribute_model(run=run, model=module)
+    run.parameters = list(run.model.parameters())
+    run.optimizer = hook.build_optimizer(run=run)
+    run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    if not held <= {id(parameter) for parameter in run.parameters}:
+        raise SettingsError("the optimizer has parameters that are not in run.model")
+    seed_random(run.seed_for("train"))
+    snapshot = hook.read_checkpoint(run=run)
     if snapshot is not None:
         run.restore(snapshot, weights_only=weights_only)
     elif run.wanted_checkpoint:
         raise SettingsError(f"{run.folder}: there is no checkpoint to load")
+    elif (run.folder / "settings.toml").exists():
+        log.warning("%s: there is no checkpoint: the run begins at step 0", run.folder)
 
 
 @contextlib.contextmanager
@@ -157,8 +176,9 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
         if blamed is None:
             raise
         name, hook = blamed
-        who = f"plugin {name!r} ({brought[name]})"
-        raise PluginError(f"{who} failed in {hook}: {error!r}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        who, place = f"plugin {name!r} ({brought[name]})", f"{frame.filename}:{frame.lineno}"
+        raise PluginError(f"{who} failed in {hook}: {error!r} ({place})") from error
 
 
 def blame(error: BaseException, registry: PluginManager) -> tuple[str, str] | None:

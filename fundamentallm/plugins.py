@@ -25,6 +25,7 @@ from fundamentallm.settings import RunSettings, build, plain, suggest, walk, wri
 from fundamentallm.sources import Source, read
 
 CORE_METRICS = ("train/loss", "train/tokens", "optim/lr", "val/loss")
+OURS = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
 RESERVED = ("run", "plugins", "extends", "core")
 
 
@@ -167,12 +168,13 @@ def _listed(source: Source, add: Sequence[str], remove: Sequence[str]) -> dict[s
     if offered is not stated or len(entries) < len(offered):
         source.blame(("plugins",), f"expected a list of plugin names, got {written(stated)}")
     listed: dict[str, str] = {}
-    for entry in [*entries, *add]:
+    here = source.origin(("plugins",)).folder
+    for entry, folder in [*((e, here) for e in entries), *((e, Path.cwd()) for e in add)]:
         local = entry.endswith(".py")
         name = Path(entry).stem if local else entry
         if name in listed or name in RESERVED:
             source.blame(("plugins",), f"{name!r} is listed twice, or a name of the core's")
-        listed[name] = str(source.origin(("plugins",)).folder / entry) if local else entry
+        listed[name] = str(folder / entry) if local else entry
     for name in remove:
         if listed.pop(name, None) is None:
             source.blame(("plugins",), f"{name!r} is not listed{suggest(name, listed)}")
@@ -183,12 +185,13 @@ def _class(source: Source, name: str, entry: str, found: dict[str, Any]) -> tupl
     """Return the class behind a listed entry and who brings it; note a mistake if none is found."""
     table = source.values.get(name)
     wanted = str(table.get("plugin", entry) if isinstance(table, dict) else entry)
-    local = [Found(name, entry, "", partial(_load_file, Path(entry)))]
-    offers = local if entry.endswith(".py") else found.get(wanted, [])
+    path = source.origin((name, "plugin")).folder / wanted
+    local = [Found(name, str(path), "", partial(_load_file, path))]
+    offers = local if wanted.endswith(".py") else found.get(wanted, [])
     if len(offers) != 1:
-        own = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
         text = f"no installed plugin is named {wanted!r}"
-        text += f": pip install {own[wanted]}" if wanted in own else suggest(wanted, {*found, *own})
+        meant = suggest(wanted, {*found, *OURS})
+        text += f": pip install {OURS[wanted]}" if wanted in OURS else meant
         if offers:
             text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
         source.blame((name, "plugin") if wanted != entry else ("plugins",), text)
@@ -282,9 +285,9 @@ def _check_values(source: Source, plugins: Mapping[str, Any]) -> None:
 def _claim_tables(source: Source, known: set[str], found: Iterable[str]) -> None:
     for name, value in source.values.items():
         # What a file takes over from one that it extends need not be in its own list.
-        if name in known or source.origin((name,)).extended:
+        meant = name in {*found, *OURS} or (isinstance(value, dict) and "plugin" in value)
+        if name in known or (meant and source.origin((name,)).extended):
             continue
         text = f"unknown {'table' if isinstance(value, dict) else 'setting'}{suggest(name, known)}"
-        if name in found or (isinstance(value, dict) and "plugin" in value):
-            text = "has a table here, but is not in the plugins list"
+        text = "has a table here, but is not in the plugins list" if meant else text
         source.blame((name,), text)

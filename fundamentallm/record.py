@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,15 +39,34 @@ def new_folder(composed: Composed) -> Path:
         raise StorageError(f"{run.folder}: cannot hold a run: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; raise ``StorageError`` while another live process does. The lock is the
+    kernel's: it ends with its process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(f"{folder}: another process is training this run") from error
+        yield
+
+
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
     texts = {"settings.toml": tomli_w.dumps(composed.tables),
              "environment.json": json.dumps(environment(composed), indent=2) + "\n"}  # fmt: skip
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            beside = folder / f".{name}.{os.getpid()}"
-            beside.write_text(text, encoding="utf-8")
+            beside = folder / f".{name}"
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             beside.replace(folder / name)
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
@@ -53,9 +74,8 @@ def write_record(folder: Path, composed: Composed) -> None:
 
 def environment(composed: Composed) -> dict[str, Any]:
     """Describe what the run depends on besides its settings."""
-    packages = ("fundamentallm", "torch", "numpy", "pluggy")
     return {
-        "versions": {name: v for name in packages if (v := _version(name)) is not None},
+        "versions": {name: metadata.version(name) for name in ("fundamentallm", "torch", "pluggy")},
         "plugins": composed.brought,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -65,13 +85,6 @@ def environment(composed: Composed) -> dict[str, Any]:
         "seed": composed.run.seed,
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*words: str) -> str | None:

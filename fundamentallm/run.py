@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import attrs
 
-from fundamentallm.errors import StorageError
+from fundamentallm.errors import SettingsError, StorageError
 from fundamentallm.states import get_state, random_state, set_random_state, set_state
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Snapshot: TypeAlias = dict[str, Any]
 _NUMBER = (float, int)  # making a union of types takes longer than asking it
-_Entry: TypeAlias = tuple[Any, float, int]  # value, weight, step
+_Entry: TypeAlias = tuple[Any, float, int]  # value, weight, moment
 Logged: TypeAlias = defaultdict[str, list[_Entry]]
 
 
@@ -75,14 +75,6 @@ class Tokenizer(Protocol):
         """Return the text of some ids; of ids that are no text by themselves, what can be read."""
 
 
-class Counts(NamedTuple):
-    """What had been done before the last step."""
-
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
 @attrs.define
 class Progress:
     """How far the run is. Everything that follows a schedule is a function of this."""
@@ -96,8 +88,13 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     """Training time, over all the processes that continued this run."""
+    lr: float = 0.0
+    """The learning rate of the last update, in the first parameter group."""
+    closed: bool = True
+    """Whether the last step was validated and logged as far as was due; a signal may prevent it."""
     epoch_samples: int | None = None
-    before: Counts = Counts()  # noqa: RUF009 - a tuple
+    before: tuple[int, int, float] = (0, 0, 0.0)
+    """Samples, tokens and seconds as they stood before the last step."""
 
     @property
     def epoch(self) -> float:
@@ -106,7 +103,7 @@ class Progress:
 
     def advance(self, window: list[Batch], applied: bool, seconds: float) -> None:
         """Count one attempted step."""
-        self.before = Counts(self.samples, self.tokens, self.seconds)
+        self.before = (self.samples, self.tokens, self.seconds)
         self.step += 1
         self.applied += applied
         self.microbatches += len(window)
@@ -120,9 +117,10 @@ class Run:
     """One training run. Hooks ask for it as ``run``; ``train`` returns it.
 
     ``model`` is the canonical module whose state dict is saved; ``module`` is what ``forward``
-    calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches and their
-    detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"`` or the split
-    being validated. ``ending`` is true from the moment it is clear that no further step follows.
+    calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches that have
+    targets and their detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"``
+    or the split being validated. ``ending`` is true from the moment it is clear that no further
+    step follows.
     """
 
     data: Data
@@ -136,6 +134,7 @@ class Run:
     rank = 0
     world_size = 1
     phase = "train"
+    moment = 0  # twice the step; odd while one is attempted
     weight = 1.0
     ending = False
     stop_reason: str | None = None
@@ -166,7 +165,7 @@ class Run:
         if not isinstance(value, _NUMBER) and value.requires_grad:
             value = value.detach()
         weighed = self.weight if weight is None else weight
-        self._logged[name].append((value, weighed, self.progress.step))
+        self._logged[name].append((value, weighed, self.moment))
 
     def stop(self, reason: str) -> None:
         """Ask for the end: the run stops at the next safe point, validated and saved."""
@@ -181,10 +180,10 @@ class Run:
         text = f"{self.settings.seed}/{purpose}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
-    def forget_step(self) -> None:
-        """Drop what was logged since the last step was counted: the step has been rejected."""
+    def forget_attempt(self) -> None:
+        """Drop what was logged in the attempt at hand: the step has been rejected."""
         for entries in self._logged.values():
-            while entries and entries[-1][2] == self.progress.step:
+            while entries and entries[-1][2] == self.moment:
                 entries.pop()
 
     def take_logged(self) -> dict[str, float]:
@@ -222,6 +221,7 @@ class Run:
         return {
             "model": dict(self.model.state_dict()),
             "optimizer": {names[id(p)]: dict(s) for p, s in self.optimizer.state.items() if s},
+            "optimizer_class": str(type(self.optimizer)),
             "plugins": {name: kept for name, kept in states.items() if kept},
             "progress": attrs.asdict(self.progress) | {"before": list(self.progress.before)},
             "random": random_state(),
@@ -243,13 +243,15 @@ class Run:
         names = {id(p): name for name, p in self.model.named_parameters()}
         packed = self.optimizer.state_dict()
         held = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        kept = snapshot["optimizer"]
+        kept, kind = snapshot["optimizer"], snapshot["optimizer_class"]
+        if kind != str(type(self.optimizer)):
+            raise SettingsError(f"the checkpoint's optimizer is {kind}; resume with that one")
         packed["state"] = {i: kept[name] for i, name in enumerate(held) if name in kept}
         self.optimizer.load_state_dict(packed)
         for name in self.plugins.keys() & snapshot["plugins"].keys():
             set_state(self.plugins[name], snapshot["plugins"][name])
         counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
-        self.progress = Progress(**counts | {"before": Counts(*counts["before"])})
+        self.progress = Progress(**counts | {"before": tuple(counts["before"])})
         rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}
         self._logged = defaultdict(list, rows)
         set_random_state(snapshot["random"])

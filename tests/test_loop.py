@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -89,6 +90,51 @@ def test_a_signal_ends_the_run_at_the_next_safe_point_without_a_validation(tiny_
     assert sends.endings == (False, False, True)
     assert not any("val/loss" in row for row in run.history)
     assert signal.getsignal(number) is before
+
+
+@plugin
+class SendsAt:
+    """Send SIGTERM in the forward pass of a step, or in the validation after it."""
+
+    step: int
+    phase: str = "train"
+
+    @hookimpl
+    def forward(self, run, batch):
+        if (run.progress.step, run.phase) == (self.step, self.phase) and run.signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run.module(*batch.data)
+
+
+@pytest.mark.parametrize("phase", ["train", "val"])
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_signal_anywhere_costs_no_step_no_row_and_no_validation(tiny_run, tmp_path, step, phase):
+    settings = {"length": 8, "log_every": 3, "validate_every": 4}
+    validations = []
+
+    @plugin
+    class Listens:
+        @hookimpl
+        def on_validation_end(self, run):
+            validations.append(run.progress.step)
+
+    whole = tiny_run(Listens(), **settings, run_dir=tmp_path / "whole")
+    expected, validations = list(validations), []
+    kept: dict[int, dict] = {}
+    at = step - 1 if phase == "train" else step
+    sends = SendsAt(step=at, phase=phase)
+    first = tiny_run(Keeps(kept=kept), sends, Listens(), **settings, run_dir=tmp_path / "first")
+    if phase == "val" and step % 4:
+        assert first.outcome == "finished"
+        return
+    assert (first.outcome, first.progress.step) == ("interrupted", step)
+    second = tiny_run(
+        Keeps(kept=kept, resume=step), Listens(), **settings, run_dir=tmp_path / "second"
+    )
+    assert second.outcome == "finished"
+    assert_same_weights(whole, second)
+    assert first.history + second.history == whole.history
+    assert validations == expected
 
 
 def test_a_second_signal_ends_at_once(tiny_run):
@@ -226,6 +272,34 @@ def test_a_micro_batch_without_targets_counts_for_nothing(tiny_run, tmp_path):
     assert_same_weights(padded, tiny_run(run_dir=tmp_path / "b"))
 
 
+def test_losses_keep_their_weights_when_the_first_micro_batch_has_no_target(tiny_run):
+    last = []
+
+    class Padded(TinySamples):
+        def batches(self, progress):
+            for batch in super().batches(progress):
+                yield Batch(batch.data, weight=0, samples=0, tokens=0)
+                yield batch
+                yield Batch(batch.data, weight=0, samples=0, tokens=0)
+
+    @plugin
+    class PaddedData(TinyData):
+        @hookimpl
+        def build_data(self, run):
+            return Padded(4, run.device)
+
+    @plugin
+    class Watches:
+        @hookimpl(wrapper=True)
+        def train_microbatch(self, is_last):
+            last.append(is_last)
+            return (yield)
+
+    run = tiny_run(PaddedData(), Together(count=3), Watches())
+    assert math.isfinite(run.history[-1]["train/loss"])
+    assert last == [True] * 4
+
+
 def test_data_that_ends_is_an_error_that_says_so(tiny_run):
     class Short(TinySamples):
         def batches(self, progress):
@@ -266,6 +340,21 @@ def test_a_rejected_step_leaves_no_trace_in_weights_or_metrics(tiny_run):
     assert (run.progress.step, run.progress.applied) == (4, 3)
     row = run.history[-1]
     assert row["train/shadow"] == row["train/loss"]
+
+
+def test_a_rejected_step_keeps_what_was_logged_after_the_steps_before_it(tiny_run):
+    @plugin
+    class Picky:
+        @hookimpl
+        def judge_step(self, run):
+            return "even" if run.progress.step % 2 else None
+
+        @hookimpl
+        def on_step_end(self, run):
+            run.log("perf/step", float(run.progress.step))
+
+    run = tiny_run(Picky(), length=4, log_every=4)
+    assert run.history[-1]["perf/step"] == 2.5
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_can_be_saved(tiny_run):
@@ -373,6 +462,31 @@ def test_a_snapshot_is_told_apart_from_one_of_another_model(tiny_run, tmp_path):
         tiny_run(Keeps(kept=kept, resume=4), run_dir=tmp_path / "b")
 
 
+def test_a_snapshot_of_another_optimizer_is_refused(tiny_run, tmp_path):
+    @plugin
+    class Descent:
+        @hookimpl
+        def build_optimizer(self, run):
+            return torch.optim.SGD(run.model.parameters(), lr=0.01)
+
+    kept: dict[int, dict] = {}
+    tiny_run(Keeps(kept=kept), run_dir=tmp_path / "a")
+    with pytest.raises(SettingsError, match=r"optimizer is .*AdamW"):
+        tiny_run(Keeps(kept=kept, resume=4), Descent(), run_dir=tmp_path / "b")
+
+
+def test_an_optimizer_of_parameters_outside_the_model_is_refused(tiny_run):
+    @plugin
+    class Head:
+        @hookimpl
+        def build_optimizer(self, run):
+            head = torch.nn.Linear(1, 1)
+            return torch.optim.SGD([*run.model.parameters(), *head.parameters()], lr=0.01)
+
+    with pytest.raises(SettingsError, match="not in run.model"):
+        tiny_run(Head())
+
+
 @plugin
 class Counts:
     """Holds state of every kind."""
@@ -432,6 +546,14 @@ def test_the_length_may_be_in_epochs_or_tokens(tiny_run, tmp_path):
 
 
 def test_time_is_counted_as_training_time(tiny_run):
-    run = tiny_run(length="0.05 seconds")
+    @plugin
+    class SlowData(TinyData):
+        @hookimpl
+        def build_data(self, run):
+            time.sleep(0.2)
+            return super().build_data(run)
+
+    run = tiny_run(SlowData(), length="0.05 seconds")
+    assert run.progress.seconds < 0.2
     assert run.progress.seconds >= 0.05
     assert Period(0.05, "seconds").reached(run.progress)

@@ -75,7 +75,7 @@ class Mlflow:
             "tags": tags(run, self.tags),
             "records": records(run),
             "end_seconds": self.end_seconds,
-            "trainer": os.getpid(),
+            "parent": os.getpid(),
         }
         self._shipper = Shipper(folder, request, self.start_seconds)
         log.info("mlflow: run %s in %s", self._shipper.run_id, masked(uri))

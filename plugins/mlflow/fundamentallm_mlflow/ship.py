@@ -62,12 +62,12 @@ class Shipment:
         return bool(self._rest)
 
 
-def ship(shipment: Shipment, store: Store, trainer: int, patience: float) -> int:
+def ship(shipment: Shipment, store: Store, parent: int, patience: float) -> int:
     """Ship until the training process is gone and all is in the store, or ``patience`` seconds
     after that; return the exit code."""
     pause, gone_at = 0.0, None
     while True:
-        gone = _gone(trainer, POLL_SECONDS + pause)
+        gone = _gone(parent, POLL_SECONDS + pause)
         if gone and gone_at is None:
             gone_at, pause = time.monotonic(), 0.0
         try:
@@ -106,14 +106,14 @@ def main() -> int:
     _answer(answers, {"run_id": store.run_id})
     os.nice(5)  # from here on the training comes first
     shipment = Shipment(folder / "journal.jsonl", store)
-    return ship(shipment, store, request["trainer"], request["end_seconds"])
+    return ship(shipment, store, request["parent"], request["end_seconds"])
 
 
-def _gone(trainer: int, seconds: float) -> bool:
+def _gone(parent: int, seconds: float) -> bool:
     """Wait for the training process to close our input or to die, at most so long."""
     closed, _, _ = select.select([0], [], [], seconds)
     # Where it died, a worker process that it forked may still hold the other end of the input.
-    return bool(closed) or os.getppid() != trainer
+    return bool(closed) or os.getppid() != parent
 
 
 def _answer(answers: Any, facts: dict[str, Any]) -> None:

@@ -1,0 +1,53 @@
+"""The commands ``plugins`` and ``hooks``: what is installed, and who does what in a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fundamentallm import HOOKS, Found, compose, find_plugins, hook_methods, kind, order
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plugins(as_json: bool) -> None:
+    """List the installed plugins."""
+    rows = [
+        {
+            "name": found.name,
+            "distribution": found.distribution,
+            "version": found.version,
+            "about": _about(found),
+        }
+        for offers in find_plugins().values()
+        for found in offers
+    ]
+    lines = map("{name:<16}{distribution} {version}\n    {about}".format_map, rows)
+    click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
+
+
+@click.command()
+@click.argument("settings", type=click.Path(path_type=Path), required=False)
+def hooks(settings: Path | None) -> None:
+    """Print the hooks in the order of a run; with SETTINGS, who answers each.
+
+    Beside an exclusive hook that no plugin answers stands nobody: the core does.
+    """
+    listed = compose(settings).plugins if settings else {}
+    heard = [
+        (hook, f"{name} (wraps)" if options["wrapper"] else name)
+        for name in order(listed)
+        for hook, options, _ in hook_methods(type(listed[name]))
+    ]
+    for hook in HOOKS:
+        names = [name for one, name in heard if one == hook]
+        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(names)}".rstrip())
+
+
+def _about(found: Found) -> str:
+    try:
+        return (found.load().__doc__ or "").partition("\n")[0]
+    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
+        return f"cannot be loaded: {type(error).__name__}: {error}"
