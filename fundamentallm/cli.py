@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -26,9 +27,8 @@ class Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Return a command, loaded if it is another distribution's."""
-        entries = self._entries()
-        own = super().get_command(context, name)
-        return entries[name].load() if own is None and name in entries else own
+        own, entry = super().get_command(context, name), self._entries().get(name)
+        return entry.load() if own is None and entry else own
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """List commands without loading them: the help of an entry is its distribution's."""
@@ -122,10 +122,9 @@ def _train(composed: Composed, run_dir: Path | None) -> None:
 
 
 def _finite(checkpoint: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return bool(json.loads((checkpoint / "manifest.json").read_bytes())["finite"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return False
 
 
 def main() -> None:

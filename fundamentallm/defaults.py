@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 from itertools import islice
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,10 +40,7 @@ def collect_batches(run: Run, stream: Iterator[Batch]) -> list[Batch]:
 
 
 def weigh_window(run: Run, window: list[Batch]) -> float:
-    total = 0.0
-    for batch in window:
-        total += batch.weight
-    return total
+    return float(sum(map(attrgetter("weight"), window)))
 
 
 def train_microbatch(run: Run, batch: Batch, share: float, is_last: bool) -> None:

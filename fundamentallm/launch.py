@@ -6,7 +6,6 @@ import contextlib
 import logging
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,20 +174,20 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
         blamed = blame(error, registry)
         if blamed is None:
             raise
-        name, hook = blamed
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        who, place = f"plugin {name!r} ({brought[name]})", f"{frame.filename}:{frame.lineno}"
-        raise PluginError(f"{who} failed in {hook}: {error!r} ({place})") from error
+        name, hook, place = blamed
+        who = f"plugin {name!r} ({brought[name]})"
+        raise PluginError(f"{who} failed in {hook}: {error!r}, at {place}") from error
 
 
-def blame(error: BaseException, registry: PluginManager) -> tuple[str, str] | None:
-    """Find the innermost hook implementation of a plugin in an error's traceback."""
+def blame(error: BaseException, registry: PluginManager) -> tuple[str, str, str] | None:
+    """Find the innermost plugin and hook in an error's traceback, and the line that raised it."""
     codes = {impl.function.__code__: (name, caller.name)
              for name, plugin in registry.list_name_plugin() if name != "core"
              for caller in registry.get_hookcallers(plugin) or ()
              for impl in caller.get_hookimpls() if impl.plugin is plugin}  # fmt: skip
-    found, trace = None, error.__traceback__
+    found, place, trace = None, "", error.__traceback__
     while trace is not None:
         found = codes.get(trace.tb_frame.f_code, found)
+        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return found
+    return found and (*found, place)

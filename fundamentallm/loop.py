@@ -106,25 +106,29 @@ def close_step(run: Run, validates: bool) -> None:
     asked = run.stop_reason is not None or run.signal is not None
     stopping = hook.stop_agreed(run=run, stopping=asked)
     run.ending = stopping or run.settings.length.reached(run.progress)
-    # A signal leaves no time for a validation: a resumed run begins with what is due here.
-    run.progress.closed = run.signal is None and report(run, validates)
+    run.progress.closed = report(run, validates)
     run.ending = run.ending or not run.progress.closed
     if hook.on_safe_point:
         hook.on_safe_point(run=run)
 
 
 def report(run: Run, validates: bool) -> bool:
-    """Validate and log as far as it is due; False if a signal came in between."""
+    """Validate and log as far as it is due; False if a signal left no time for what was due."""
     hook, settings, progress = run.hook, run.settings, run.progress
     every = settings.validate_every
+    over = settings.length.reached(progress) or (run.ending and run.signal is None)
+    validating = validates and (over or (every is not None and every.due(progress)))
+    logs = validating or over or settings.log_every.due(progress)
+    if run.signal is not None:  # a resumed run begins with what is due here
+        return not logs
     validated: dict[str, float] = {}
-    if validates and (run.ending or (every is not None and every.due(progress))):
+    if validating:
         validated = hook.reduce_metrics(run=run, metrics=hook.validate(run=run))
         if run.signal is not None:
             return False
         hook.on_validation_end(run=run, metrics=validated)
         run.ending = run.ending or run.stop_reason is not None
-    if validated or run.ending or settings.log_every.due(progress):
+    if logs or run.ending:
         log_row(run, validated)
     return True
 

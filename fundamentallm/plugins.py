@@ -55,6 +55,8 @@ class Composed:
         tables = {"plugins": list(self.source.values["plugins"]), "run": plain(self.run)}
         for name, instance in self.plugins.items():
             renamed = self.source.values.get(name, {}).get("plugin")
+            if renamed and renamed.endswith(".py"):
+                renamed = str(self.source.origin((name, "plugin")).folder / renamed)
             tables[name] = ({"plugin": renamed} if renamed else {}) | plain(instance)
         return tables
 

@@ -56,8 +56,7 @@ def set_random_state(kept: dict[str, Any]) -> None:
     import torch
 
     torch.set_rng_state(kept["torch"])
-    version, internal, gauss = kept["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(tuple(tuple(k) if isinstance(k, list) else k for k in kept["python"]))
     if "cuda" in kept:
         torch.cuda.set_rng_state_all(kept["cuda"])
     if "numpy" in kept and "numpy" in sys.modules:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fundamentallm import (
     Composed,
@@ -349,9 +350,9 @@ def test_plugins_are_added_and_removed_from_outside(install: Install) -> None:
     install("acme-one", code, one="One", two="Two")
     written("mine.py", PRELUDE + hooks("Mine", "on_log(self)"))
     path = written("sub/run.toml", "plugins = ['parts', 'one']\nrun.length = 1\none.size = 'wrong'\n")
-    composed = compose(path, add=["two", "../mine.py"], remove=["one"])
+    composed = compose(path, add=["two", "mine.py"], remove=["one"])
     assert list(composed.plugins) == ["parts", "two", "mine"]
-    assert composed.tables["plugins"] == ["parts", "two", str(Path.cwd() / "sub/../mine.py")]
+    assert composed.tables["plugins"] == ["parts", "two", str(Path.cwd() / "mine.py")]
     assert "one" not in composed.tables
 
 
@@ -431,10 +432,32 @@ def test_a_table_of_an_installed_plugin_that_is_not_listed_is_told(install: Inst
 
 @pytest.mark.usefixtures("parts")
 def test_a_table_taken_over_from_another_file_may_stay_without_its_plugin() -> None:
-    written("base.toml", "plugins = ['parts', 'gone']\n[gone]\nx = 1\n[gone_too.deeper]\nx = 1\n")
+    tables = "[mlflow]\nexperiment = 'x'\n[archive]\nplugin = 'checkpoint'\n"
+    written("base.toml", "plugins = ['parts', 'mlflow', 'archive']\n" + tables)
     path = written("run.toml", "extends = 'base.toml'\nplugins = ['parts']\nrun.length = 1\n")
     compose(path)
-    assert problems(path, overrides=["gone.x=2"])[0].startswith("--set: gone: unknown table")
+    (problem,) = problems(path, overrides=["mlflow.tags={}"])
+    assert problem == "--set: mlflow: has a table here, but is not in the plugins list"
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_misspelt_table_is_told_also_where_another_file_extends_it() -> None:
+    written("base.toml", "plugins = ['parts']\n[prats]\nx = 1\n")
+    path = written("run.toml", "extends = 'base.toml'\nrun.length = 1\n")
+    (problem,) = problems(path)
+    assert problem == "base.toml:2: prats: unknown table (did you mean 'parts'?)"
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_local_file_may_have_a_second_instance() -> None:
+    written("mine.py", PRELUDE + hooks("Mine", "on_log(self)"))
+    path = written("run.toml", "plugins = ['parts', './mine.py', 'other']\nrun.length = 1\n"
+                   "[other]\nplugin = './mine.py'\n")  # fmt: skip
+    composed = compose(path)
+    assert type(composed.plugins["other"]).__name__ == "Mine"
+    assert composed.plugins["other"] is not composed.plugins["mine"]
+    written("again.toml", tomli_w.dumps(composed.tables))
+    assert list(compose("again.toml").plugins) == ["parts", "mine", "other"]
 
 
 # ---------------------------------------------------------------------------------------------
