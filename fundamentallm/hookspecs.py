@@ -199,7 +199,8 @@ class Hooks(Protocol):
 
     @exclusive
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
-        """Tell whether any process wants to stop, so that all stop together. Default: this one."""
+        """Tell whether any process wants to stop, so that all stop together; where one has heard a
+        signal, set ``run.signal`` in all. Default: ``stopping``, this process's own wish."""
 
     @hookspec
     def on_safe_point(self, run: Run) -> None:
