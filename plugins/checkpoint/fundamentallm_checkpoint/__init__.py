@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-import uuid
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import Period, field, ge, hookimpl, plugin, state
+from fundamentallm import Period, field, ge, hookimpl, plugin
 
 if TYPE_CHECKING:
     from fundamentallm import Run, Snapshot
@@ -44,10 +43,12 @@ class Checkpoint:
     save_final: bool = True
     """Whether the last step is saved, whatever ``every`` says; after a signal it always is."""
     folder: Path | None = None
-    """Where checkpoints go, in a folder named after the run; by default into the run folder."""
+    """Where checkpoints go, in ``<name of the run folder>/<run id>``; by default into the run
+    folder."""
 
-    run_id: str = state("")
-    """What tells this run's checkpoints from those of a namesake."""
+    run_id: str = field(init=False, default="")
+    """What tells this run's checkpoints from those of a namesake: what ``run-id`` holds in the run
+    folder. Empty until the first start."""
     _measured: tuple[int, dict[str, float]] = field(init=False, factory=lambda: (-1, {}))
     _candidate: bool = field(init=False, default=False)
 
@@ -56,15 +57,21 @@ class Checkpoint:
     @hookimpl
     def read_checkpoint(self, run: Run) -> Snapshot | None:
         """Return the wanted or the newest sound snapshot of all instances."""
-        from fundamentallm_checkpoint import store
+        from fundamentallm_checkpoint import identity, store
 
-        siblings = self._siblings(run)
-        own = [instance.home(run) for instance in siblings]
+        siblings, run_id = self._siblings(run), identity.known(run.folder)
+        for instance in siblings:
+            instance.run_id = run_id
+        own = [instance.home(run) for instance in siblings if run_id or not instance.folder]
         homes = dict.fromkeys([*own, *store.homes_below(run.folder / "checkpoints")])
         judge = next((i for i in siblings if i.keep_best), siblings[0])
-        loaded = store.load(homes, run.wanted_checkpoint, judge.rules())
+        loaded = store.load(homes, run.wanted_checkpoint, judge.rules(), run_id)
         if loaded is None:
+            for instance in siblings:
+                instance.warn_of_namesakes(run)
             return None
+        for instance in siblings:
+            instance.run_id = loaded.manifest.run
         log.info("loaded %s", loaded.folder)
         if loaded.manifest.data != run.data.fingerprint:
             log.warning("the data are not those that %s was trained on", loaded.folder)
@@ -73,12 +80,11 @@ class Checkpoint:
     @hookimpl
     def on_train_start(self, run: Run) -> None:
         """Make the folder ready: remove leftovers, set an abandoned continuation aside."""
-        known = [instance.run_id for instance in self._siblings(run) if instance.run_id]
-        self.run_id = known[0] if known else uuid.uuid4().hex
         if run.rank == 0:
-            from fundamentallm_checkpoint import store
+            from fundamentallm_checkpoint import identity, store
 
-            store.prepare(self.home(run), run.progress.step)
+            self.run_id = identity.settle(run.folder, self.run_id)
+            store.prepare(self.home(run), run.progress.step, self.run_id)
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
@@ -101,7 +107,9 @@ class Checkpoint:
 
     def home(self, run: Run) -> Path:
         """Return the folder that this instance's checkpoints of ``run`` are in."""
-        home = self.folder / run.folder.name if self.folder else run.folder / "checkpoints"
+        home = run.folder / "checkpoints"
+        if self.folder:  # one folder for the runs of many: their names may well be the same
+            home = self.folder / run.folder.name / self.run_id
         name = next(name for name, instance in run.plugins.items() if instance is self)
         return home if name == "checkpoint" else home / name
 
@@ -115,6 +123,19 @@ class Checkpoint:
             monitor=self.monitor,
             mode=self.mode,
         )
+
+    def warn_of_namesakes(self, run: Run) -> None:
+        """Tell of checkpoints that may be those of a run folder that was lost."""
+        from fundamentallm_checkpoint import identity
+
+        if self.folder is None or self.run_id:
+            return
+        place = self.folder / run.folder.name
+        for found in identity.namesakes(place):
+            log.warning("the checkpoints in %s are another run's and are ignored: %s is a new one's"
+                        " folder. To continue that run, use its folder; if that is lost, write %s"
+                        " into %s first",
+                        place / found, run.folder, found, run.folder / identity.FILE)  # fmt: skip
 
     def _siblings(self, run: Run) -> list[Checkpoint]:
         """Return all instances, the one named ``checkpoint`` first, whatever the list's order."""
@@ -131,6 +152,10 @@ class Checkpoint:
         return self.keep_every is not None and self.keep_every.due(run.progress)
 
     def _save_if_due(self, run: Run) -> None:
+        from fundamentallm_checkpoint import identity
+
+        if not self.run_id:  # not the first process, which has written it before the first step
+            self.run_id = identity.known(run.folder)
         is_best = self._candidate and self._is_among_best(run)
         self._candidate = False
         final = run.ending and (self.save_final or run.signal is not None)
@@ -152,7 +177,7 @@ class Checkpoint:
         draft, home = self._draft(run, tags), self.home(run)
         folder = publication.publish(home, snapshot, draft, partial(run.report, "saving"))
         run.hook.on_checkpoint_saved(run=run, folder=folder)
-        store.prune(home, self.rules())
+        store.prune(home, self.rules(), self.run_id)
 
     def _draft(self, run: Run, tags: tuple[str, ...] = ()) -> Manifest:
         from fundamentallm_checkpoint.manifest import Manifest
@@ -174,5 +199,5 @@ class Checkpoint:
         from fundamentallm_checkpoint import retention, store
 
         draft = self._draft(run)
-        best = retention.ranked([*store.sound(self.home(run)), draft], self.rules())
+        best = retention.ranked([*store.sound(self.home(run), self.run_id), draft], self.rules())
         return draft in best[: self.keep_best]

@@ -40,13 +40,14 @@ def write(folder: Path, snapshot: Snapshot, report: Report | None = None) -> Con
     Weights and optimizer state have a file each: ``name`` and ``key/name`` of every parameter.
     All else is in ``state.json``, its tensors in ``state.safetensors``. ``report`` hears the bytes
     of tensors written so far, and those of all. Nothing else of the run is asked or changed, and
-    the snapshot may be a copy.
+    the snapshot may be a copy. Raises ``StorageError`` for what could not be read back.
     """
     rest = dict(snapshot)
     weights, rest["model"] = _flatten_model(rest["model"])
     moments, rest["optimizer"] = _flatten_optimizer(rest["optimizer"])
     extra: dict[str, Tensor] = {}
     state = trees.to_json(trees.split(rest, extra))
+    trees.check_size(_STATE, state, _STATE_LIMIT)
     parts = {_MODEL: weights, _OPTIMIZER: moments} | ({_EXTRA: extra} if extra else {})
     total = sum(tensors.size(part) for part in parts.values())
     done = 0

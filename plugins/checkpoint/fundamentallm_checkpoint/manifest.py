@@ -35,7 +35,7 @@ class Manifest:
 
     step: int
     run: str
-    """The run's own name for itself, made at random at its first step."""
+    """The id of the run, made at random at its first start."""
     created: float
     """Unix time in seconds."""
     settings: str
@@ -51,9 +51,11 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """Return the manifest as strict JSON."""
+        """Return the manifest as strict JSON; raise ``StorageError`` if it is too large to read."""
         facts = attrs.asdict(self) | {"tags": list(self.tags)}
-        return trees.to_json(trees.split(facts, {}), indent=1)
+        text = trees.to_json(trees.split(facts, {}), indent=1)
+        trees.check_size(NAME, text, _LIMIT)
+        return text
 
     def score(self, monitor: str, mode: str) -> float:
         """Return how good the checkpoint is, smaller being better; infinity if it cannot tell."""
@@ -79,21 +81,20 @@ def read(folder: Path) -> Manifest:
 
     Raises ``Unsound``, and ``Newer`` if a newer version of this plugin wrote it.
     """
-    try:
-        facts = trees.read_json(folder / NAME, _LIMIT)
-        _check_format(facts)
-        manifest = _parse(trees.join(facts, {}))
-    except FileNotFoundError:
-        raise Unsound(f"{NAME} is missing") from None
-    except OSError as error:
-        raise Unsound(f"{NAME} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise Unsound(f"{NAME} {error}") from error
+    manifest = _read(folder)
     if manifest.step != step_of(folder.name):
         raise Unsound(f"{NAME} is one of step {manifest.step}")
     for name, seal in manifest.files.items():
         _check_size(folder / name, seal)
     return manifest
+
+
+def owner(folder: Path) -> str | None:
+    """Return the id of the run that a checkpoint is of; None if it cannot tell."""
+    try:
+        return _read(folder).run
+    except Unsound:
+        return None
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -105,6 +106,19 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise Unsound(f"{name} cannot be read: {error.strerror}") from error
         if found != seal:
             raise Unsound(f"{name} was changed after it was written (its sha256 differs)")
+
+
+def _read(folder: Path) -> Manifest:
+    try:
+        facts = trees.read_json(folder / NAME, _LIMIT)
+        _check_format(facts)
+        return _parse(trees.join(facts, {}))
+    except FileNotFoundError:
+        raise Unsound(f"{NAME} is missing") from None
+    except OSError as error:
+        raise Unsound(f"{NAME} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Unsound(f"{NAME} {error}") from error
 
 
 def _check_size(path: Path, seal: Seal) -> None:

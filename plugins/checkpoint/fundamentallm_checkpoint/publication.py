@@ -11,7 +11,7 @@ import attrs
 
 from fundamentallm import StorageError
 from fundamentallm_checkpoint import contents, files
-from fundamentallm_checkpoint.manifest import NAME, folder_name
+from fundamentallm_checkpoint.manifest import NAME, folder_name, owner
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,17 +25,19 @@ TMP, TRASH = ".tmp-", ".trash-"
 log = logging.getLogger("fundamentallm")
 
 
-def publish(
-    home: Path, snapshot: Snapshot, draft: Manifest, report: Report | None = None
-) -> Path:
+def publish(home: Path, snapshot: Snapshot, draft: Manifest, report: Report | None = None) -> Path:
     """Write ``snapshot`` under ``home`` and return its folder, once that survives a power cut.
 
     The order is the promise: every file durable, the manifest last, then the folder, then its
-    name. A failure before the name leaves no trace, and raises ``StorageError``. A checkpoint
-    of the same step gives way to the new one.
+    name. A failure before the name leaves no trace, and raises ``StorageError``. The run's own
+    checkpoint of the same step gives way to the new one; that of another run is an error.
     """
     target = home / folder_name(draft.step)
     work = home / f"{TMP}{draft.step:08d}-{secrets.token_hex(4)}"
+    if owner(target) not in (None, draft.run):
+        raise StorageError(
+            f"{target} is a checkpoint of another run and is not overwritten: move it away"
+        )
     try:
         files.make_folder(home)
         with files.claimed(work):

@@ -45,10 +45,20 @@ def homes_below(home: Path) -> list[Path]:
     return [path for path in below if step_of(path.name) is None and folders(path)]
 
 
-def sound(home: Path) -> list[Manifest]:
-    """Return the manifests of checkpoints whose files are all there, with their sizes."""
+def parted(there: Iterable[Path], run: str) -> tuple[list[Path], list[Path]]:
+    """Part the checkpoints of ``run`` from those whose manifests name another.
+
+    All are the run's own if it has no id yet, and so is what cannot tell.
+    """
+    owners = {folder: manifest.owner(folder) for folder in there if run}
+    others = [folder for folder, owner in owners.items() if owner not in (None, run)]
+    return [folder for folder in there if folder not in others], others
+
+
+def sound(home: Path, run: str = "") -> list[Manifest]:
+    """Return the manifests of the run's checkpoints whose files are all there, by their sizes."""
     found = []
-    for folder in folders(home):
+    for folder in parted(folders(home), run)[0]:
         try:
             found.append(manifest.read(folder))
         except Unsound:
@@ -56,14 +66,20 @@ def sound(home: Path) -> list[Manifest]:
     return found
 
 
-def load(homes: Iterable[Path], wanted: str | None, rules: Rules) -> Loaded | None:
+def load(homes: Iterable[Path], wanted: str | None, rules: Rules, run: str = "") -> Loaded | None:
     """Verify and read a checkpoint; None if there is none at all and none is asked for by name.
+
+    Those of other runs than ``run`` are passed over with a warning, whatever is asked for.
 
     ``wanted`` is ``"best"`` or a checkpoint's name: that one, or ``StorageError``. ``"latest"``
     or None: the newest sound one, with a warning for each newer one that is not sound, and
     ``StorageError`` if none is.
     """
-    there = sorted((f for home in homes for f in folders(home)), key=_step, reverse=True)
+    there, others = parted([f for home in homes for f in folders(home)], run)
+    if others:
+        log.warning("%d checkpoints of another run than %s are ignored, among them %s",
+                    len(others), run, others[0])  # fmt: skip
+    there.sort(key=_step, reverse=True)
     chosen = _choose(there, wanted, rules)
     problems = []
     for folder in chosen:
@@ -80,9 +96,9 @@ def load(homes: Iterable[Path], wanted: str | None, rules: Rules) -> Loaded | No
     raise StorageError("\n".join(["no sound checkpoint to continue from:", *problems]))
 
 
-def prune(home: Path, rules: Rules) -> None:
-    """Delete what the rules do not keep; what cannot be deleted is a warning."""
-    for step in sorted(retention.plan(sound(home), rules)):
+def prune(home: Path, rules: Rules, run: str = "") -> None:
+    """Delete what the rules do not keep of a run; what cannot be deleted is a warning."""
+    for step in sorted(retention.plan(sound(home, run), rules)):
         folder = home / manifest.folder_name(step)
         try:
             publication.discard(folder)
@@ -90,12 +106,19 @@ def prune(home: Path, rules: Rules) -> None:
             log.warning("checkpoint %s could not be deleted: %s", folder, error.strerror)
 
 
-def prepare(home: Path, step: int) -> None:
+def prepare(home: Path, step: int, run: str = "") -> None:
     """Make the folder ready for a run that goes on from ``step``; see that it can be written."""
+    later = [folder for folder in folders(home) if _step(folder) > step]
+    own, others = parted(later, run)
+    if others:
+        raise StorageError(
+            f"{others[0]} is a checkpoint of another run than {run}, and in the way of this one's:"
+            f" move it and what else {home} holds of that run away"
+        )
     try:
         files.make_folder(home)
         _clean(home)
-        _set_aside(home, step)
+        _set_aside(home, step, own)
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from error
 
@@ -107,12 +130,11 @@ def _clean(home: Path) -> None:
         publication.remove_leftover(path)
 
 
-def _set_aside(home: Path, step: int) -> None:
+def _set_aside(home: Path, step: int, later: list[Path]) -> None:
     """Move checkpoints of later steps out of the way of a run that goes on from ``step``.
 
     They belong to a continuation that this run abandons, and would be taken for its newest.
     """
-    later = [folder for folder in folders(home) if _step(folder) > step]
     if not later:
         return
     aside = home / f"{SUPERSEDED}{time.strftime('%Y%m%d-%H%M%S')}"

@@ -57,6 +57,15 @@ def to_json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, indent=indent, allow_nan=False).encode("ascii") + b"\n"
 
 
+def check_size(name: str, data: bytes, limit: int) -> None:
+    """Raise ``StorageError`` for a file that ``read_json`` would refuse to read back."""
+    if len(data) > limit:
+        raise StorageError(
+            f"{name} would have {len(data):,} bytes, and at most {limit:,} can be read back: a"
+            " plugin keeps too much in its state; what is large belongs in tensors"
+        )
+
+
 def read_json(path: Path, limit: int) -> Any:
     """Read a file of at most ``limit`` bytes; raise ``ValueError`` if it is not strict JSON."""
     with path.open("rb") as file:

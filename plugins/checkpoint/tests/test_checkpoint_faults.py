@@ -9,12 +9,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 import torch
 
 from fundamentallm import Period, StorageError, train
 from fundamentallm.testing import TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_checkpoint import Checkpoint, files, publication, store
+from fundamentallm_checkpoint import Checkpoint, contents, files, publication, store
 from fundamentallm_checkpoint.manifest import Manifest
 from fundamentallm_checkpoint.retention import Rules
 
@@ -315,6 +316,29 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_a_state_too_large_to_be_read_back_is_refused_when_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, large = tmp_path / "home", snapshot(1) | {"plugins": {"it": {"seen": "x" * 1000}}}
+    size = (publication.publish(home, large, draft(1)) / "state.json").stat().st_size
+    monkeypatch.setattr(contents, "_STATE_LIMIT", size)
+    publication.publish(home, large, draft(2))
+    loaded = store.load([home], "step-2", RULES)
+    assert loaded is not None
+    assert loaded.snapshot["plugins"] == large["plugins"]
+    monkeypatch.setattr(contents, "_STATE_LIMIT", size - 1)
+    with pytest.raises(StorageError, match=rf"state\.json would have {size:,} bytes, and at most"):
+        publication.publish(home, large, draft(3))
+    assert sorted(path.name for path in home.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_manifest_too_large_to_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    metrics = {f"section/{number:040}": 1.0 for number in range(20_000)}
+    with pytest.raises(StorageError, match=r"manifest\.json would have 1,\d{3},\d{3} bytes"):
+        publication.publish(tmp_path, snapshot(1), attrs.evolve(draft(1), metrics=metrics))
+    assert list(tmp_path.iterdir()) == []
 
 
 def wide() -> dict[str, object]:

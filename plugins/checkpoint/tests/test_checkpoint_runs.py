@@ -252,13 +252,6 @@ def test_two_instances_share_the_name_of_their_run(tiny_run: TinyRun) -> None:
     assert json.loads(other.read_text())["run"] == manifest(run, 6)["run"]
 
 
-def test_another_folder_gets_one_folder_per_run(tiny_run: TinyRun, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        kept = Checkpoint(every=TWO, folder=tmp_path / "store")
-        tiny_run(kept, length=4, run_dir=tmp_path / name)
-    assert saved(tmp_path / "store" / "one") == saved(tmp_path / "store" / "other") == [2, 4]
-
-
 def test_an_abandoned_continuation_is_set_aside(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,58 @@
+"""Which run a run folder is of: a small file in it, written once, that its checkpoints repeat."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import TYPE_CHECKING
+
+from fundamentallm import StorageError
+from fundamentallm_checkpoint import files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILE = "run-id"
+_FORM = re.compile(r"[0-9a-f]{8,64}")
+
+
+def known(folder: Path) -> str:
+    """Return the id of the run in ``folder``; empty if it has none yet."""
+    path = folder / FILE
+    try:
+        text = path.read_bytes().decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+    if not _FORM.fullmatch(text):
+        raise StorageError(
+            f"{path}: is not the id of a run (8 to 64 of 0-9 and a-f). Every checkpoint of the run"
+            ' has it as "run" in its manifest.json; a folder without the file is a new run\'s.'
+        )
+    return text
+
+
+def namesakes(place: Path) -> list[str]:
+    """Return the ids of runs that have folders in ``place``."""
+    return sorted(path.name for path in place.glob("*/") if _FORM.fullmatch(path.name))
+
+
+def settle(folder: Path, adopted: str) -> str:
+    """Return the id of the run in ``folder``; if it has none, give it ``adopted`` or a new one.
+
+    It is on the disk before this returns: no checkpoint can be of a run that nobody knows.
+    """
+    found = known(folder)
+    if found:
+        return found
+    made = adopted if _FORM.fullmatch(adopted) else secrets.token_hex(6)
+    beside = folder / f".{FILE}"
+    try:
+        beside.unlink(missing_ok=True)
+        files.write(beside, f"{made}\n".encode())
+        files.rename(beside, folder / FILE)
+        files.sync_folder(folder)
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    return made
