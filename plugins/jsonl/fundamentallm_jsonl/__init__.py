@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 FILE = "metrics.jsonl"
+log = logging.getLogger("fundamentallm")
 
 
 @plugin
@@ -24,7 +26,8 @@ class Jsonl:
 
     A line holds ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
     ``metrics`` by name. It is written at once and whole; a resumed run drops the lines of steps
-    that it makes again, so that no step is there twice.
+    that it makes again, so that no step is there twice. A run that starts anew where rows are
+    already keeps them in a file beside.
     """
 
     _file: int | None = field(init=False, default=None)
@@ -36,6 +39,8 @@ class Jsonl:
         """Open the file, without the rows of steps that are still to come."""
         if run.rank == 0:
             path = run.folder / FILE
+            if run.progress.step == 0 and path.exists():
+                set_aside(path)
             if path.exists():
                 drop_rows_after(run.progress.step, path)
             # Appending, so that one write puts the whole line at the end, whoever else writes.
@@ -65,12 +70,25 @@ def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
     return json.dumps(facts, allow_nan=False).encode() + b"\n"
 
 
+def set_aside(path: Path) -> None:
+    """Move a file that holds rows to a name of its own: no checkpoint could make them again."""
+    with path.open("rb") as old:
+        if not any(_belongs(line, math.inf) for line in old):
+            return
+    when = int(time.time())
+    while (aside := path.with_name(f"{path.name}.before-{when}")).exists():
+        when += 1
+    path.rename(aside)
+    log.warning("the run starts at step 0: the rows that %s held are now in %s", path, aside.name)
+
+
 def drop_rows_after(step: int, path: Path) -> None:
     """Drop rows of later steps and what is no row, such as a line that was cut short."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Always the same name: what a killed process left is written over, not left for ever.
+    beside = path.with_name(f".{path.name}.new")
     changed = False
     try:
-        with path.open("rb") as old, beside.open("xb") as new:
+        with path.open("rb") as old, beside.open("wb") as new:
             for line in old:
                 whole = line.removesuffix(b"\n") + b"\n" if _belongs(line, step) else b""
                 new.write(whole)
@@ -83,10 +101,10 @@ def drop_rows_after(step: int, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _belongs(line: bytes, step: int) -> bool:
+def _belongs(line: bytes, step: float) -> bool:
     try:
         return int(json.loads(line)["step"]) <= step
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return False
 
 

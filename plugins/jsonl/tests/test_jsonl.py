@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from fundamentallm import Snapshot, field, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
-from fundamentallm_jsonl import Jsonl
+from fundamentallm_jsonl import Jsonl, drop_rows_after
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -101,10 +102,46 @@ def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) ->
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_from_step_0_in_the_same_folder_begins_anew(tiny_run: TinyRun) -> None:
-    for _ in range(2):
+def test_a_run_from_step_0_in_the_same_folder_keeps_the_old_rows_beside(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = []
+    for _ in range(3):
         run = tiny_run(Jsonl(), length=4, log_every=1)
+        before.append((run.folder / "metrics.jsonl").read_bytes())
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4]
+    aside = sorted(run.folder.glob("metrics.jsonl.before-*"))
+    assert [path.read_bytes() for path in aside] == before[:2]
+    assert all(path.name.removeprefix("metrics.jsonl.before-").isdecimal() for path in aside)
+    assert all(f"metrics.jsonl held are now in {path.name}" in caplog.text for path in aside)
+
+
+@pytest.mark.parametrize("junk", [b"", b'{"time": 1.5, "st', b'{"step": Infinity}\n', b"\x00"])
+def test_what_holds_no_row_is_not_kept(junk: bytes, tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(junk)
+    run = tiny_run(Jsonl(), length=2, log_every=1)
+    assert [row["step"] for row in rows(run.folder)] == [1, 2]
+    assert not list(run.folder.glob("metrics.jsonl.before-*"))
+
+
+def test_what_a_process_of_the_same_number_left_half_written_is_no_hindrance(
+    tiny_run: TinyRun,
+) -> None:
+    memory, number, own_number = Memory(step=2), os.getpid(), os.getpid
+    run = tiny_run(Jsonl(), memory, length=4, log_every=1)
+    child = os.fork()
+    if child == 0:  # in a container, process numbers begin anew
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: number)
+            patch.setattr(os, "fsync", lambda _: os.kill(own_number(), signal.SIGKILL))
+            drop_rows_after(2, run.folder / "metrics.jsonl")
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len([path for path in run.folder.iterdir() if "jsonl" in path.name]) == 2
+    tiny_run(Jsonl(), memory, length=6, log_every=1)
+    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in run.folder.iterdir() if "jsonl" in path.name] == ["metrics.jsonl"]
 
 
 def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> None:
