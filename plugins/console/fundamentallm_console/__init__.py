@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -97,8 +98,10 @@ class Console:
         log.info("%s%s at step %d, after %.1f s of training and %s tokens",
                  outcome, why, counts.step, counts.seconds, f"{counts.tokens:,}")  # fmt: skip
         if run.error is not None:
-            # To the file alone: whoever started the run hears of the error by itself.
-            text = f"{type(run.error).__name__}: {run.error}"
+            # To the file alone: whoever started the run hears of the error by itself, but not of
+            # the lines that led to it and to its causes.
+            lines = [f"{type(run.error).__name__}: {run.error}\n"]
+            text = "".join([*lines, *traceback.format_exception(run.error)]).rstrip()
             self._handlers[0].handle(_record(logging.ERROR, text))
         self._close()
 

@@ -93,16 +93,28 @@ def test_the_log_tells_why_a_run_stopped(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.parametrize("hook", ["on_step_end", "build_model"])
-def test_the_log_tells_how_a_run_failed(hook: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_the_log_tells_how_a_run_failed_and_the_terminal_shows_no_traceback(
+    hook: str, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def fail(self: object) -> None:
         raise ZeroDivisionError("one by nought")
 
     Fails = plugin(type("Fails", (), {hook: hookimpl(fail)}))
     with pytest.raises(Exception, match="one by nought"):
         tiny_run(Console(), Fails(), length=9)
-    log = lines(tmp_path / "run")
-    assert log[-2].startswith("failed at step")
-    assert "one by nought" in log[-1]
+    log = (tmp_path / "run" / "train.log").read_text()
+    end, _, told = log.partition(" ERROR ")
+    assert "failed at step" in end.splitlines()[-2]
+    first, *trace = told.splitlines()
+    assert first.strip().startswith("PluginError: ")
+    assert "one by nought" in first
+    assert trace[0] == "Traceback (most recent call last):"
+    assert "ZeroDivisionError: one by nought" in trace
+    line = f'  File "{__file__}", line {fail.__code__.co_firstlineno + 1}, in fail'
+    assert [text for text in trace if text.startswith(line)] == [line]
+    assert "The above exception was the direct cause of the following exception:" in trace
+    assert "Traceback" not in caplog.text + "".join(capsys.readouterr())
 
 
 def test_nothing_of_it_stays_in_logging(tiny_run: TinyRun) -> None:
