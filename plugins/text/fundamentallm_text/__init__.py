@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fundamentallm import field, ge, gt, hookimpl, lt, optional, plugin
+from fundamentallm import field, ge, gt, hookimpl, le, lt, optional, plugin
 
 if TYPE_CHECKING:
+    from attrs import Attribute
+
     from fundamentallm import Data, Run
 
 TOKEN_FILES = (".npy", ".bin")
+TOKENIZERS = ("char", "byte", "bpe")
+LARGEST = 10**9
+
+
+def _check_tokenizer(_: object, attribute: Attribute[Any], value: object) -> None:
+    # Whatever is none of the words has become a path.
+    if isinstance(value, Path) and value.suffix != ".json":
+        close = get_close_matches(str(value), TOKENIZERS, n=1)
+        meant = f' (did you mean "{close[0]}"?)' if close else ""
+        raise ValueError(
+            f'\'{attribute.name}\' must be "char", "byte", "bpe" or the path of a '
+            f'tokenizer.json: "{value}"{meant}'
+        )
 
 
 @plugin
@@ -32,24 +48,26 @@ class Text:
     separator: str = ""
     """Text that is put after every file, such as "<|endoftext|>"; one token of its own in a
     tokenizer that is learned."""
-    tokenizer: Literal["char", "byte", "bpe"] | Path | None = None
+    tokenizer: Literal["char", "byte", "bpe"] | Path | None = field(
+        default=None, validator=_check_tokenizer
+    )
     """How text becomes tokens: "char" (the default), "byte", "bpe" (learned from the training
     text), or the path of a tokenizer.json."""
-    vocab_size: int | None = field(default=None, validator=optional(gt(0)))
+    vocab_size: int | None = field(default=None, validator=optional([gt(0), le(LARGEST)]))
     """Ids a model must know. With "bpe" so many are learned (default 4096); otherwise those of the
     tokenizer, or more, to round up. Token files need it, or a tokenizer.json."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """The type of the tokens in .bin files, little-endian."""
-    context_length: int = field(default=256, validator=ge(1))
+    context_length: int = field(default=256, validator=[ge(1), le(LARGEST)])
     """Tokens in a window: how far the model can look back."""
-    batch_size: int = field(default=16, validator=ge(1))
+    batch_size: int = field(default=16, validator=[ge(1), le(LARGEST)])
     """Windows in a micro-batch, over all processes together."""
     sampling: Literal["random", "epochs"] = "random"
     """Order of the windows. "random": any window, with replacement; "epochs": each of those that
     lie side by side once, in another order in every epoch."""
-    validation_batches: int | None = field(default=None, validator=optional(ge(1)))
+    validation_batches: int | None = field(default=None, validator=optional([ge(1), le(LARGEST)]))
     """Micro-batches in a validation, spread over the held-out text; all of it by default."""
-    prefetch: int | None = field(default=None, validator=optional(ge(0)))
+    prefetch: int | None = field(default=None, validator=optional([ge(0), le(LARGEST)]))
     """Micro-batches that a thread prepares ahead; 0: no thread. By default 2 with CUDA, else 0."""
     cache_dir: Path | None = None
     """Where tokens are kept for the next run; by default fundamentallm/text in the user's cache."""
@@ -62,11 +80,6 @@ class Text:
             self._check_tokens(files)
         elif any(path.suffix in TOKEN_FILES for path in files):
             raise ValueError("path: text files and token files cannot be read as one")
-        if isinstance(self.tokenizer, Path) and self.tokenizer.suffix != ".json":
-            raise ValueError(
-                f'tokenizer: expected "char", "byte", "bpe" or the path of a tokenizer.json, '
-                f'got "{self.tokenizer}"'
-            )
         smallest = 256 + bool(self.separator)
         if self.tokenizer == "bpe" and self.vocab_size is not None and self.vocab_size < smallest:
             raise ValueError(f"vocab_size: a learned tokenizer has at least {smallest} tokens")
@@ -75,7 +88,7 @@ class Text:
         others = [*files, *_listed(self.validation_path)]
         if any(path.suffix not in TOKEN_FILES for path in others):
             raise ValueError("path: text files and token files cannot be read as one")
-        if self.tokenizer in ("char", "byte", "bpe"):
+        if self.tokenizer in TOKENIZERS:
             raise ValueError("tokenizer: token files are tokens already; name their tokenizer.json")
         if self.tokenizer is None and self.vocab_size is None:
             raise ValueError("vocab_size: token files need it, or a tokenizer.json as tokenizer")
@@ -99,6 +112,13 @@ class Text:
 
         self._corpus = corpus = Corpus(self, run)
         return corpus
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        """Keep the tokenizer in the run folder."""
+        # Not earlier: a start that fails before any training must not bind the next one.
+        if run.rank == 0:
+            self._corpus.keep_tokenizer()
 
     @hookimpl
     def on_train_end(self) -> None:

@@ -11,6 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from fundamentallm import DataError, SettingsError
 from fundamentallm_text.feed import Cut, Part, feed, plan
+from fundamentallm_text.kept import Kept, kind_of, read_kept, write_kept
 from fundamentallm_text.order import EpochWindows, EvenWindows, RandomWindows, share
 from fundamentallm_text.store import Store
 from fundamentallm_text.textreader import TextReader
@@ -39,7 +40,9 @@ class Corpus:
     def __init__(self, settings: Text, run: Run) -> None:
         reader = TokenReader if settings.reads_tokens else TextReader
         try:
-            splits = reader(settings, Store(settings.cache_dir), run.report).read()
+            kept = read_kept(run.folder, settings)
+            known = kept.vocabulary if kept else None
+            splits = reader(settings, Store(settings.cache_dir), run.report, known).read()
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
         self.run = run
@@ -52,8 +55,8 @@ class Corpus:
         self._check_lengths()
         self.order = self._order(len(self.train.tokens))
         self.epoch_samples = self.order.epoch_samples
-        known = self.tokenizer.identity if self.tokenizer else None
-        facts = [self.train.digest, known, repr(self.order)]
+        identity = self.tokenizer.identity if self.tokenizer else None
+        facts = [self.train.digest, identity, repr(self.order)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self.bytes_per_token = _bytes_per_token(self.held_out)
         self._streams: WeakSet[Iterator[Batch]] = WeakSet()
@@ -80,6 +83,12 @@ class Corpus:
     def validation(self) -> Mapping[str, HeldOut]:
         """Return the held-out text under ``"val"``, if there is any."""
         return {} if self.held_out is None else {"val": HeldOut(self, self.held_out.tokens)}
+
+    def keep_tokenizer(self) -> None:
+        """Write the tokenizer into the run folder, for all later starts of this run."""
+        kind = kind_of(self.settings)
+        if kind is not None and self.tokenizer is not None:
+            write_kept(self.run.folder, Kept(kind, self.tokenizer, self.vocab_size))
 
     def close(self) -> None:
         """End the thread that prepares batches, if there is one."""

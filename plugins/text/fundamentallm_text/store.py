@@ -102,7 +102,8 @@ class Store:
         settled = began - max(stamp["mtime"], stamp["ctime"]) > self.settled
         if stamp["size"] >= self.large and settled and stamp == stamp_of(path):
             with self._guarded(note):
-                _replace(note, json.dumps({"stamp": stamp, "skip": skip, "sha256": found}))
+                said = json.dumps({"stamp": stamp, "skip": skip, "sha256": found})
+                write_whole(note, said, note.with_name(f"{note.name}.{secrets.token_hex(4)}.tmp"))
         return found
 
     def _open(self, path: Path) -> Stored:
@@ -199,8 +200,11 @@ def _publish(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+def write_whole(path: Path, text: str, temporary: Path) -> None:
+    """Write a text file so that it is there in whole and on disk, or is what it was before.
+
+    ``temporary`` is a name beside it, which no other process uses.
+    """
     with temporary.open("wb") as file:
         file.write(text.encode())
         _sync(file)

@@ -8,9 +8,10 @@ import tokenizers
 
 from fundamentallm import DataError
 from fundamentallm_text import files, vocabularies
-from fundamentallm_text.pieces import grouped, pieces
+from fundamentallm_text.pieces import decoded, grouped, pieces
 from fundamentallm_text.splits import Split, Splits, check_apart, key_of, padded
 from fundamentallm_text.store import stamp_of
+from fundamentallm_text.vocabularies import UnknownCharacterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,10 +28,14 @@ BPE_SIZE = 4096
 class TextReader:
     """Reads the text that the settings name; what was done before is taken from the store."""
 
-    def __init__(self, settings: Text, store: Store, report: Report) -> None:
+    def __init__(
+        self, settings: Text, store: Store, report: Report, kept: Vocabulary | None = None
+    ) -> None:
         self.settings = settings
         self.store = store
         self.report = report
+        self.kept = kept
+        """The vocabulary to encode with; None for the one that the settings name."""
 
     def read(self) -> Splits:
         """Return the tokens of either split."""
@@ -41,7 +46,7 @@ class TextReader:
             [[digests[part.path], part.start, part.stop, part.ends] for part in text]
             for text in (train, held_out)
         ]
-        vocabulary = self._vocabulary(train, held_out, contents)
+        vocabulary = self.kept or self._vocabulary(train, held_out, contents)
         vocab_size = padded(vocabulary.vocab_size, self.settings.vocab_size)
         splits = Splits(
             self._tokenize(train, contents[0], vocabulary),
@@ -109,7 +114,19 @@ class TextReader:
 
     def _encoded(self, text: list[Extent], vocabulary: Vocabulary) -> Iterator[Tokens]:
         for group in self._groups("tokenizing", text, vocabulary.errors):
-            yield vocabulary.encode_pieces(group)
+            try:
+                yield vocabulary.encode_pieces(group)
+            except UnknownCharacterError as error:
+                raise DataError(self._told(text, error.character)) from None
+
+    def _told(self, text: list[Extent], unknown: str) -> str:
+        """Say where a character is that the vocabulary does not know."""
+        files = (e.path for e in text if any(unknown in block for block in decoded(e, "strict")))
+        place = next(map(str, files), "text.separator")
+        return (
+            f"{place}: the character {unknown!r} is none of those that this run was begun with; "
+            "put back the text as it was then, or start a new run"
+        )
 
     def _groups(self, task: str, text: list[Extent], errors: str) -> Iterator[list[str]]:
         """Yield the pieces of text in groups, and report how many bytes are done."""

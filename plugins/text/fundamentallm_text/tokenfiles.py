@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fundamentallm_text import Text
     from fundamentallm_text.splits import Report
     from fundamentallm_text.store import Store, Tokens
+    from fundamentallm_text.vocabularies import Vocabulary
 
 BLOCK = 1 << 22
 KINDS = ("uint8", "uint16", "uint32", "int16", "int32", "int64")
@@ -29,16 +30,20 @@ class TokenReader:
     One file is mapped where it lies; several are joined, once, in the store.
     """
 
-    def __init__(self, settings: Text, store: Store, report: Report) -> None:
+    def __init__(
+        self, settings: Text, store: Store, report: Report, kept: Vocabulary | None = None
+    ) -> None:
         self.settings = settings
         self.store = store
         self.report = report
+        self.kept = kept
+        """What the tokens mean; None for what the settings name."""
 
     def read(self) -> Splits:
         """Return the tokens of either split."""
         settings = self.settings
         named = settings.tokenizer
-        vocabulary = load_pairs(named) if isinstance(named, Path) else None
+        vocabulary = self.kept or (load_pairs(named) if isinstance(named, Path) else None)
         vocab_size = padded(vocabulary.vocab_size if vocabulary else 0, settings.vocab_size)
         paths = find(settings.path or [], "text.path")
         train = self._open(paths, vocab_size)

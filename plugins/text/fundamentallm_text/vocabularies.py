@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CODE_POINTS = 0x110000
+NO_ID = 0xFFFFFFFF
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 BPE_SAMPLE = 1 << 28
 
@@ -54,6 +55,17 @@ class Vocabulary(Protocol):
         ...
 
 
+class UnknownCharacterError(DataError):
+    """Text has a character that the alphabet lacks."""
+
+    def __init__(self, character: str, alphabet: str) -> None:
+        self.character = character
+        super().__init__(
+            f"{character!r} is none of the {len(alphabet)} characters of the text that was "
+            "trained on: " + alphabet[:200]
+        )
+
+
 class Characters:
     """One token for each character of an alphabet, in the order of code points."""
 
@@ -67,27 +79,29 @@ class Characters:
 
     @cached_property
     def _table(self) -> NDArray[np.uint32]:
-        table = np.zeros(CODE_POINTS, dtype=np.uint32)
+        table = np.full(CODE_POINTS, NO_ID, dtype=np.uint32)
         table[_code_points(self.alphabet)] = np.arange(self.vocab_size)
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Return one id per character; ``DataError`` names one that is not of the alphabet."""
+        """Return one id per character; ``UnknownCharacterError`` if one is not of the alphabet."""
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
-            raise DataError(
-                f"{error.args[0]!r} is none of the {self.vocab_size} characters of the text that "
-                "was trained on: " + self.alphabet[:200]
-            ) from None
+            raise UnknownCharacterError(error.args[0], self.alphabet) from None
 
     def decode(self, tokens: list[int]) -> str:
         """Return the characters of ids."""
         return "".join(self.alphabet[t] if t < self.vocab_size else UNKNOWN for t in tokens)
 
     def encode_pieces(self, pieces: Sequence[str]) -> NDArray[np.generic]:
-        """Return the ids of text that the alphabet was collected from."""
-        return self._table[_code_points("".join(pieces))]
+        """Return the ids of pieces, joined; ``UnknownCharacterError`` as ``encode``."""
+        points = _code_points("".join(pieces))
+        found: NDArray[np.uint32] = self._table[points]
+        unknown = found == NO_ID
+        if unknown.any():
+            raise UnknownCharacterError(chr(points[unknown.argmax()]), self.alphabet)
+        return found
 
 
 class Bytes:
@@ -115,17 +129,20 @@ class Pairs:
 
     errors: ClassVar[str] = "strict"
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, text: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A file may ask for a maximal length: text would silently be cut short.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.identity = "pairs:" + hashlib.sha256(self.to_json().encode()).hexdigest()
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Of the file and not of what this version of the library would write in its place.
+        facts = json.loads(text) | {"truncation": None, "padding": None}
+        self._json = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.identity = "pairs:" + hashlib.sha256(self._json.encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the text of its ``tokenizer.json``."""
-        return json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, ensure_ascii=False)
+        return self._json
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens; special tokens are found where the text spells them, none is added."""
@@ -166,7 +183,7 @@ def learn_pairs(text: Iterable[str], size: int, vocab_size: int, separator: str)
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sampled(text, -(-size // BPE_SAMPLE)), recipe)
-    return Pairs(tokenizer)
+    return Pairs(tokenizer.to_str())
 
 
 def _sampled(text: Iterable[str], every: int) -> Iterator[str]:
@@ -174,11 +191,15 @@ def _sampled(text: Iterable[str], every: int) -> Iterator[str]:
 
 
 def load_pairs(path: Path) -> Pairs:
-    """Read a ``tokenizer.json``; ``DataError`` if there is none or it is not one."""
+    """Read a ``tokenizer.json``, of the library or of a run; ``DataError`` if it is not one."""
     if not path.is_file():
         raise DataError(f"text.tokenizer: there is no file {path}")
     try:
-        return parse_pairs(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        facts = json.loads(text)
+        if isinstance(facts, dict) and "content" in facts:  # as a run keeps it
+            text = json.dumps(facts["content"])
+        return parse_pairs(text)
     except ValueError as error:
         raise DataError(f"text.tokenizer: {path} is not a tokenizer.json: {error}") from None
 
@@ -186,7 +207,7 @@ def load_pairs(path: Path) -> Pairs:
 def parse_pairs(text: str) -> Pairs:
     """Make a tokenizer of the text of a ``tokenizer.json``; ``ValueError`` if it is not one."""
     try:
-        return Pairs(tokenizers.Tokenizer.from_str(text))
+        return Pairs(text)
     except Exception as error:  # noqa: BLE001 - the library raises nothing more special
         raise ValueError(str(error)) from None
 

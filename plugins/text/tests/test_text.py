@@ -68,6 +68,7 @@ def text_run(tiny_run: TinyRun, tmp_path: Path) -> TextRun:
 def corpus(text_run: TextRun, tmp_path: Path) -> Read:
     """Build the data of a run as the settings say."""
     run = text_run()
+    run.folder = tmp_path / "new"  # one that keeps no tokenizer yet
 
     def read(**text: Any) -> Corpus:
         data = _text(tmp_path, text).build_data(run)
@@ -319,6 +320,10 @@ def test_max_bytes_reads_only_the_beginning(corpus: Read, tmp_path: Path) -> Non
     path = _written(tmp_path, "äöü" * 100)
     data = corpus(path=path, max_bytes=101, validation_fraction=0.0)
     assert _text_of(data, data.train.tokens) == ("äöü" * 100)[:50]
+
+
+def test_more_bytes_than_any_file_has_are_all_of_them(corpus: Read) -> None:
+    assert corpus(max_bytes=10**20).fingerprint == corpus().fingerprint
 
 
 def test_files_are_read_in_order_with_the_separator_after_each(

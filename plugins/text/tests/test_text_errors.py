@@ -183,7 +183,15 @@ def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        ({"tokenizer": "bpee"}, "tokenizer: expected"),
+        (
+            {"tokenizer": "bpee"},
+            'tokenizer: must be "char", "byte", "bpe" or the path of a tokenizer.json: "bpee"',
+        ),
+        ({"batch_size": 10**20}, "batch_size: must be <= 1000000000"),
+        ({"context_length": 10**9 + 1}, "context_length: must be <= 1000000000"),
+        ({"vocab_size": 10**20}, "vocab_size: must be <= 1000000000"),
+        ({"validation_batches": 10**20}, "validation_batches: must be <= 1000000000"),
+        ({"prefetch": 10**20}, "prefetch: must be <= 1000000000"),
         (
             {"tokenizer": "bpe", "vocab_size": 255},
             "vocab_size: a learned tokenizer has at least 256",
@@ -207,6 +215,13 @@ def test_settings_that_cannot_be(tiny_run: TinyRun, table: dict[str, Any], probl
     with pytest.raises(SettingsError) as caught:
         tiny_run("text", settings={"text": table})
     assert f"text.{problem}" in str(caught.value)
+
+
+def test_a_mistyped_tokenizer_is_told_together_with_other_mistakes(tiny_run: TinyRun) -> None:
+    with pytest.raises(SettingsError) as caught:
+        tiny_run("text", settings={"text": {"tokenizer": "chr", "batch_size": 0, "sise": 1}})
+    assert len(caught.value.problems) == 3
+    assert '"chr" (did you mean "char"?)' in str(caught.value)
 
 
 def test_a_learned_tokenizer_can_be_as_small_as_the_bytes() -> None:
