@@ -299,7 +299,7 @@ def test_a_store_that_stays_away_is_given_up_after_the_end(uri: str, tmp_path: P
 
     store = Away(request(uri, "stays away"), tmp_path)
     shipment = Shipment(journal_of(tmp_path, range(1, 3)), store)
-    assert ship(shipment, store, trainer=os.getpid(), patience=0.0) == 3
+    assert ship(shipment, store, parent=os.getpid(), patience=0.0) == 3
     (kept,) = runs_of(uri, "stays away")
     assert kept.info.status == "RUNNING"
 
