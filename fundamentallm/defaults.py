@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -64,6 +65,10 @@ def optimizer_step(run: Run) -> None:
     run.optimizer.step()
 
 
+def evaluation_weights() -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     modes = {module: module.training for module in run.module.modules()}
@@ -71,7 +76,7 @@ def validate(run: Run) -> dict[str, float]:
     devices = [torch.cuda.current_device()] if run.device.startswith("cuda") else []
     run.module.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), run.hook.evaluation_weights(run=run):
             for split, batches in run.data.validation().items():
                 run.phase = split
                 total = len(batches) if isinstance(batches, Sized) else None

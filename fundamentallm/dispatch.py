@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from fundamentallm.errors import SettingsError
 from fundamentallm.hookspecs import HOOKS, Hooks, kind
@@ -29,19 +29,30 @@ class Nothing(tuple[()]):
         return []
 
 
-def freeze(registry: PluginManager) -> Hooks:
-    """Return an object with one callable per hook; see ``Hooks`` for their arguments."""
+Around: TypeAlias = Callable[[str, str, Callable[..., Any]], Callable[..., Any]]
+
+
+def freeze(registry: PluginManager, around: Around | None = None) -> Hooks:
+    """Return an object with one callable per hook; see ``Hooks`` for their arguments.
+
+    ``around(plugin, hook, call)`` may put a call of its own in place of each plugin's, to trace or
+    time it. A hook that wrappers surround is one call to it, with ``""`` for the plugin.
+    """
     muted: set[str] = set()
-    return cast("Hooks", SimpleNamespace(**{h: _caller(registry, h, muted) for h in HOOKS}))
+    around = around or (lambda _plugin, _hook, call: call)
+    return cast("Hooks", SimpleNamespace(**{h: _caller(registry, h, muted, around) for h in HOOKS}))
 
 
-def _caller(registry: PluginManager, hook: str, muted: set[str]) -> Callable[..., Any]:
+def _caller(
+    registry: PluginManager, hook: str, muted: set[str], around: Around
+) -> Callable[..., Any]:
     caller = getattr(registry.hook, hook)
     impls = caller.get_hookimpls()
     if any(impl.wrapper or impl.hookwrapper for impl in impls):
-        return cast("Callable[..., Any]", caller)  # wrappers are pluggy's business
+        return around("", hook, caller)  # wrappers are pluggy's business
     # pluggy calls the last one registered first.
-    calls = [_bound(impl, muted, caller.spec.argnames) for impl in reversed(impls)]
+    calls = [around(impl.plugin_name, hook, _bound(impl, muted, caller.spec.argnames))
+             for impl in reversed(impls)]  # fmt: skip
     if not calls:
         return cast("Callable[..., Any]", Nothing())
     if kind(hook) == "exclusive" or (len(calls) == 1 and kind(hook) != "vote"):

@@ -2,6 +2,7 @@
 
 A run in pseudocode::
 
+    on_run_start()
     data = build_data()                                 exclusive
     tokenizer = build_tokenizer()                       exclusive
     model = build_model()                               exclusive
@@ -28,7 +29,9 @@ A run in pseudocode::
             optimizer_step()                            exclusive
         settle_step(applied=not rejected)               event
         on_step_end()
-        if due: on_validation_end(metrics=validate())   validate is exclusive
+        if rewinding: on_rewind(), on to the next step
+        if due: on_validation_end(metrics=validate())   validate is exclusive; by default:
+            with evaluation_weights(): forward(batch)...    exclusive
         if due: on_log(metrics=reduce_metrics())        reduce_metrics is exclusive
         stop_agreed()                                   exclusive
         on_safe_point()                                 -> on_checkpoint_saved(folder)
@@ -53,6 +56,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -74,6 +78,10 @@ class Hooks(Protocol):
     An implementation may take any subset of the arguments, by name. Arguments are always passed
     by keyword. Unless a hook says otherwise it is called on every process of a distributed run.
     """
+
+    @hookspec
+    def on_run_start(self, run: Run) -> None:
+        """A run begins, or goes on: ``run.folder`` is there, locked, and nothing is built yet."""
 
     @exclusive
     def build_data(self, run: Run) -> Data:
@@ -178,6 +186,16 @@ class Hooks(Protocol):
     def on_step_end(self, run: Run) -> None:
         """The step is over; its gradients are still there. Reading a device value here makes the
         host wait at every step: use ``run.log`` instead."""
+
+    @hookspec
+    def on_rewind(self, run: Run, left: int) -> None:
+        """The run has gone back from step ``left`` to an earlier checkpoint (``Run.rewind``), which
+        is now its state; the data goes on behind what was read. The steps between are void."""
+
+    @exclusive
+    def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
+        """Return a context in which ``run.model`` holds the weights to validate and to sample with.
+        Whoever evaluates enters it. Default: the weights that are trained."""
 
     @exclusive
     def validate(self, run: Run) -> dict[str, float]:

@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def train(
     with locked(run.folder):
         try:
             with signals(run), told(registry, settings.brought):
+                run.hook.on_run_start(run=run)
                 build(run)
                 # Not before: settings that do not fit a run's checkpoints must not replace its own.
                 write_record(run.folder, settings)
@@ -96,7 +98,8 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
     run.device = device
     registry = register(composed, defaults.answers())
-    run.hook = freeze(registry)
+    run.bind = partial(freeze, registry)
+    run.hook = run.bind()
     return run, registry
 
 
@@ -130,21 +133,29 @@ def build(run: Run, *, weights_only: bool = False) -> None:
 
 @contextlib.contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Let SIGINT and SIGTERM ask for the end at the next safe point; a second one ends at once."""
+    """Let SIGINT, SIGTERM, SIGUSR1 and ``max_time`` ask for the end at the next safe point; the next
+    SIGINT or SIGTERM ends at once."""
 
     def ask(number: int, _: object) -> None:
-        if run.signal is not None:
+        if run.signal is not None and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        run.signal = number
+        # Time that is up is what a batch system warns of with SIGUSR1.
+        run.signal = run.signal or (signal.SIGUSR1 if number == signal.SIGALRM else number)
         log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
 
     # Explicitly, since a shell's background job inherits SIGINT as ignored.
     main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    limit = run.settings.max_time.seconds if run.settings.max_time else None
+    timed = [signal.SIGALRM] if limit else []
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *timed] if main else []
     before = {number: signal.signal(number, ask) for number in numbers}
+    if limit and main:
+        signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
+        if limit and main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)
 

@@ -10,11 +10,10 @@ import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import DataError, NotFiniteError, SettingsError
+from fundamentallm.errors import DataError, SettingsError
+from fundamentallm.rows import log_row, report, validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fundamentallm.run import Batch, Run
 
 log = logging.getLogger("fundamentallm")
@@ -31,17 +30,22 @@ def train(run: Run) -> None:
         log.info("nothing to do: the run is at step %d already", run.progress.step)
     run.model.train()
     run.hook.on_train_start(run=run)
-    stream = iter(run.data.batches(run.progress))
+    run.reopen_data()
+    if run.settings.validate_first and splits and not run.progress.step:
+        log_row(run, validation(run))
     started = time.perf_counter()
     if not run.progress.closed:  # a signal ended the run between a step and its validation
         close_step(run, bool(splits))
     while not run.ending:
-        train_step(run, stream, started)
+        train_step(run, started)
         started = time.perf_counter()
-        close_step(run, bool(splits))
+        if run.rewind_to is None:
+            close_step(run, bool(splits))
+        else:
+            run.go_back()
 
 
-def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
+def train_step(run: Run, started: float) -> None:
     """Attempt one update: window, gradients, judgement, update, settlement."""
     hook, progress = run.hook, run.progress
     run.moment = 2 * progress.step + 1
@@ -49,7 +53,7 @@ def train_step(run: Run, stream: Iterator[Batch], started: float) -> None:
         parameter.grad = None
     if hook.on_step_start:
         hook.on_step_start(run=run)
-    window = hook.collect_batches(run=run, stream=stream)
+    window = hook.collect_batches(run=run, stream=run.stream)
     train_window(run, window)
     if hook.finish_gradients:
         hook.finish_gradients(run=run)
@@ -110,38 +114,3 @@ def close_step(run: Run, validates: bool) -> None:
     run.ending = run.ending or not run.progress.closed
     if hook.on_safe_point:
         hook.on_safe_point(run=run)
-
-
-def report(run: Run, validates: bool) -> bool:
-    """Validate and log as far as it is due; False if a signal left no time for what was due."""
-    hook, settings, progress = run.hook, run.settings, run.progress
-    every = settings.validate_every
-    over = settings.length.reached(progress) or (run.ending and run.signal is None)
-    validating = validates and (over or (every is not None and every.due(progress)))
-    logs = validating or over or settings.log_every.due(progress)
-    if run.signal is not None:  # a resumed run begins with what is due here
-        return not logs
-    validated: dict[str, float] = {}
-    if validating:
-        validated = hook.reduce_metrics(run=run, metrics=hook.validate(run=run))
-        if run.signal is not None:
-            return False
-        hook.on_validation_end(run=run, metrics=validated)
-        run.ending = run.ending or run.stop_reason is not None
-    if logs or run.ending:
-        log_row(run, validated)
-    return True
-
-
-def log_row(run: Run, validated: dict[str, float]) -> None:
-    """Turn what was logged into numbers, and hand the row to the loggers."""
-    means = run.hook.reduce_metrics(run=run, metrics=run.take_logged())
-    means["optim/lr"] = run.progress.lr
-    means["train/tokens"] = float(run.progress.tokens)
-    metrics = means | validated
-    run.history.append({"step": run.progress.step, **metrics})
-    run.hook.on_log(run=run, metrics=metrics)
-    for name in ("train/loss", *validated):
-        if not math.isfinite(metrics.get(name, 0.0)):
-            step = run.progress.step
-            raise NotFiniteError(f"step {step}: {name} is {metrics[name]}: the run has diverged")

@@ -54,6 +54,11 @@ class Period:
         amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit[:-1] if amount == 1 else self.unit}"
 
+    @property
+    def seconds(self) -> float | None:
+        """The period in seconds; None if it is not one of time."""
+        return self.amount * _SECONDS[self.unit] if self.unit in _SECONDS else None
+
     def done(self, progress: Progress) -> float:
         """How often the period has passed since step 0; 0.5 is halfway through the first."""
         return self._count(progress) / self._size(progress)

@@ -13,7 +13,7 @@ from fundamentallm.errors import SettingsError, StorageError
 from fundamentallm.states import get_state, random_state, set_random_state, set_state
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     import torch
@@ -131,6 +131,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     base_lrs: list[float]
     hook: Hooks
+    bind: Callable[..., Hooks]
+    stream: Iterator[Batch]
     rank = 0
     world_size = 1
     phase = "train"
@@ -142,6 +144,7 @@ class Run:
     outcome: Outcome = "failed"
     error: BaseException | None = None
     wanted_checkpoint: str | None = None
+    rewind_to: str | None = None
 
     def __init__(self, settings: RunSettings, plugins: dict[str, Any], folder: Path) -> None:
         self.settings = settings
@@ -170,6 +173,29 @@ class Run:
     def stop(self, reason: str) -> None:
         """Ask for the end: the run stops at the next safe point, validated and saved."""
         self.stop_reason = self.stop_reason or reason
+
+    def rewind(self, checkpoint: str) -> None:
+        """Ask to go back to a checkpoint (``"step-00000500"``, ``"latest"``) once the step is over,
+        and on from there with the data that follows what has been read. See ``on_rewind``."""
+        self.rewind_to = checkpoint
+
+    def go_back(self) -> None:
+        """Do what ``rewind`` asked for: weights and plugins go back, the data does not."""
+        left, self.wanted_checkpoint, self.rewind_to = self.progress, self.rewind_to, None
+        snapshot = self.hook.read_checkpoint(run=self)
+        if snapshot is None:
+            raise StorageError(f"{self.folder}: there is no checkpoint {self.wanted_checkpoint}")
+        self.wanted_checkpoint = None
+        self.restore(snapshot)
+        for count in ("microbatches", "samples", "tokens", "seconds"):
+            setattr(self.progress, count, getattr(left, count))
+        self.history = [row for row in self.history if row["step"] <= self.progress.step]
+        self.hook.on_rewind(run=self, left=left.step)
+
+    def reopen_data(self) -> None:
+        """Begin the stream of micro-batches anew from where ``progress`` stands: what a plugin asks
+        for in ``on_step_start`` when it has changed how the data is cut."""
+        self.stream = iter(self.data.batches(self.progress))
 
     def report(self, task: str, done: int, total: int | None = None) -> None:
         """Tell whoever shows progress how far a long task is."""
@@ -238,6 +264,8 @@ class Run:
             self.model.load_state_dict(snapshot["model"])
         except RuntimeError as error:
             raise StorageError(f"the checkpoint is one of another model: {error}") from error
+        for name in self.plugins.keys() & snapshot["plugins"].keys():
+            set_state(self.plugins[name], snapshot["plugins"][name])
         if weights_only:
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -248,8 +276,6 @@ class Run:
             raise SettingsError(f"the checkpoint's optimizer is {kind}; resume with that one")
         packed["state"] = {i: kept[name] for i, name in enumerate(held) if name in kept}
         self.optimizer.load_state_dict(packed)
-        for name in self.plugins.keys() & snapshot["plugins"].keys():
-            set_state(self.plugins[name], snapshot["plugins"][name])
         counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
         self.progress = Progress(**counts | {"before": tuple(counts["before"])})
         rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}

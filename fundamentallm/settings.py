@@ -25,6 +25,11 @@ _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: 
           Path: "a path"}  # fmt: skip
 
 
+def _of_time(_: object, __: object, value: Period) -> None:
+    if value.seconds is None:
+        raise ValueError(f"expected a time such as '230 minutes', got '{value}'")
+
+
 @plugin
 class RunSettings:
     """The ``[run]`` table: what the loop itself needs to know."""
@@ -33,8 +38,13 @@ class RunSettings:
     """How long to train: a period such as "2000 steps", "3 epochs", "1e9 tokens", "2 hours"."""
     validate_every: Period | None = None
     """How often to validate; the last step is validated in any case, if there is held-out data."""
+    validate_first: bool = False
+    """Validate before the first step, too: where the untrained model stands."""
     log_every: Period = Period(50)
     """How often metrics become numbers and go to the loggers: the mean since the last time."""
+    max_time: Period | None = field(default=None, validator=optional(_of_time))
+    """Stop and save, to be resumed, when the command has run so long: a time, such as
+    "230 minutes" where a batch system allows four hours."""
     seed: int = field(default=1337, validator=ge(0))
     """The one seed: initial weights, data order, dropout and samples all derive from it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 
-from fundamentallm import HOOKS, Batch, Hooks, PluginError, hookimpl, kind, plugin
-from fundamentallm.testing import Recorder, assert_same_weights
+from fundamentallm import HOOKS, Batch, Hooks, PluginError, field, hookimpl, kind, plugin
+from fundamentallm.testing import Recorder, TinyData, TinySamples, assert_same_weights
 
 STEP = [
     "on_step_start", "collect_batches", "weigh_window", "train_microbatch", "forward", "backward",
@@ -21,11 +24,11 @@ def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
     recorder = Recorder()
     tiny_run(length=2, log_every=1, trace=recorder)
     assert recorder.names == [
-        "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
+        "on_run_start", "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
         "compile_model", "distribute_model", "build_optimizer", "read_checkpoint",
         "on_train_start",
         *STEP, "reduce_metrics", "on_log", "on_safe_point",
-        *STEP, "validate", "forward", "on_progress", "reduce_metrics", "on_validation_end",
+        *STEP, "validate", "evaluation_weights", "forward", "on_progress", "reduce_metrics", "on_validation_end",
         "reduce_metrics", "on_log", "on_safe_point",
         "on_train_end",
     ]  # fmt: skip
@@ -42,7 +45,7 @@ def test_hooks_are_emitted_with_exactly_the_arguments_of_their_specification(tin
 def test_the_hooks_stand_in_the_contract_in_the_order_of_a_run():
     order = [HOOKS.index(name) for name in STEP]
     assert order == sorted(order)
-    assert HOOKS[0] == "build_data"
+    assert HOOKS[0] == "on_run_start"
     assert HOOKS[-1] == "on_train_end"
 
 
@@ -102,6 +105,7 @@ ANSWERS = {
     "forward": (lambda run, batch: run.module(*batch.data) * 0.5, None),
     "backward": (lambda run, loss: (loss * 0.5).backward(), None),
     "optimizer_step": (lambda run: None, lambda run: run.progress.applied == 4),
+    "evaluation_weights": (lambda run: nullcontext(), None),
     "validate": (own_validation, lambda run: run.history[-1]["val/loss"] == 7.0),
     "reduce_metrics": (lambda run, metrics: dict.fromkeys(metrics, 3.0),
                        lambda run: run.history[-1]["train/loss"] == 3.0),
@@ -135,7 +139,7 @@ def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
 
 
 def test_every_event_reaches_every_plugin_that_hears_it(tiny_run, tmp_path):
-    events = [hook for hook in HOOKS if kind(hook) == "event" and hook != "on_checkpoint_saved"]
+    events = [hook for hook in HOOKS if kind(hook) == "event" and hook not in ("on_checkpoint_saved", "on_rewind")]
     for hook in events:
         one, calls = answering(hook, lambda **_: None)
         other, other_calls = answering(hook, lambda **_: None)
@@ -154,6 +158,118 @@ def test_a_saver_announces_its_checkpoint_to_all(tiny_run, tmp_path):
     heard, calls = answering("on_checkpoint_saved", lambda run, folder: None)
     tiny_run(Saver(), heard)
     assert len(calls) == 4
+
+
+@plugin
+class GoesBack:
+    """Keep the state after step 2, and go back to it once, after step 3."""
+
+    kept: Any = None
+    seen: list[Any] = field(factory=list)
+
+    @hookimpl
+    def read_checkpoint(self, run):
+        return self.kept
+
+    @hookimpl
+    def on_safe_point(self, run):
+        if run.progress.step == 2:
+            self.kept = copy.deepcopy(run.snapshot())
+
+    @hookimpl
+    def judge_step(self, run):
+        self.seen.append((run.progress.step + 1, run.window[0].first))
+        if run.progress.step == 2 and len(self.seen) == 3:
+            run.rewind("latest")
+            return "a spike"
+        return None
+
+
+def test_a_rewound_run_repeats_the_steps_with_the_data_that_follows(tiny_run):
+    heard, calls = answering("on_rewind", lambda run, left: None)
+    run = tiny_run(goes := GoesBack(), heard, length=5, log_every=1)
+    steps, firsts = zip(*goes.seen, strict=True)
+    size = firsts[1]
+    assert steps == (1, 2, 3, 3, 4, 5)
+    assert firsts == tuple(n * size for n in range(6))
+    assert [row["step"] for row in run.history] == [1, 2, 3, 4, 5]
+    assert run.progress.samples == 6 * size
+    assert calls == [1]
+
+
+def test_a_rewound_run_ends_like_one_whose_data_never_held_the_spike(tiny_run, tmp_path):
+    class Lacking(TinySamples):
+        def batches(self, progress):
+            for batch in super().batches(progress):
+                if batch.first != self.lacks:
+                    yield batch
+
+    class LackingData(TinyData):
+        @hookimpl
+        def build_data(self, run):
+            data = super().build_data(run=run)
+            data.__class__, data.lacks = Lacking, 2 * goes.seen[1][1]
+            return data
+
+    rewound = tiny_run(goes := GoesBack(), run_dir=tmp_path / "one")
+    without = tiny_run(LackingData(), run_dir=tmp_path / "other")
+    assert_same_weights(rewound, without)
+
+
+def test_validation_uses_the_weights_of_whoever_answers_for_them(tiny_run):
+    @plugin
+    class Zeroed:
+        @hookimpl
+        def evaluation_weights(self, run):
+            return self.swapped(run)
+
+        @contextmanager
+        def swapped(self, run):
+            kept = [p.detach().clone() for p in run.parameters]
+            with torch.no_grad():
+                for parameter in run.parameters:
+                    parameter.zero_()
+            yield
+            with torch.no_grad():
+                for parameter, value in zip(run.parameters, kept, strict=True):
+                    parameter.copy_(value)
+
+    plain, zeroed = tiny_run(), tiny_run(Zeroed())
+    assert_same_weights(plain, zeroed)
+    assert plain.history[-1]["val/loss"] != zeroed.history[-1]["val/loss"]
+
+
+def test_bound_anew_the_hooks_can_be_timed_for_each_plugin(tiny_run):
+    seen = []
+
+    @plugin
+    class Times:
+        @hookimpl
+        def on_train_start(self, run):
+            def around(plugin, hook, call):
+                def timed(**given):
+                    seen.append((plugin, hook))
+                    return call(**given)
+
+                return timed
+
+            run.hook = run.bind(around)
+
+        @hookimpl
+        def on_step_end(self, run):
+            pass
+
+    plain, timed = tiny_run(), tiny_run(Times())
+    assert_same_weights(plain, timed)
+    assert seen.count(("times", "on_step_end")) == timed.progress.step
+    assert ("core", "forward") in seen
+
+
+def test_the_first_validation_may_come_before_the_first_step(tiny_run):
+    run = tiny_run(length=2, validate_first=True)
+    assert run.history[0]["step"] == 0
+    assert run.history[0]["val/loss"] > 0
+    assert_same_weights(run, tiny_run(length=2))
 
 
 def test_an_edit_of_the_model_comes_before_everything_that_wraps_it(tiny_run):
@@ -267,7 +383,7 @@ def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog
     assert shaky.heard == 1
 
 
-@pytest.mark.parametrize("hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "read_checkpoint")])
+@pytest.mark.parametrize("hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "on_rewind", "read_checkpoint")])
 def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
     def fail(**_):
         raise RuntimeError("it broke")

@@ -1,0 +1,53 @@
+"""What a step leads to when it is due: a validation, and a row of metrics for the loggers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fundamentallm.errors import NotFiniteError
+
+if TYPE_CHECKING:
+    from fundamentallm.run import Run
+
+
+def report(run: Run, validates: bool) -> bool:
+    """Validate and log as far as it is due; False if a signal left no time for what was due."""
+    settings, progress = run.settings, run.progress
+    every = settings.validate_every
+    over = settings.length.reached(progress) or (run.ending and run.signal is None)
+    validating = validates and (over or (every is not None and every.due(progress)))
+    logs = validating or over or settings.log_every.due(progress)
+    if run.signal is not None:  # a resumed run begins with what is due here
+        return not logs
+    validated: dict[str, float] = {}
+    if validating:
+        validated = validation(run)
+        if run.signal is not None:
+            return False
+        run.ending = run.ending or run.stop_reason is not None
+    if logs or run.ending:
+        log_row(run, validated)
+    return True
+
+
+def validation(run: Run) -> dict[str, float]:
+    """Validate, and tell; what a signal has cut short is told to nobody."""
+    metrics = run.hook.reduce_metrics(run=run, metrics=run.hook.validate(run=run))
+    if run.signal is None:
+        run.hook.on_validation_end(run=run, metrics=metrics)
+    return metrics
+
+
+def log_row(run: Run, validated: dict[str, float]) -> None:
+    """Turn what was logged into numbers, and hand the row to the loggers."""
+    means = run.hook.reduce_metrics(run=run, metrics=run.take_logged())
+    means["optim/lr"] = run.progress.lr
+    means["train/tokens"] = float(run.progress.tokens)
+    metrics = means | validated
+    run.history.append({"step": run.progress.step, **metrics})
+    run.hook.on_log(run=run, metrics=metrics)
+    for name in ("train/loss", *validated):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            step = run.progress.step
+            raise NotFiniteError(f"step {step}: {name} is {metrics[name]}: the run has diverged")
