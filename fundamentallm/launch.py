@@ -98,6 +98,7 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
     run.device = device
     registry = register(composed, defaults.answers())
+    run.tables = composed.tables
     run.bind = partial(freeze, registry)
     run.hook = run.bind()
     return run, registry
@@ -133,8 +134,8 @@ def build(run: Run, *, weights_only: bool = False) -> None:
 
 @contextlib.contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Let SIGINT, SIGTERM, SIGUSR1 and ``max_time`` ask for the end at the next safe point; the next
-    SIGINT or SIGTERM ends at once."""
+    """Let SIGINT, SIGTERM, SIGUSR1 and ``max_time`` ask for the end at the next safe point;
+    the next SIGINT or SIGTERM ends at once."""
 
     def ask(number: int, _: object) -> None:
         if run.signal is not None and number in (signal.SIGINT, signal.SIGTERM):

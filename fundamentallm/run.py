@@ -120,7 +120,7 @@ class Run:
     calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches that have
     targets and their detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"``
     or the split being validated. ``ending`` is true from the moment it is clear that no further
-    step follows.
+    step follows. ``tables`` are the settings as TOML would state them.
     """
 
     data: Data
@@ -132,6 +132,7 @@ class Run:
     base_lrs: list[float]
     hook: Hooks
     bind: Callable[..., Hooks]
+    tables: dict[str, Any]
     stream: Iterator[Batch]
     rank = 0
     world_size = 1
