@@ -62,7 +62,7 @@ class AdamW:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
+        """Make PyTorch's optimizer for the groups of the model's parameters, frozen ones too."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
@@ -104,7 +104,7 @@ class Adam:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
+        """Make PyTorch's optimizer for the groups of the model's parameters, frozen ones too."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
@@ -138,7 +138,9 @@ class SGD:
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: tensors of two and more dimensions, or everything."""
     fused: bool | None = None
-    """One kernel for the whole update; by default wherever the parameters' device has one."""
+    """One kernel for the whole update; by default without momentum, wherever the parameters' device
+    has one. With momentum, PyTorch's fused kernel fails if some parameters of a group get their
+    first gradient later than others."""
     groups: list[Group] = field(factory=list)
     """Parameters with a learning rate or weight decay of their own."""
 
@@ -150,7 +152,7 @@ class SGD:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make PyTorch's optimizer for the groups of the model's trainable parameters."""
+        """Make PyTorch's optimizer for the groups of the model's parameters, frozen ones too."""
         from torch import optim
 
         from fundamentallm_optimizers.parameters import divide, use_fused
@@ -160,5 +162,5 @@ class SGD:
             momentum=self.momentum,
             dampening=self.dampening,
             nesterov=self.nesterov,
-            fused=use_fused(run, self),
+            fused=use_fused(run, self, by_default=not self.momentum),
         )

@@ -30,15 +30,16 @@ class Choices(Protocol):
 
 
 def divide(run: Run, choices: Choices) -> list[dict[str, Any]]:
-    """Return the groups of ``run.model``'s trainable parameters, for a PyTorch optimizer.
+    """Return the groups of ``run.model``'s parameters, for a PyTorch optimizer.
 
-    The parameters that no pattern names come first, then each group in the order of the settings;
-    either in up to two parts, with and without decay. Within a part the order is the model's. A
-    parameter that is shared appears once, and any of its names matches. Raises ``SettingsError``
-    if nothing is trainable, or if a group would be empty.
+    Frozen parameters are in them too: PyTorch passes by what has no gradient and keeps no state
+    for it, and they may be unfrozen later. The parameters that no pattern names come first, then
+    each group in the order of the settings; either in up to two parts, with and without decay.
+    Within a part the order is the model's. A parameter that is shared appears once, and any of its
+    names matches. Raises ``SettingsError`` if nothing is trainable, or if a group would be empty.
     """
     parameters = _by_parameter(run.model)
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in parameters):
         raise SettingsError(f"{_name(run, choices)}: the model has no trainable parameter")
     parts: dict[tuple[int, float], list[nn.Parameter]] = defaultdict(list)
     for parameter, names in parameters.items():
@@ -52,8 +53,10 @@ def divide(run: Run, choices: Choices) -> list[dict[str, Any]]:
     ]
 
 
-def use_fused(run: Run, choices: Choices) -> bool | None:
+def use_fused(run: Run, choices: Choices, *, by_default: bool = True) -> bool | None:
     """Return True for one fused kernel, None for PyTorch's choice among its other ways.
+
+    ``by_default`` is whether to fuse where the settings do not say.
 
     Raises ``SettingsError`` if fused kernels are demanded where there are none.
     """
@@ -68,14 +71,16 @@ def use_fused(run: Run, choices: Choices) -> bool | None:
             f"{', '.join(FUSED_DEVICES)}, but {unfit[0]}; leave fused out"
         )
     # Not False: PyTorch takes that for the slowest of its other ways.
-    return None if unfit or choices.fused is False else True
+    wanted = by_default if choices.fused is None else choices.fused
+    return True if wanted and not unfit else None
 
 
 def _by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Return every trainable parameter once, with all the names it goes by."""
+    """Return every parameter that can have a gradient once, with all the names it goes by."""
     found: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
+        # Integers, such as quantized weights, are never trained, and no fused kernel takes them.
+        if parameter.is_floating_point() or parameter.is_complex():
             found.setdefault(parameter, []).append(name)
     return found
 
@@ -115,14 +120,14 @@ def _check(run: Run, choices: Choices, filled: set[int]) -> None:
 
 def _why_empty(run: Run, choices: Choices, index: int) -> str:
     pattern = choices.groups[index].pattern
-    trainable = [name for names in _by_parameter(run.model).values() for name in names]
-    if any(fnmatchcase(name, pattern) for name in trainable):
+    known = [name for names in _by_parameter(run.model).values() for name in names]
+    if any(fnmatchcase(name, pattern) for name in known):
         return f"{pattern!r} matches only parameters that earlier groups take; put it before them"
     if any(fnmatchcase(name, pattern) for name, _ in run.model.named_parameters()):
-        return f"{pattern!r} matches only frozen parameters"
-    close = difflib.get_close_matches(pattern, trainable, n=3, cutoff=0.4) or trainable[:3]
-    known = f"there are {len(trainable)}, such as {', '.join(close)}"
-    return f"{pattern!r} matches no parameter; {known}"
+        return f"{pattern!r} matches only parameters of whole numbers, which have no gradient"
+    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+    examples = f"there are {len(known)}, such as {', '.join(close)}"
+    return f"{pattern!r} matches no parameter; {examples}"
 
 
 def _name(run: Run, choices: Choices) -> str:

@@ -90,8 +90,11 @@ SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
         SGD,
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "decay": "all"},
         lambda named: optim.SGD(
-            named.values(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True),
+            named.values(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     ),
+    "sgd with fused momentum": (
+        SGD, {"lr": 0.1, "momentum": 0.9, "fused": True},
+        lambda named: optim.SGD(named.values(), 0.1, momentum=0.9, fused=True)),
     "sgd with dampening": (
         SGD,
         {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "fused": False},
@@ -190,12 +193,77 @@ def named_groups(run: Run) -> Iterator[tuple[list[str], float, float]]:
         yield [names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]
 
 
-def test_decays_matrices_alone_and_leaves_frozen_parameters_out(tiny_run: TinyRun) -> None:
+def test_decays_matrices_alone_and_holds_frozen_parameters_too(tiny_run: TinyRun) -> None:
     run = tiny_run(model(Net), AdamW(lr=1e-3), length=1)
     assert list(named_groups(run)) == [
-        (["embed.weight", "blocks.0.weight", "blocks.1.weight"], 1e-3, 0.1),
-        (["blocks.0.bias", "blocks.1.bias", "norm.weight", "norm.bias"], 1e-3, 0.0),
+        (["embed.weight", "blocks.0.weight", "blocks.1.weight", "frozen.weight"], 1e-3, 0.1),
+        (["blocks.0.bias", "blocks.1.bias", "norm.weight", "norm.bias", "frozen.bias"], 1e-3, 0.0),
     ]
+
+
+EACH: dict[str, Callable[[], object]] = {
+    "adamw": AdamW,
+    "adamw, not fused": lambda: AdamW(fused=False),
+    "adam": Adam,
+    "sgd": lambda: SGD(lr=0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+@plugin
+class Unfreeze:
+    """Unfreezes the frozen layer before step 4."""
+
+    @hookimpl
+    def on_step_start(self, run: Run) -> None:
+        if run.progress.step == 3:
+            run.model.requires_grad_(requires_grad=True)
+
+
+@pytest.mark.parametrize("case", EACH)
+@pytest.mark.parametrize("groups", [[], [Group(pattern="frozen.*", lr=0.05)]])
+def test_frozen_parameters_rest_without_state_until_they_are_unfrozen(
+    tiny_run: TinyRun, tmp_path: Path, case: str, groups: list[Group]
+) -> None:
+    def trained(*plugins: object) -> Run:
+        optimizer: Any = EACH[case]()
+        optimizer.groups = groups
+        folder = tmp_path / str(len(plugins))
+        return tiny_run(model(Net), optimizer, *plugins, length=6, run_dir=folder)
+
+    run, later = trained(), trained(Unfreeze())
+    torch.manual_seed(run.seed_for("model"))
+    initial = Net().frozen
+    assert run.model.frozen.weight.equal(initial.weight)  # not decayed either
+    assert run.model.frozen.bias.equal(initial.bias)
+    assert not later.model.frozen.weight.equal(initial.weight)
+    frozen = set(run.model.frozen.parameters())
+    assert frozen.isdisjoint(p for p, state in run.optimizer.state.items() if state)
+    assert frozen <= {p for group in run.optimizer.param_groups for p in group["params"]}
+
+
+def test_an_unfrozen_parameter_is_trained_as_plain_torch_would_from_then_on(
+    tiny_run: TinyRun,
+) -> None:
+    shadow = Shadow(lambda named: optim.AdamW(
+        by_dimension(named, 0.1), 6e-4, (0.9, 0.95), fused=True))  # fmt: skip
+    tiny_run(model(Net), AdamW(), Unfreeze(), shadow, length=6)
+    assert shadow.steps == 6
+
+
+def test_parameters_of_whole_numbers_are_left_out_and_cost_no_fused_kernel(
+    tiny_run: TinyRun,
+) -> None:
+    class Quantized(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.ones(8, dtype=torch.int8)
+            self.scale = nn.Parameter(whole, requires_grad=False)
+
+    run = tiny_run(model(Quantized), AdamW(), length=2)
+    assert run.optimizer.defaults["fused"] is True
+    assert "scale" not in {name for names, _, _ in named_groups(run) for name in names}
+    with pytest.raises(SettingsError, match="'scale' matches only parameters of whole numbers"):
+        tiny_run(model(Quantized), AdamW(groups=[Group(pattern="scale")]), length=2)
 
 
 def test_groups_come_after_the_rest_and_the_first_that_matches_wins(tiny_run: TinyRun) -> None:
@@ -205,11 +273,11 @@ def test_groups_come_after_the_rest_and_the_first_that_matches_wins(tiny_run: Ti
     ]
     run = tiny_run(model(Net), AdamW(lr=1e-3, groups=groups), length=1, log_every=1)
     assert list(named_groups(run)) == [
-        (["embed.weight", "blocks.1.weight"], 1e-3, 0.1),
+        (["embed.weight", "blocks.1.weight", "frozen.weight"], 1e-3, 0.1),
         (["norm.weight"], 1e-3, 0.0),
         (["blocks.0.weight"], 5e-4, 0.1),
         (["blocks.0.bias"], 5e-4, 0.0),
-        (["blocks.1.bias", "norm.bias"], 0.5, 0.3),
+        (["blocks.1.bias", "norm.bias", "frozen.bias"], 0.5, 0.3),
     ]
     assert run.history[0]["optim/lr"] == 1e-3
 
@@ -224,12 +292,12 @@ PATTERNS = ["*", "*.bias", "blocks.*", "blocks.1.*", "norm.*", "*.weight", "head
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(PATTERNS), max_size=4), st.sampled_from(["matrices", "all"]))
-def test_whatever_the_groups_each_trainable_parameter_is_in_one(
+def test_whatever_the_groups_each_parameter_is_in_one(
     tmp_path_factory: pytest.TempPathFactory, patterns: list[str], decay: Any
 ) -> None:
     groups = [Group(pattern=p, lr=float(i + 1)) for i, p in enumerate(patterns)]
     composed = compose_tiny(model(Net), SGD(lr=0.5, decay=decay, groups=groups), length=1)
-    every = {n for n, p in Net().named_parameters(remove_duplicate=False) if p.requires_grad}
+    every = {n for n, _ in Net().named_parameters(remove_duplicate=False)}
     try:
         run = train(composed, run_dir=tmp_path_factory.mktemp("runs") / "run")
     except SettingsError as error:
@@ -250,15 +318,13 @@ def test_every_group_without_parameters_is_told_with_the_reason(tiny_run: TinyRu
         Group(pattern="block.0.*"),
         Group(pattern="blocks.*"),
         Group(pattern="blocks.1.*"),
-        Group(pattern="frozen.*"),
     ]
     with pytest.raises(SettingsError) as caught:
         tiny_run(model(Net), AdamW(groups=groups), settings={}, length=1)
-    missing, shadowed, frozen = caught.value.problems
+    missing, shadowed = caught.value.problems
     assert "groups.0.pattern: 'block.0.*' matches no parameter" in missing
     assert "blocks.0." in missing
     assert "groups.2.pattern: 'blocks.1.*' matches only parameters that earlier groups" in shadowed
-    assert "groups.3.pattern: 'frozen.*' matches only frozen parameters" in frozen
 
 
 def test_a_model_with_nothing_to_train_is_an_error_that_says_so(tiny_run: TinyRun) -> None:
@@ -300,7 +366,7 @@ def test_fused_kernels_take_every_floating_point_type(tiny_run: TinyRun, dtype: 
         def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
             return nn.functional.mse_loss(self.layer(inputs.to(dtype)).float(), targets)
 
-    for plugin_of in (AdamW(), Adam(), SGD(lr=0.1, momentum=0.9)):
+    for plugin_of in (AdamW(), Adam(), SGD(lr=0.1), SGD(lr=0.1, momentum=0.9, fused=True)):
         run = tiny_run(model(Cast), plugin_of, length=2)
         assert run.optimizer.defaults["fused"] is True
         assert run.outcome == "finished"
