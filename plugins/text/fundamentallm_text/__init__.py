@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 TOKEN_FILES = (".npy", ".bin")
 TOKENIZERS = ("char", "byte", "bpe")
 LARGEST = 10**9
+# What the names of other metrics begin with.
+SECTIONS = ("best", "data", "optim", "perf", "system", "train")
 
 
 def _check_tokenizer(_: object, attribute: Attribute[Any], value: object) -> None:
@@ -27,6 +30,17 @@ def _check_tokenizer(_: object, attribute: Attribute[Any], value: object) -> Non
             f'\'{attribute.name}\' must be "char", "byte", "bpe" or the path of a '
             f'tokenizer.json: "{value}"{meant}'
         )
+
+
+def _check_splits(_: object, __: object, value: dict[str, Path | list[Path]]) -> None:
+    for name in value:
+        if name == "val":
+            raise ValueError('the split "val" is what validation_path names')
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in SECTIONS:
+            raise ValueError(
+                f'"{name}" cannot name a split: its metrics begin with it, so it is of lower-case '
+                f"letters, digits and _, and none of {', '.join(SECTIONS)}"
+            )
 
 
 @plugin
@@ -42,7 +56,10 @@ class Text:
     validation_path: Path | list[Path] | None = None
     """Files to hold out for validation; without it, ``validation_fraction`` is held out."""
     validation_fraction: float = field(default=0.1, validator=[ge(0), lt(1)])
-    """How much of the end of the text to hold out; 0 for no validation."""
+    """How much of the end of the text to hold out; 0 for none of it."""
+    validation_splits: dict[str, Path | list[Path]] = field(factory=dict, validator=_check_splits)
+    """More splits to validate on, each a name and its files: `code = "code.py"` is validated as
+    ``code/loss``, beside the ``val/loss`` of the two settings above."""
     max_bytes: int | None = field(default=None, validator=optional(gt(0)))
     """Read only the first so many bytes of the text, the held-out part included."""
     separator: str = ""
@@ -75,7 +92,8 @@ class Text:
     _corpus: Any = field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        files = _listed(self.path)
+        held_out = [self.validation_path, *self.validation_splits.values()]
+        files = [path for paths in (self.path, *held_out) for path in _listed(paths)]
         if self.reads_tokens:
             self._check_tokens(files)
         elif any(path.suffix in TOKEN_FILES for path in files):
@@ -85,8 +103,7 @@ class Text:
             raise ValueError(f"vocab_size: a learned tokenizer has at least {smallest} tokens")
 
     def _check_tokens(self, files: list[Path]) -> None:
-        others = [*files, *_listed(self.validation_path)]
-        if any(path.suffix not in TOKEN_FILES for path in others):
+        if any(path.suffix not in TOKEN_FILES for path in files):
             raise ValueError("path: text files and token files cannot be read as one")
         if self.tokenizer in TOKENIZERS:
             raise ValueError("tokenizer: token files are tokens already; name their tokenizer.json")
@@ -100,6 +117,11 @@ class Text:
     def reads_tokens(self) -> bool:
         """Whether ``path`` names token files."""
         return any(path.suffix in TOKEN_FILES for path in _listed(self.path)[:1])
+
+    @property
+    def produces(self) -> tuple[str, ...]:
+        """The losses of the splits that have a name of their own."""
+        return tuple(f"{name}/loss" for name in self.validation_splits)
 
     @property
     def has_epochs(self) -> bool:

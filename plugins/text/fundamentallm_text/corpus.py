@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -13,6 +14,7 @@ from fundamentallm import DataError, SettingsError
 from fundamentallm_text.feed import Cut, Part, feed, plan
 from fundamentallm_text.kept import Kept, kind_of, read_kept, write_kept
 from fundamentallm_text.order import EpochWindows, EvenWindows, RandomWindows, share
+from fundamentallm_text.splits import MAIN_SPLIT
 from fundamentallm_text.store import Store
 from fundamentallm_text.textreader import TextReader
 from fundamentallm_text.tokenfiles import TokenReader
@@ -32,9 +34,9 @@ AHEAD_ON_CUDA = 2
 class Corpus:
     """Tokens as micro-batches. ``batches`` and ``validation`` are what the loop asks for.
 
-    ``vocab_size`` ids are what a model must know. ``bytes_per_token`` is the mean number of bytes
-    of held-out text that a token stands for (None if unknown): a loss in nats per token is
-    ``loss / log(2) / bytes_per_token`` bits per byte.
+    ``vocab_size`` ids are what a model must know, ``context_length`` are the tokens of its longest
+    window. The settings' ``batch_size`` and ``context_length`` may change during a run: ``batches``
+    goes by what they are when it is called, ``validation`` by what they were at the start.
     """
 
     def __init__(self, settings: Text, run: Run) -> None:
@@ -42,23 +44,24 @@ class Corpus:
         try:
             kept = read_kept(run.folder, settings)
             known = kept.vocabulary if kept else None
-            splits = reader(settings, Store(settings.cache_dir), run.report, known).read()
+            store = Store(settings.cache_dir)
+            splits = reader(settings, store, partial(_report, run), known).read()
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
         self.run = run
         self.settings = settings
         self.context_length = settings.context_length
+        self.validation_size = settings.batch_size
         self.tokenizer = splits.vocabulary
         self.vocab_size = splits.vocab_size
         self.train = splits.train
         self.held_out = splits.held_out
         self._check_lengths()
-        self.order = self._order(len(self.train.tokens))
+        self.order = self._order(self.context_length)
         self.epoch_samples = self.order.epoch_samples
         identity = self.tokenizer.identity if self.tokenizer else None
         facts = [self.train.digest, identity, repr(self.order)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        self.bytes_per_token = _bytes_per_token(self.held_out)
         self._streams: WeakSet[Iterator[Batch]] = WeakSet()
 
     def batches(self, progress: Progress) -> Iterator[Batch]:
@@ -67,22 +70,31 @@ class Corpus:
         Every process takes its part of each micro-batch. An epoch's last micro-batch goes on into
         the next epoch, so all have one size, and sample ``i`` is the same for every batch size.
         """
-        size = self.settings.batch_size
+        size, length = self.settings.batch_size, self.settings.context_length
         begin, end = share(size, self.run.rank, self.run.world_size)
         if begin == end:
             raise SettingsError(
                 f"text.batch_size: {size} windows cannot be shared by {self.run.world_size} "
                 "processes; it counts those of all processes together"
             )
-        parts = plan(self.order, Cut(size, begin, end), progress.samples)
-        windows = sliding_window_view(self.train.tokens, self.context_length + 1)
+        order = self.order if length == self.context_length else self._order_of_other(length)
+        parts = plan(order, Cut(size, begin, end), progress.samples)
+        windows = sliding_window_view(self.train.tokens, length + 1)
         stream = feed(windows, parts, end - begin, self.run.device, self._depth())
         self._streams.add(stream)
         return stream
 
     def validation(self) -> Mapping[str, HeldOut]:
-        """Return the held-out text under ``"val"``, if there is any."""
-        return {} if self.held_out is None else {"val": HeldOut(self, self.held_out.tokens)}
+        """Return the held-out splits by name: "val" and those of ``validation_splits``."""
+        return {name: HeldOut(self, split.tokens) for name, split in self.held_out.items()}
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """Return how many bytes of text a token of a held-out split stands for, in the mean over
+        the whole split; None if unknown. A loss in nats per token is
+        ``loss / log(2) / bytes_per_token`` bits per byte.
+        """
+        found = self.held_out.get(split)
+        return found.size / len(found.tokens) if found and found.size is not None else None
 
     def keep_tokenizer(self) -> None:
         """Write the tokenizer into the run folder, for all later starts of this run."""
@@ -101,24 +113,38 @@ class Corpus:
         # On the CPU a batch takes microseconds, and a thread would only take them elsewhere.
         return AHEAD_ON_CUDA if self.run.device.startswith("cuda") else 0
 
-    def _order(self, tokens: int) -> Order:
-        seed = self.run.seed_for("data")
+    def _order(self, length: int) -> Order:
+        seed, tokens = self.run.seed_for("data"), len(self.train.tokens)
         if self.settings.has_epochs:
-            return EpochWindows(tokens, self.context_length, seed)
-        return RandomWindows(tokens, self.context_length, seed)
+            return EpochWindows(tokens, length, seed)
+        return RandomWindows(tokens, length, seed)
+
+    def _order_of_other(self, length: int) -> Order:
+        """Return the order of windows that are not as long as those that the run began with."""
+        if self.settings.has_epochs:
+            raise SettingsError(
+                f"text.context_length: cannot go from {self.context_length} to {length} during a "
+                'run with sampling = "epochs", where a sample is a window of one length; '
+                'take sampling = "random"'
+            )
+        model = getattr(self.run, "model", None)
+        longest = getattr(model, "context_length", self.context_length)
+        if not 1 <= length <= longest:
+            raise SettingsError(
+                f"text.context_length: cannot become {length} during the run: the model was built "
+                f"for windows of 1 to {longest} tokens"
+            )
+        _check_length("training", self.train, length, "more text")
+        return self._order(length)
 
     def _check_lengths(self) -> None:
-        length = self.context_length
-        more = "more held-out text (text.validation_fraction = 0 for none)"
-        for name, split, hint in (
-            ("training", self.train, "more text"),
-            ("held-out", self.held_out, more),
-        ):
-            if split is not None and len(split.tokens) <= length:
-                raise DataError(
-                    f"the {name} text has {len(split.tokens)} tokens; one window of "
-                    f"text.context_length = {length} needs {length + 1}: shorten it, or give {hint}"
-                )
+        _check_length("training", self.train, self.context_length, "more text")
+        for name, split in self.held_out.items():
+            more = f"more text to validation_splits.{name}"
+            if name == MAIN_SPLIT:
+                more = "more held-out text (text.validation_fraction = 0 for none)"
+            what = "held-out" if name == MAIN_SPLIT else f"held-out {name!r}"
+            _check_length(what, split, self.context_length, more)
 
 
 class HeldOut:
@@ -127,7 +153,7 @@ class HeldOut:
     def __init__(self, corpus: Corpus, tokens: Tokens) -> None:
         settings = corpus.settings
         self._corpus = corpus
-        self._size = settings.batch_size
+        self._size = corpus.validation_size
         wanted = settings.validation_batches
         self._order = EvenWindows(
             len(tokens), corpus.context_length, None if wanted is None else wanted * self._size
@@ -153,7 +179,17 @@ class HeldOut:
             yield first, size, *share(size, run.rank, run.world_size)
 
 
-def _bytes_per_token(held_out: Split | None) -> float | None:
-    if held_out is None or held_out.size is None:
-        return None
-    return held_out.size / len(held_out.tokens)
+def _check_length(name: str, split: Split, length: int, hint: str) -> None:
+    if len(split.tokens) <= length:
+        raise DataError(
+            f"the {name} text has {len(split.tokens)} tokens; one window of "
+            f"text.context_length = {length} needs {length + 1}: shorten it, or give {hint}"
+        )
+
+
+def _report(run: Run, task: str, done: int, total: int | None) -> None:
+    """Tell how far a task is, and end it if a signal has asked for the end of the run."""
+    run.report(task, done, total)
+    if run.signal is not None:
+        # There is no safe point before the first step; what is half done is made anew next time.
+        raise KeyboardInterrupt

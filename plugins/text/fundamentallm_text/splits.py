@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fundamentallm import DataError
+from fundamentallm_text.files import find
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fundamentallm_text import Text
     from fundamentallm_text.store import Tokens
     from fundamentallm_text.vocabularies import Vocabulary
 
 FORMAT = 1
+MAIN_SPLIT = "val"
 
 Report: TypeAlias = Callable[[str, int, int | None], None]
 """Told of a task, how much of it is done, and how much there is."""
@@ -35,10 +38,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """A corpus: the training tokens, the held-out ones, and what they mean."""
+    """A corpus: the training tokens, those of each held-out split, and what they mean."""
 
     train: Split
-    held_out: Split | None
+    held_out: dict[str, Split]
+    """By the names that their metrics begin with; "val" is that of the only one, usually."""
     vocabulary: Vocabulary | None
     vocab_size: int
     """Ids a model must know: those of the vocabulary, or as many more as the settings say."""
@@ -51,11 +55,23 @@ def padded(own: int, wanted: int | None) -> int:
     return own if wanted is None else wanted
 
 
-def check_apart(train: list[Path], held_out: list[Path]) -> None:
-    """Raise ``DataError`` if a file is to be trained on and held out."""
-    for path in held_out:
-        if any(path.samefile(other) for other in train):
-            raise DataError(f"text.validation_path: {path} is also one of the training files")
+def find_held_out(settings: Text, train: list[Path]) -> dict[str, list[Path]]:
+    """Return the files of each split that the settings name, by the name of the split.
+
+    Raises ``DataError`` for what is not there, and if a file is to be trained on and held out.
+    """
+    splits = settings.validation_splits.items()
+    named = {f"validation_splits.{name}": paths for name, paths in splits}
+    if settings.validation_path is not None:
+        named = {"validation_path": settings.validation_path} | named
+    found: dict[str, list[Path]] = {}
+    for setting, paths in named.items():
+        held_out = find(paths, f"text.{setting}")
+        for path in held_out:
+            if any(path.samefile(other) for other in train):
+                raise DataError(f"text.{setting}: {path} is also one of the training files")
+        found[setting.partition(".")[2] or MAIN_SPLIT] = held_out
+    return found
 
 
 def key_of(kind: str, *facts: Any) -> str:

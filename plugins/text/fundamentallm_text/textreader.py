@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -9,7 +10,7 @@ import tokenizers
 from fundamentallm import DataError
 from fundamentallm_text import files, vocabularies
 from fundamentallm_text.pieces import decoded, grouped, pieces
-from fundamentallm_text.splits import Split, Splits, check_apart, key_of, padded
+from fundamentallm_text.splits import MAIN_SPLIT, Split, Splits, find_held_out, key_of, padded
 from fundamentallm_text.store import stamp_of
 from fundamentallm_text.vocabularies import UnknownCharacterError
 
@@ -38,28 +39,28 @@ class TextReader:
         """The vocabulary to encode with; None for the one that the settings name."""
 
     def read(self) -> Splits:
-        """Return the tokens of either split."""
+        """Return the tokens of every split."""
         train, held_out = self._divide()
-        stamps = {extent.path: stamp_of(extent.path) for extent in train + held_out}
+        texts = [train, *held_out.values()]
+        stamps = {extent.path: stamp_of(extent.path) for text in texts for extent in text}
         digests = {path: self.store.digest(path) for path in stamps}
         contents = [
             [[digests[part.path], part.start, part.stop, part.ends] for part in text]
-            for text in (train, held_out)
+            for text in texts
         ]
-        vocabulary = self.kept or self._vocabulary(train, held_out, contents)
+        vocabulary = self.kept or self._vocabulary(texts, contents)
         vocab_size = padded(vocabulary.vocab_size, self.settings.vocab_size)
-        splits = Splits(
-            self._tokenize(train, contents[0], vocabulary),
-            self._tokenize(held_out, contents[1], vocabulary) if held_out else None,
-            vocabulary,
-            vocab_size,
+        first, *others = (
+            self._tokenize(text, content, vocabulary)
+            for text, content in zip(texts, contents, strict=True)
         )
         for path, stamp in stamps.items():
             if stamp_of(path) != stamp:
                 raise DataError(f"{path} was changed while it was read")
-        return splits
+        return Splits(first, dict(zip(held_out, others, strict=True)), vocabulary, vocab_size)
 
-    def _divide(self) -> tuple[list[Extent], list[Extent]]:
+    def _divide(self) -> tuple[list[Extent], dict[str, list[Extent]]]:
+        """Return the text to train on, and what is held out, by the name of its split."""
         settings = self.settings
         if settings.path is None:
             paths = files.standard_library()
@@ -68,16 +69,15 @@ class TextReader:
         text = files.extents(paths)
         if settings.max_bytes is not None:
             text, _ = files.cut(text, settings.max_bytes)
-        if settings.validation_path is not None:
-            held_out = files.find(settings.validation_path, "text.validation_path")
-            check_apart(paths, held_out)
-            return text, files.extents(held_out)
-        size = sum(part.size for part in text)
-        return files.cut(text, int(size * (1 - settings.validation_fraction)))
+        end: list[Extent] = []
+        if settings.validation_path is None:
+            size = sum(part.size for part in text)
+            text, end = files.cut(text, int(size * (1 - settings.validation_fraction)))
+        found = find_held_out(settings, paths)
+        named = {name: files.extents(others) for name, others in found.items()}
+        return text, ({MAIN_SPLIT: end} if end else {}) | named
 
-    def _vocabulary(
-        self, train: list[Extent], held_out: list[Extent], contents: list[Any]
-    ) -> Vocabulary:
+    def _vocabulary(self, texts: list[list[Extent]], contents: list[Any]) -> Vocabulary:
         settings, separator = self.settings, self.settings.separator
         match settings.tokenizer or "char":
             case "byte":
@@ -85,12 +85,12 @@ class TextReader:
             case "char":
                 # Held-out text may have characters of its own, and each needs an id.
                 key = key_of("alphabet", contents, separator)
-                text = train + held_out
+                text = list(chain.from_iterable(texts))
                 return vocabularies.Characters(self.store.text(key, lambda: self._alphabet(text)))
             case "bpe":
                 size = settings.vocab_size or BPE_SIZE
                 key = key_of("bpe", contents[0], separator, size, tokenizers.__version__)
-                kept = self.store.text(key, lambda: self._learn(train, size).to_json())
+                kept = self.store.text(key, lambda: self._learn(texts[0], size).to_json())
                 return vocabularies.parse_pairs(kept)
             case path:
                 return vocabularies.load_pairs(path)

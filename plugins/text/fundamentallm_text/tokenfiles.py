@@ -10,7 +10,7 @@ import numpy as np
 
 from fundamentallm import DataError
 from fundamentallm_text.files import find
-from fundamentallm_text.splits import Split, Splits, check_apart, key_of, padded
+from fundamentallm_text.splits import MAIN_SPLIT, Split, Splits, find_held_out, key_of, padded
 from fundamentallm_text.store import mapped
 from fundamentallm_text.vocabularies import load_pairs
 
@@ -40,20 +40,21 @@ class TokenReader:
         """What the tokens mean; None for what the settings name."""
 
     def read(self) -> Splits:
-        """Return the tokens of either split."""
+        """Return the tokens of every split."""
         settings = self.settings
         named = settings.tokenizer
         vocabulary = self.kept or (load_pairs(named) if isinstance(named, Path) else None)
         vocab_size = padded(vocabulary.vocab_size if vocabulary else 0, settings.vocab_size)
         paths = find(settings.path or [], "text.path")
         train = self._open(paths, vocab_size)
-        if settings.validation_path is not None:
-            others = find(settings.validation_path, "text.validation_path")
-            check_apart(paths, others)
-            return Splits(train, self._open(others, vocab_size), vocabulary, vocab_size)
-        middle = int(len(train.tokens) * (1 - settings.validation_fraction))
-        held_out = _part(train, middle, len(train.tokens)) if settings.validation_fraction else None
-        return Splits(_part(train, 0, middle), held_out, vocabulary, vocab_size)
+        found = find_held_out(settings, paths)
+        held_out = {name: self._open(others, vocab_size) for name, others in found.items()}
+        if settings.validation_path is None:
+            end, count = settings.validation_fraction, len(train.tokens)
+            middle = int(count * (1 - end))
+            held_out = ({MAIN_SPLIT: _part(train, middle, count)} if end else {}) | held_out
+            train = _part(train, 0, middle)
+        return Splits(train, held_out, vocabulary, vocab_size)
 
     def _open(self, paths: list[Path], vocab_size: int) -> Split:
         dtype = self.settings.dtype

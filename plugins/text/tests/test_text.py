@@ -142,23 +142,21 @@ def test_windows_are_stretches_of_the_text(corpus: Read) -> None:
 def test_the_end_of_the_text_is_held_out(corpus: Read) -> None:
     data = corpus(validation_fraction=0.25)
     middle = int(len(VERSE) * 0.75)
-    assert data.held_out is not None
     assert _text_of(data, data.train.tokens) == VERSE[:middle]
-    assert _text_of(data, data.held_out.tokens) == VERSE[middle:]
+    assert _text_of(data, data.held_out["val"].tokens) == VERSE[middle:]
 
 
 def test_other_files_can_be_held_out(corpus: Read, tmp_path: Path) -> None:
     data = corpus(validation_path=_written(tmp_path, "Ünlike the other.", "held.txt"))
-    assert data.held_out is not None
     assert _text_of(data, data.train.tokens) == VERSE
-    assert _text_of(data, data.held_out.tokens) == "Ünlike the other."
-    assert data.bytes_per_token == 18 / 17
+    assert _text_of(data, data.held_out["val"].tokens) == "Ünlike the other."
+    assert data.bytes_per_token("val") == 18 / 17
 
 
 def test_nothing_need_be_held_out(corpus: Read) -> None:
     data = corpus(validation_fraction=0.0)
     assert data.validation() == {}
-    assert data.bytes_per_token is None
+    assert data.bytes_per_token("val") is None
     assert len(data.train.tokens) == len(VERSE)
 
 
@@ -166,8 +164,7 @@ def test_validation_is_the_whole_split_once_and_the_same_every_time(corpus: Read
     data = corpus()
     passes = [[_rows(batch) for batch in data.validation()["val"]] for _ in range(2)]
     assert passes[0] == passes[1]
-    assert data.held_out is not None
-    held_out = data.held_out.tokens.tolist()
+    held_out = data.held_out["val"].tokens.tolist()
     targets = [token for rows in passes[0] for row in rows for token in row[1:]]
     assert targets == held_out[1 : len(targets) + 1]
     assert len(held_out) - 1 - len(targets) < 8

@@ -74,8 +74,7 @@ def refused(start: Start) -> Refused:
 
 def _known(data: Corpus) -> tuple[Any, int, str]:
     assert data.tokenizer is not None
-    assert data.held_out is not None
-    tokens = [*data.train.tokens.tolist(), *data.held_out.tokens.tolist()]
+    tokens = [*data.train.tokens.tolist(), *data.held_out["val"].tokens.tolist()]
     return data.tokenizer.identity, data.vocab_size, data.tokenizer.decode(tokens)
 
 

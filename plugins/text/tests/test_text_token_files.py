@@ -31,7 +31,7 @@ def test_a_bin_is_mapped_where_it_lies(tmp_path: Path, dtype: Any) -> None:
     found = _read(tmp_path, path=path, dtype=dtype, validation_fraction=0.0)
     assert found.train.tokens.tolist() == IDS.tolist()
     assert found.train.tokens.dtype == dtype
-    assert (found.vocabulary, found.vocab_size, found.held_out) == (None, 77, None)
+    assert (found.vocabulary, found.vocab_size, found.held_out) == (None, 77, {})
     # Nothing but the note that the ids were checked is kept.
     assert {kept.name.split("-")[0] for kept in (tmp_path / "store").iterdir()} == {"range"}
 
@@ -40,9 +40,8 @@ def test_a_bin_is_mapped_where_it_lies(tmp_path: Path, dtype: Any) -> None:
 def test_an_npy_of_any_whole_numbers_is_read(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "a.npy", IDS.astype(dtype))
     found = _read(tmp_path, path=tmp_path / "a.npy")
-    assert found.held_out is not None
     assert found.train.tokens.tolist() == IDS[:900].tolist()
-    assert found.held_out.tokens.tolist() == IDS[900:].tolist()
+    assert found.held_out["val"].tokens.tolist() == IDS[900:].tolist()
 
 
 def test_several_files_are_joined(tmp_path: Path) -> None:
@@ -59,9 +58,8 @@ def test_other_files_can_be_held_out(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", IDS)
     np.save(tmp_path / "b.npy", IDS[::-1].copy())
     found = _read(tmp_path, path=tmp_path / "a.npy", validation_path=tmp_path / "b.npy")
-    assert found.held_out is not None
     assert found.train.tokens.tolist() == IDS.tolist()
-    assert found.held_out.tokens.tolist() == IDS[::-1].tolist()
+    assert found.held_out["val"].tokens.tolist() == IDS[::-1].tolist()
 
 
 def test_a_tokenizer_json_tells_the_vocabulary(tmp_path: Path) -> None:
