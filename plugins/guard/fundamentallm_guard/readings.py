@@ -1,0 +1,46 @@
+"""What the guard reads of a step: its losses and its gradients, in one go."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch.nn.utils import get_total_norm
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fundamentallm import Run
+
+
+def of_step(run: Run, parameters: list[nn.Parameter]) -> tuple[float, float]:
+    """Return the window's mean loss, and the largest absolute value in the gradients.
+
+    Either is NaN or infinite if, and only if, something in it is. The host waits for the device
+    once. With several processes it is the mean over them, so that all decide alike.
+    """
+    # The infinity norm: any other may overflow though every gradient is finite.
+    largest = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+    *losses, gradient = _numbers([*run.losses, largest])
+    if len(losses) == 1:
+        loss = losses[0]
+    else:
+        weights = [batch.weight for batch in run.window]
+        loss = _sum([w * x for w, x in zip(weights, losses, strict=True)]) / sum(weights)
+    if run.world_size == 1:
+        return loss, gradient
+    values = {"guard/loss": loss, "guard/gradient": gradient}
+    values = run.hook.reduce_metrics(run=run, metrics=values)
+    return values["guard/loss"], values["guard/gradient"]
+
+
+def _numbers(values: list[torch.Tensor]) -> list[float]:
+    if values[0].device != values[-1].device:  # the norm of no gradients at all is the host's
+        values = [value.cpu() for value in values]
+    return cast("list[float]", torch.stack(values).tolist())
+
+
+def _sum(values: list[float]) -> float:
+    # fsum refuses infinity minus infinity; that sum is NaN.
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
