@@ -1,0 +1,492 @@
+"""Speeds follow from counts and seconds; the table accounts for every second once; bits stay."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fundamentallm import HOOKS, Run, SettingsError, hookimpl, plugin
+from fundamentallm.testing import (
+    PluginContract,
+    TinyModel,
+    TinyRun,
+    assert_same_weights,
+)
+from fundamentallm_throughput import Throughput
+from fundamentallm_throughput.clock import PHASE_OF, Clock
+from fundamentallm_throughput.device import flops_per_token, matrix_parameters, peak_of
+from fundamentallm_throughput.watch import quantile
+
+SPEEDS = {
+    "perf/tokens_per_second", "perf/samples_per_second", "perf/step_ms", "perf/step_ms_median",
+    "perf/step_ms_p99", "system/host_memory_gib",
+}  # fmt: skip
+
+
+class TestContract(PluginContract):
+    plugin = Throughput
+    needs = {"sample_every": 2}
+
+
+def measured(row: dict[str, float]) -> dict[str, float]:
+    return {name: row[name] for name in row if name.startswith(("perf/", "system/"))}
+
+
+def rest(run: Run) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in measured(row)} for row in run.history]
+
+
+def read(run: Run) -> dict[str, Any]:
+    return json.loads((run.folder / "throughput.json").read_text())
+
+
+def took(run: Run) -> dict[tuple[str, str], float]:
+    return {(row["phase"], row["plugin"]): row["seconds"] for row in read(run)["where"]}
+
+
+class Seconds:
+    """A clock that only goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+# --- the clock
+
+
+def test_a_call_inside_another_counts_once_and_for_the_inner_one():
+    now = Seconds()
+    clock = Clock(now)
+
+    def spend(seconds, *inside):
+        def call(**_):
+            now.time += seconds / 2
+            for one in inside:
+                one()
+            now.time += seconds / 2
+            return "answer"
+
+        return call
+
+    forward = clock.timed("amp", "forward", spend(8))
+    backward = clock.timed("core", "backward", spend(16))
+    microbatch = clock.timed("core", "train_microbatch", spend(2, forward, backward))
+    assert microbatch() == "answer"
+    assert clock.seconds == {("micro-batch", "core"): 2, ("forward", "amp"): 8, ("backward", "core"): 16}
+    assert clock.between == 0
+    clock.timed("core", "validate", spend(32, forward, forward))()
+    assert clock.seconds["validation", "amp"] == 16
+    assert clock.seconds["validation", "core"] == 32
+    assert clock.seconds["forward", "amp"] == 8
+    assert clock.between == 48
+
+
+def test_a_call_that_raises_is_timed_and_leaves_the_clock_in_order():
+    now = Seconds()
+    clock = Clock(now)
+
+    def fail(**_):
+        now.time += 3
+        raise RuntimeError("on purpose")
+
+    def outer(**_):
+        now.time += 1
+        inner = clock.timed("sample", "evaluation_weights", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            inner()
+
+    clock.timed("sample", "on_safe_point", outer)()
+    clock.timed("core", "forward", lambda: None)()
+    assert clock.seconds == {("safe point", "sample"): 4, ("forward", "core"): 0}
+    assert clock.between == 4
+
+
+@given(st.recursive(st.just([]), st.lists, max_leaves=20))
+def test_however_calls_are_nested_the_seconds_add_up(tree):
+    now = Seconds()
+    clock = Clock(now)
+    hooks = sorted(PHASE_OF)
+
+    def call(children, number):
+        def spend():
+            now.time += 1
+            for index, child in enumerate(children):
+                clock.timed(str(index), hooks[(number + index) % len(hooks)], call(child, number + 7))()
+
+        return spend
+
+    call(tree, 0)()
+    assert math.isclose(sum(clock.seconds.values()), now.time - 1)
+
+
+def test_every_hook_has_a_phase_but_for_the_first_the_last_and_the_question_of_every_step():
+    assert set(HOOKS) - set(PHASE_OF) == {"on_run_start", "on_train_end", "stop_agreed"}
+    assert set(PHASE_OF) <= set(HOOKS)
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1), st.floats(0.01, 1))
+def test_a_quantile_is_the_smallest_value_that_the_share_reaches(values, q):
+    found = quantile(sorted(values), q)
+    assert found in values
+    assert sum(v <= found for v in values) >= q * len(values)
+    assert sum(v < found for v in values) < q * len(values)
+
+
+# --- the rows
+
+
+def test_every_row_has_the_speeds_and_they_agree_with_each_other(tiny_run: TinyRun):
+    run = tiny_run(Throughput(), length=10, log_every=3, validate_every=2)
+    assert len(run.history) == 7
+    for row in run.history:
+        assert set(measured(row)) == SPEEDS
+        assert 0 < row["perf/step_ms_median"] <= row["perf/step_ms_p99"]
+        assert row["perf/step_ms"] >= row["perf/step_ms_median"] / 2
+        assert row["perf/tokens_per_second"] == row["perf/samples_per_second"]
+        per_step = row["perf/samples_per_second"] * row["perf/step_ms"] / 1000
+        assert math.isclose(per_step, 4)
+    assert read(run)["tokens"] == 40
+    assert read(run)["steps"] == 10
+
+
+def test_a_validation_is_no_row_and_has_no_speeds_of_its_own(tiny_run: TinyRun):
+    @plugin
+    class Listener:
+        """Keeps what validations bring."""
+
+        def __attrs_post_init__(self):
+            self.heard = []
+
+        @hookimpl
+        def on_validation_end(self, metrics):
+            self.heard.append(dict(metrics))
+
+    listener = Listener()
+    run = tiny_run(Throughput(), listener, length=4, validate_every=2, validate_first=True)
+    assert [set(metrics) for metrics in listener.heard] == [{"val/loss"}] * 3
+    assert [len(measured(row)) for row in run.history] == [0, 6, 6]
+
+
+def test_mfu_is_flops_times_tokens_over_what_the_device_can_do(tiny_run: TinyRun, tmp_path: Path):
+    run = tiny_run(Throughput(peak_flops=1e9), length=4)
+    for row in run.history:
+        parameters = 8 * 16 + 16 + 16 + 1
+        assert row["perf/mfu"] == 6.0 * parameters * row["perf/tokens_per_second"] / 1e9
+    run = tiny_run(Throughput(peak_flops=1e9, flops_per_token=5.0), run_dir=tmp_path / "told")
+    assert run.history[0]["perf/mfu"] == 5.0 * run.history[0]["perf/tokens_per_second"] / 1e9
+
+
+def test_a_model_may_say_itself_what_a_token_costs():
+    class Own(nn.Module):
+        def flops_per_token(self, length):
+            return 7 * length
+
+    assert flops_per_token(Own(), 32) == 7 * 32
+
+
+def test_parameters_that_are_only_looked_up_cost_nothing():
+    tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    assert matrix_parameters(tied) == 40
+    tied[1].weight = tied[0].weight
+    assert matrix_parameters(tied) == 40
+    assert flops_per_token(tied, 8) == 240
+    assert matrix_parameters(nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4))) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("AMD Instinct MI300X", 1307.4e12), ("Some GPU", None),
+    ],
+)  # fmt: skip
+def test_known_devices_are_found_by_their_name(name, peak):
+    assert peak_of(name) == peak
+
+
+def test_a_model_that_fails_to_say_its_cost_silences_the_plugin_and_not_the_run(tiny_run, caplog):
+    @plugin
+    class Odd(TinyModel):
+        """A model whose count is broken."""
+
+        @hookimpl
+        def build_model(self):
+            model = TinyModel.build_model(self)
+            model.flops_per_token = lambda length: 1 / 0
+            return model
+
+    run = tiny_run(Odd(), Throughput(peak_flops=1.0), length=4, log_every=2)
+    assert run.outcome == "finished"
+    assert [measured(row) for row in run.history] == [{}, {}]
+    assert caplog.text.count("throughput logs nothing from now on") == 1
+
+
+# --- where the time went
+
+
+def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
+    @plugin
+    class Busy:
+        """Listens to a hook of every kind."""
+
+        @hookimpl
+        def on_step_start(self, run: Run):
+            torch.ones(4).sum()
+
+        @hookimpl
+        def edit_gradients(self, run: Run):
+            torch.ones(4).sum()
+
+        @hookimpl
+        def lr_factor(self, run: Run):
+            return 1.0
+
+        @hookimpl
+        def on_safe_point(self, run: Run):
+            torch.ones(4).sum()
+
+        @hookimpl(wrapper=True)
+        def forward(self, run: Run):
+            return (yield)
+
+    run = tiny_run(Busy(), Throughput(sample_every=3), length=12, validate_every=4)
+    facts = read(run)
+    assert facts["timed_steps"] == 4
+    assert math.isclose(sum(row["share"] for row in facts["where"]), 1)
+    assert math.isclose(sum(took(run).values()), facts["seconds"])
+    assert {
+        ("start-up", "tiny_data"), ("start-up", "tiny_model"), ("data", "core"), ("forward", ""),
+        ("backward", "core"), ("optimizer", "core"), ("optimizer", "busy"), ("gradients", "busy"),
+        ("events", "busy"), ("safe point", "busy"), ("validation", ""), ("rest", "core"),
+    } <= took(run).keys()  # fmt: skip
+
+
+@pytest.mark.parametrize(("every", "length", "timed"), [(1, 7, 7), (2, 7, 3), (5, 12, 3), (20, 1, 0), (20, 2, 1)])
+def test_one_step_in_so_many_is_timed_inside_beginning_with_the_second(
+    tiny_run: TinyRun, every: int, length: int, timed: int
+):
+    run = tiny_run(Throughput(sample_every=every), length=length)
+    assert read(run)["timed_steps"] == timed
+    assert (("forward", "core") in took(run)) == (timed > 0)
+
+
+def test_each_second_of_a_timed_step_counts_once(tiny_run: TinyRun):
+    run = tiny_run(Throughput(sample_every=1), length=20)
+    inside = [s for (phase, _), s in took(run).items()
+              if phase in ("data", "micro-batch", "forward", "backward", "gradients", "optimizer")]  # fmt: skip
+    outside = [s for (phase, _), s in took(run).items() if phase == "start-up"]
+    assert 0 < sum(inside) <= (read(run)["seconds"] - sum(outside)) * (1 + 1e-9)
+
+
+def test_the_table_is_told_in_the_log_before_the_log_is_closed(tiny_run: TinyRun, tmp_path: Path, caplog):
+    caplog.set_level(logging.INFO)
+    for number, listed in enumerate((["console", Throughput()], [Throughput(), "console"])):
+        run = tiny_run(*listed, length=3, run_dir=tmp_path / str(number))
+        text = (run.folder / "train.log").read_text()
+        assert text.count("where the time went") == 1
+        assert "3 steps" in text
+    assert "forward" in caplog.text
+    caplog.clear()
+    tiny_run(Throughput(table=False), run_dir=tmp_path / "untold")
+    assert "where the time went" not in caplog.text
+    assert (tmp_path / "untold" / "throughput.json").is_file()
+
+
+def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does_not(tiny_run, tmp_path):
+    @plugin
+    class Bomb:
+        """Fails in one hook."""
+
+        early: bool
+
+        @hookimpl
+        def adapt_model(self, run: Run):
+            if self.early:
+                raise ValueError("early")
+
+        @hookimpl
+        def on_step_end(self, run: Run):
+            if run.progress.step == 3:
+                raise ValueError("late")
+
+    with pytest.raises(Exception, match="late"):
+        tiny_run(Throughput(), Bomb(early=False), length=9, run_dir=tmp_path / "late")
+    assert json.loads((tmp_path / "late" / "throughput.json").read_text())["steps"] == 3
+    with pytest.raises(Exception, match="early"):
+        tiny_run(Throughput(), Bomb(early=True), run_dir=tmp_path / "early")
+    assert not (tmp_path / "early" / "throughput.json").exists()
+
+
+# --- and nothing else
+
+
+@pytest.mark.parametrize("every", [1, 2, 20])
+def test_a_run_ends_in_the_same_bits_with_it(tiny_run: TinyRun, tmp_path: Path, every: int):
+    runs = [tiny_run(*listed, length=9, log_every=2, validate_every=3, run_dir=tmp_path / str(n))
+            for n, listed in enumerate(([], [Throughput(sample_every=every)]))]  # fmt: skip
+    assert_same_weights(*runs)
+    assert rest(runs[0]) == rest(runs[1])
+
+
+def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(tiny_run: TinyRun, tmp_path: Path):
+    @plugin
+    class Picky:
+        """Rejects a step, and goes back once."""
+
+        gone_back: bool = False
+
+        @hookimpl
+        def judge_step(self, run: Run):
+            return "picky" if run.progress.step == 2 else None
+
+        @hookimpl
+        def on_step_end(self, run: Run):
+            if run.progress.step == 6 and not self.gone_back:
+                self.gone_back = True
+                run.rewind("latest")
+
+    settings = {"checkpoint": {"every": 2}}
+    runs = [tiny_run("checkpoint", Picky(), *listed, length=8, settings=settings, run_dir=tmp_path / str(n))
+            for n, listed in enumerate(([], [Throughput(sample_every=1)]))]  # fmt: skip
+    assert_same_weights(*runs)
+    assert rest(runs[0]) == rest(runs[1])
+    assert ("restore", "checkpoint") in took(runs[1])
+    assert ("safe point", "checkpoint") in took(runs[1])
+    for row in runs[1].history:
+        assert measured(row).keys() == SPEEDS
+        assert all(value > 0 for value in measured(row).values())
+
+
+def test_a_run_continued_in_the_middle_is_the_run_that_never_stopped(tiny_run: TinyRun, tmp_path: Path):
+    settings = {"checkpoint": {"every": 3}}
+    whole = tiny_run("checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "whole")
+    tiny_run("checkpoint", Throughput(), length=3, settings=settings, run_dir=tmp_path / "parts")
+    parts = tiny_run("checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "parts")
+    assert_same_weights(whole, parts)
+    assert rest(whole)[-1] == rest(parts)[-1]
+    assert read(parts)["steps"] == 5
+    assert read(parts)["tokens"] == 20
+
+
+def test_the_hooks_are_put_back_at_the_end(tiny_run: TinyRun):
+    @plugin
+    class Keeper:
+        """Remembers the hooks of the beginning."""
+
+        @hookimpl
+        def on_run_start(self, run: Run):
+            self.hook = run.hook if not hasattr(self, "hook") else self.hook
+
+    keeper = Keeper()
+    assert tiny_run(keeper, Throughput()).hook is keeper.hook
+
+
+def test_listing_it_twice_is_an_error_that_names_both(tiny_run: TinyRun):
+    settings = {"speed": {"plugin": "throughput"}}
+    with pytest.raises(SettingsError, match="throughput and speed are both throughput"):
+        tiny_run("throughput", "speed", settings=settings)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that hand a device value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@plugin
+class Between:
+    """Looks on from the data of one step to that of another."""
+
+    first: int
+    last: int
+    start: Any
+    stop: Any
+
+    @hookimpl(wrapper=True)
+    def collect_batches(self, run: Run):
+        if run.progress.step == self.first:
+            self.start()
+        if run.progress.step == self.last:
+            self.stop()
+        return (yield)
+
+
+def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
+    """Count the Python calls of three steps that neither log nor are timed."""
+    found = 0
+
+    def note(frame: Any, event: str, _: object) -> None:
+        nonlocal found
+        found += event == "call"
+
+    between = Between(
+        first=3, last=6, start=lambda: sys.setprofile(note), stop=lambda: sys.setprofile(None)
+    )
+    tiny_run(between, *listed, length=7, log_every=100, run_dir=folder)
+    return found
+
+
+def test_a_step_that_is_not_timed_makes_one_call_more_and_one_for_each_at_the_safe_point(
+    tiny_run: TinyRun, tmp_path: Path
+):
+    @plugin
+    class Saver:
+        """Listens at safe points."""
+
+        @hookimpl
+        def on_safe_point(self, run: Run):
+            pass
+
+    bare = calls(tiny_run, tmp_path / "bare")
+    assert calls(tiny_run, tmp_path / "watched", Throughput()) - bare == 3
+    saving = calls(tiny_run, tmp_path / "saving", Saver())
+    assert calls(tiny_run, tmp_path / "both", Saver(), Throughput()) - saving == 6
+
+
+def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
+    counts = []
+    for number, listed in enumerate(([], [Throughput(sample_every=2)])):
+        reads = HostReads()
+        between = Between(
+            first=2, last=6, start=reads.__enter__, stop=lambda: reads.__exit__(None, None, None)  # noqa: B023
+        )
+        tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
+        counts.append(reads.count)
+    # Those are PyTorch's own: an AdamW that is not fused keeps its count of steps in a tensor.
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ({"sample_every": 0}, "throughput.sample_every: must be >= 1"),
+        ({"peak_flops": 0}, "throughput.peak_flops: must be > 0"),
+        ({"flops_per_token": "many"}, "throughput.flops_per_token: expected a number"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complaint):
+    with pytest.raises(SettingsError) as caught:
+        tiny_run("throughput", settings={"throughput": table})
+    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
