@@ -10,15 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
+from plugtable import Found, attribute_docs, described, field, kind, plugin, plugin_name
+from plugtable import setting_fields, settings_options, state, state_fields, table
 
-from fundamentallm.declare import attribute_docs, field, plugin, plugin_name, setting_fields
-from fundamentallm.declare import state, state_fields, table
+from fundamentallm.data import Batch, Data, Progress, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
-from fundamentallm.errors import PeerLostError, PluginError, SettingsError, StorageError
-from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl, kind
+from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl
 from fundamentallm.periods import Period
-from fundamentallm.plugins import Composed, Found, compose, find_plugins, hook_methods, order
-from fundamentallm.run import Batch, Data, Progress, Run, Snapshot, Tokenizer
+from fundamentallm.plugins import Composed, compose, find_plugins, hook_methods, order
+from fundamentallm.run import Run, Snapshot
 from fundamentallm.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOOKS", "Batch", "Composed", "Data", "DataError", "Found", "FundamentalError", "Hooks",
-    "NotFiniteError", "OutOfMemoryError", "Outcome", "PeerLostError", "Period", "PluginError",
-    "Progress", "Run", "RunSettings", "SettingsError", "Snapshot", "StorageError", "Tokenizer",
-    "and_", "attribute_docs", "compose", "deep_iterable", "field", "find_plugins", "ge", "gt",
+    "NotFiniteError", "OutOfMemoryError", "Outcome", "Period", "PluginError", "Progress", "Run",
+    "RunSettings", "SettingsError", "Snapshot", "StorageError", "Tokenizer", "and_",
+    "attribute_docs", "compose", "deep_iterable", "described", "field", "find_plugins", "ge", "gt",
     "hook_methods", "hookimpl", "in_", "kind", "le", "load_run", "lt", "matches_re", "optional",
-    "order", "plugin", "plugin_name", "recorded", "setting_fields", "state", "state_fields",
-    "table", "train",
+    "order", "plugin", "plugin_name", "recorded", "setting_fields", "settings_options", "state",
+    "state_fields", "table", "train",
 ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fundamentallm.run import Batch, Run, Tokenizer
+    from fundamentallm.data import Batch, Tokenizer
+    from fundamentallm.run import Run
 
 
 def build_tokenizer(run: Run) -> Tokenizer | None:

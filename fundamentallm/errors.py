@@ -45,9 +45,3 @@ class PluginError(FundamentalError):
     """A plugin that the run needs failed; the message names plugin, hook and distribution."""
 
     exit_code = 7
-
-
-class PeerLostError(FundamentalError):
-    """Another process of the same run died or stopped answering."""
-
-    exit_code = 8

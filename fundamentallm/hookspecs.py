@@ -40,12 +40,12 @@ A run in pseudocode::
 
 Four kinds of hooks, told apart by their names and kept by start-up checks:
 
-- **exclusive** (``build_…`` and plain verbs): exactly one answers; where no plugin does, the
-  core's default. ``hookimpl(wrapper=True)`` may surround it; wrappers of one action must commute.
+- **exclusive** (``build_…`` and plain verbs): exactly one plugin answers, or the core's default.
+  ``hookimpl(wrapper=True)`` may surround it; wrappers of one action must commute.
 - **vote** (``judge_…``, ``…_factor``): everyone answers; a commutative rule combines the answers.
 - **event** (``on_…``, ``settle_step``): everyone hears; answers are ignored.
-- **edit** (``adapt_…``, ``edit_…``, ``finish_…``): everyone may change the thing in place; any two
-  that edit the same thing must be ordered by the ``before``/``after`` names of their classes.
+- **edit** (``adapt_…``, ``edit_…``, ``finish_…``): everyone changes the thing in place, in an order
+  that the ``before``/``after`` names of the classes declare.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from fundamentallm.run import Batch, Data, Run, Tokenizer
+    from fundamentallm.data import Batch, Data, Tokenizer
+    from fundamentallm.run import Run
 
 hookspec = pluggy.HookspecMarker("fundamentallm")
 hookimpl = pluggy.HookimplMarker("fundamentallm")
 exclusive = hookspec(firstresult=True)
 
-Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
 Outcome: TypeAlias = Literal["finished", "stopped", "interrupted", "failed"]
 
 
@@ -93,8 +93,8 @@ class Hooks(Protocol):
 
     @exclusive
     def build_model(self, run: Run) -> nn.Module:
-        """Make the model and its initial weights; ``run.data`` exists. The core seeds torch before
-        the call and moves the result to ``run.device`` after it. Has no default."""
+        """Make the model and its initial weights, torch being seeded; the core moves the result to
+        ``run.device``. Has no default."""
 
     @hookspec
     def adapt_model(self, run: Run) -> None:
@@ -103,7 +103,7 @@ class Hooks(Protocol):
 
     @exclusive
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
-        """Return ``model`` with activation checkpointing applied. Default: as it is."""
+        """Return ``model`` with activation checkpointing. Default: as it is."""
 
     @exclusive
     def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
@@ -137,14 +137,13 @@ class Hooks(Protocol):
 
     @exclusive
     def weigh_window(self, run: Run, window: list[Batch]) -> float:
-        """Return what the window's losses are divided by, so that the gradients are those of the
-        mean over all targets of all micro-batches (and processes). Default: their weights' sum."""
+        """Return what the window's losses are divided by: so much weight is in it, in all its
+        micro-batches and processes. Default: the sum of this process's weights."""
 
     @exclusive
     def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
-        """Add the gradients of ``share`` times the batch's loss to ``.grad``, and the detached loss
-        to ``run.losses``; ``share`` is the batch's weight over the window's. Default: ``forward``,
-        ``backward``."""
+        """Add the gradients of ``share`` (the batch's weight over the window's) times the loss to
+        ``.grad``, and the detached loss to ``run.losses``. Default: ``forward``, ``backward``."""
 
     @exclusive
     def forward(self, run: Run, batch: Batch) -> Tensor:
@@ -161,8 +160,8 @@ class Hooks(Protocol):
 
     @hookspec
     def judge_step(self, run: Run) -> str | None:
-        """Return a reason to reject this step (overflow, NaN, spike), or None. One reason from
-        anyone rejects it: the weights stay, and the step counts as attempted only."""
+        """Return a reason to reject this step (overflow, NaN, spike), or None. Rejected by anyone,
+        it leaves the weights as they are and counts as attempted only."""
 
     @hookspec
     def edit_gradients(self, run: Run) -> None:
@@ -184,8 +183,8 @@ class Hooks(Protocol):
 
     @hookspec
     def on_step_end(self, run: Run) -> None:
-        """The step is over; its gradients are still there. Reading a device value here makes the
-        host wait at every step: use ``run.log`` instead."""
+        """The step is over; its gradients are still there. ``run.log`` what you see: reading a
+        device value here would make the host wait at every step."""
 
     @hookspec
     def on_rewind(self, run: Run, left: int) -> None:
@@ -208,12 +207,12 @@ class Hooks(Protocol):
 
     @exclusive
     def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
-        """Combine this process's metrics with the other processes'. Default: as they are."""
+        """Combine the metrics of all processes. Default: as they are."""
 
     @hookspec
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """A row for the loggers, as plain floats: means since the last one, and the metrics of a
-        validation if there was one. The only place where device values become numbers."""
+        """A row for the loggers, as plain floats: means since the last one, and what a validation
+        has just found. The only place where device values become numbers."""
 
     @exclusive
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
@@ -230,8 +229,8 @@ class Hooks(Protocol):
 
     @hookspec
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
-        """Something long besides the steps moved on: validation, tokenizing, saving. ``total``
-        is None while unknown; ``done == total`` ends the task."""
+        """Something long besides the steps moved on: validation, tokenizing, saving. ``total`` is
+        None while unknown; ``done == total`` ends the task."""
 
     @hookspec
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
@@ -241,12 +240,3 @@ class Hooks(Protocol):
 
 HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))
 REQUIRED = ("build_data", "build_model", "build_optimizer")
-
-
-def kind(hook: str) -> Kind:
-    """Tell the kind of a hook from its name."""
-    if hook.startswith("on_") or hook == "settle_step":
-        return "event"
-    if hook.startswith(("adapt_", "edit_", "finish_")):
-        return "edit"
-    return "vote" if hook.startswith("judge_") or hook.endswith("_factor") else "exclusive"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fundamentallm import defaults, loop
-from fundamentallm.dispatch import freeze
 from fundamentallm.errors import FundamentalError, OutOfMemoryError, PluginError, SettingsError
-from fundamentallm.plugins import Composed, compose, register
+from fundamentallm.plugins import HOST, Composed, compose
+from fundamentallm.randomness import seed_random
 from fundamentallm.record import locked, new_folder, write_record
 from fundamentallm.run import Run
-from fundamentallm.states import seed_random
+from plugtable import blame, freeze, register
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fundamentallm.hookspecs import Hooks
 
 log = logging.getLogger("fundamentallm")
+ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 
 def train(
@@ -68,10 +69,8 @@ def train(
 
 
 def load_run(folder: Path | str, *, at: str = "latest") -> Run:
-    """Rebuild a run from its folder, with the weights of its newest sound checkpoint.
-
-    ``at`` names another: ``"best"`` or ``"step-00000500"``. Nothing is trained or written.
-    """
+    """Rebuild a run from its folder, with the weights of its newest sound checkpoint, or of the one
+    that ``at`` names: ``"best"``, ``"step-00000500"``. Nothing is trained or written."""
     composed = recorded(folder)
     run, registry = prepare(composed, folder)
     run.wanted_checkpoint = at
@@ -97,9 +96,9 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
         raise SettingsError(f"run.device: there is no {device!r} device here")
     run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
     run.device = device
-    registry = register(composed, defaults.answers())
+    registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
-    run.bind = partial(freeze, registry)
+    run.bind = partial(freeze, HOST, registry)
     run.hook = run.bind()
     return run, registry
 
@@ -145,17 +144,14 @@ def signals(run: Run) -> Iterator[None]:
         log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
 
     # Explicitly, since a shell's background job inherits SIGINT as ignored.
-    main = threading.current_thread() is threading.main_thread()
-    limit = run.settings.max_time.seconds if run.settings.max_time else None
-    timed = [signal.SIGALRM] if limit else []
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *timed] if main else []
-    before = {number: signal.signal(number, ask) for number in numbers}
-    if limit and main:
-        signal.setitimer(signal.ITIMER_REAL, limit)
+    main, limit = threading.current_thread() is threading.main_thread(), run.settings.max_time
+    before = {number: signal.signal(number, ask) for number in ASKS if main}
+    if main and limit:
+        signal.setitimer(signal.ITIMER_REAL, limit.seconds or 0)
     try:
         yield
     finally:
-        if limit and main:
+        if main and limit:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)
@@ -178,28 +174,12 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
         yield
     except FundamentalError:
         raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
     except Exception as error:
-        if "can't allocate memory" in str(error):  # what torch says on a CPU, as a RuntimeError
+        # What torch says of a CPU is a plain RuntimeError.
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if full or "can't allocate memory" in str(error):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
-        blamed = blame(error, registry)
+        blamed = blame(error, registry, brought)
         if blamed is None:
             raise
-        name, hook, place = blamed
-        who = f"plugin {name!r} ({brought[name]})"
-        raise PluginError(f"{who} failed in {hook}: {error!r}, at {place}") from error
-
-
-def blame(error: BaseException, registry: PluginManager) -> tuple[str, str, str] | None:
-    """Find the innermost plugin and hook in an error's traceback, and the line that raised it."""
-    codes = {impl.function.__code__: (name, caller.name)
-             for name, plugin in registry.list_name_plugin() if name != "core"
-             for caller in registry.get_hookcallers(plugin) or ()
-             for impl in caller.get_hookimpls() if impl.plugin is plugin}  # fmt: skip
-    found, place, trace = None, "", error.__traceback__
-    while trace is not None:
-        found = codes.get(trace.tb_frame.f_code, found)
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found and (*found, place)
+        raise PluginError(blamed) from error

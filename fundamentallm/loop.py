@@ -14,7 +14,8 @@ from fundamentallm.errors import DataError, SettingsError
 from fundamentallm.rows import log_row, report, validation
 
 if TYPE_CHECKING:
-    from fundamentallm.run import Batch, Run
+    from fundamentallm.data import Batch
+    from fundamentallm.run import Run
 
 log = logging.getLogger("fundamentallm")
 WEIGHT = attrgetter("weight")

@@ -11,7 +11,7 @@ import attrs
 from fundamentallm.errors import SettingsError
 
 if TYPE_CHECKING:
-    from fundamentallm.run import Progress
+    from fundamentallm.data import Progress
 
 _COUNTS = {"steps": "step", "epochs": "samples", "tokens": "tokens"}
 _BEFORE = {"epochs": 0, "tokens": 1}

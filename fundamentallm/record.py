@@ -6,17 +6,13 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tomli_w
 
+import plugtable
 from fundamentallm.errors import StorageError
 
 if TYPE_CHECKING:
@@ -58,8 +54,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
+    around = plugtable.environment(composed, ("fundamentallm", "torch"))
+    around["seed"] = composed.run.seed
     texts = {"settings.toml": tomli_w.dumps(composed.tables),
-             "environment.json": json.dumps(environment(composed), indent=2) + "\n"}  # fmt: skip
+             "environment.json": json.dumps(around, indent=2) + "\n"}  # fmt: skip
     try:
         for name, text in texts.items():
             beside = folder / f".{name}"
@@ -70,27 +68,3 @@ def write_record(folder: Path, composed: Composed) -> None:
             beside.replace(folder / name)
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
-
-
-def environment(composed: Composed) -> dict[str, Any]:
-    """Describe what the run depends on besides its settings."""
-    return {
-        "versions": {name: metadata.version(name) for name in ("fundamentallm", "torch", "pluggy")},
-        "plugins": composed.brought,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "command": sys.argv,
-        "started": time.time(),
-        "seed": composed.run.seed,
-        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
-    }
-
-
-def _git(*words: str) -> str | None:
-    try:
-        command = ["git", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

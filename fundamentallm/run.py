@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
+from fundamentallm.data import Batch, Progress
 from fundamentallm.errors import SettingsError, StorageError
-from fundamentallm.states import get_state, random_state, set_random_state, set_state
+from fundamentallm.randomness import random_state, set_random_state
+from plugtable import get_state, set_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
     from torch import Tensor, nn
 
+    from fundamentallm.data import Data, Tokenizer
     from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
 
@@ -26,91 +29,6 @@ Snapshot: TypeAlias = dict[str, Any]
 _NUMBER = (float, int)  # making a union of types takes longer than asking it
 _Entry: TypeAlias = tuple[Any, float, int]  # value, weight, moment
 Logged: TypeAlias = defaultdict[str, list[_Entry]]
-
-
-@attrs.define
-class Batch:
-    """One micro-batch, already on the run's device.
-
-    ``data`` is what ``forward`` unpacks: a tuple of tensors, or a dict of them. ``weight`` is what
-    its mean loss is a mean over (target tokens of a language model, else samples): windows and
-    validations weigh by it. ``first`` is the index of its first sample in the order of the data.
-    ``samples`` and ``tokens`` count over all processes of a run, ``weight`` in this one.
-    """
-
-    data: Any
-    weight: float
-    samples: int
-    tokens: int
-    first: int = 0
-
-
-class Data(Protocol):
-    """A data source. Data for language models also has ``vocab_size`` and ``context_length``."""
-
-    @property
-    def epoch_samples(self) -> int | None:
-        """Samples in one epoch, over all processes; None if the source has no epochs."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes exactly if the samples or their order would."""
-
-    def batches(self, progress: Progress) -> Iterator[Batch]:
-        """Yield micro-batches without end, from where ``progress`` stands: seek, do not replay."""
-
-    def validation(self) -> Mapping[str, Iterable[Batch]]:
-        """Return the held-out splits by name (``"val"``); the same batches at every call."""
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of some ids; of ids that are no text by themselves, what can be read."""
-
-
-@attrs.define
-class Progress:
-    """How far the run is. Everything that follows a schedule is a function of this."""
-
-    step: int = 0
-    """Attempted updates."""
-    applied: int = 0
-    """Updates that changed weights."""
-    microbatches: int = 0
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    """Training time, over all the processes that continued this run."""
-    lr: float = 0.0
-    """The learning rate of the last update, in the first parameter group."""
-    closed: bool = True
-    """Whether the last step was validated and logged as far as was due; a signal may prevent it."""
-    epoch_samples: int | None = None
-    before: tuple[int, int, float] = (0, 0, 0.0)
-    """Samples, tokens and seconds as they stood before the last step."""
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training data; 0.0 where the source has no epochs."""
-        return self.samples / self.epoch_samples if self.epoch_samples else 0.0
-
-    def advance(self, window: list[Batch], applied: bool, seconds: float) -> None:
-        """Count one attempted step."""
-        self.before = (self.samples, self.tokens, self.seconds)
-        self.step += 1
-        self.applied += applied
-        self.microbatches += len(window)
-        for batch in window:
-            self.samples += batch.samples
-            self.tokens += batch.tokens
-        self.seconds += seconds
 
 
 class Run:
@@ -161,11 +79,9 @@ class Run:
         self._logged: Logged = defaultdict(list)
 
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
-        """Add to the mean of ``name`` over the log period (in validation: over the split).
-
-        A tensor stays on the device: nothing waits. It must be 0-d and not be changed in place
-        later. ``weight`` is by default that of the batch at hand, and 1 between batches.
-        """
+        """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
+        stays on the device: nothing waits. It must be 0-d and not be changed in place later.
+        ``weight`` is by default that of the batch at hand, and 1 between batches."""
         if not isinstance(value, _NUMBER) and value.requires_grad:
             value = value.detach()
         weighed = self.weight if weight is None else weight
@@ -237,12 +153,9 @@ class Run:
         return self._logged
 
     def snapshot(self) -> Snapshot:
-        """Return all that a resumed run needs, at a safe point: a tree of dicts and lists of
-        tensors and JSON values. The tensors are the live ones: copy before the next step.
-
-        ``model``: the state dict. ``optimizer``: parameter name -> its state. ``plugins``:
-        instance name -> its state. ``progress``, ``random`` and ``logged``: what they say.
-        """
+        """Return all that a resumed run needs, at a safe point: a tree of dicts and lists of JSON
+        values and tensors, the live ones: copy before the next step. ``optimizer`` holds the states
+        by parameter name, ``plugins`` by instance name."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         states = {name: get_state(instance) for name, instance in self.plugins.items()}
         return {
@@ -256,11 +169,8 @@ class Run:
         }
 
     def restore(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
-        """Put a snapshot back; raise ``StorageError`` if it is one of another model.
-
-        The state of a plugin that is no longer listed is left out; a newly listed one starts
-        afresh. Learning rates and the like come from the settings, not from the snapshot.
-        """
+        """Put a snapshot back; raise ``StorageError`` if it is one of another model. A newly listed
+        plugin starts afresh; learning rates and the like are what the settings say."""
         try:
             self.model.load_state_dict(snapshot["model"])
         except RuntimeError as error:

@@ -40,9 +40,8 @@ from fundamentallm import (
     setting_fields,
 )  # fmt: skip
 from fundamentallm.hookspecs import REQUIRED
-from fundamentallm.plugins import class_problems, hook_methods
-from fundamentallm.settings import plain, structure
-from fundamentallm.states import get_state, set_state
+from fundamentallm.plugins import HOST, hook_methods
+from plugtable import Source, build, class_problems, get_state, plain, set_state, structure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -268,7 +267,7 @@ class PluginContract:
         assert set(setting_fields(self.plugin)) <= set(attribute_docs(self.plugin))
 
     def test_its_hooks_are_those_of_the_contract(self) -> None:
-        assert list(class_problems(self.plugin)) == []
+        assert list(class_problems(HOST, self.plugin)) == []
         assert list(hook_methods(self.plugin)), "it hears no hook"
 
     def test_its_settings_survive_a_settings_file(self) -> None:
@@ -294,8 +293,6 @@ class PluginContract:
 
 
 def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:
-    from fundamentallm.settings import build
-    from fundamentallm.sources import Source
 
     source = Source(values={"it": dict(values)})
     build(cls, source.values["it"], source, (plugin_name(cls),))

@@ -219,7 +219,7 @@ def test_show_prints_toml_that_composes_to_the_same_with_the_place_of_each_value
     assert lines["log_every"] == "tiny.toml:6"
     assert lines["batch_size"] == "tiny.toml:11"
     assert f"[tiny]  # {Path.cwd()}/tiny.py" in ended.out
-    assert call("show", "tiny.toml").out.count("# default") == 1  # the seed
+    assert call("show", "tiny.toml").out.count("# default") == 2  # validate_first and the seed
 
 
 def test_show_takes_the_same_choices_as_train(call: Call) -> None:
@@ -368,7 +368,7 @@ def test_each_bad_end_has_a_code_of_its_own_and_says_why(call: Call, kind: str, 
         assert f"{Path.cwd()}/trouble.py" in line, "and who brings it"
 
 
-def test_after_a_bad_end_the_newest_checkpoint_and_the_command_that_resumes_are_told(call: Call) -> None:
+def test_after_a_bad_end_what_the_plugins_advise_is_told_with_the_error(call: Call) -> None:
     Path("late.py").write_text("""
 from fundamentallm import hookimpl, plugin
 @plugin
@@ -378,13 +378,13 @@ class Late:
     def on_step_start(self, run):
         if run.progress.step == 2:
             raise OSError("gone")
+    @hookimpl
+    def on_train_end(self, run):
+        run.error.add_note("saved: step 2")
 """)
     ended = call("train", "tiny.toml", "--plugin", "saver.py", "--plugin", "late.py")
     assert ended.code == 7
-    here = Path.cwd() / "runs/tiny"
-    assert ended.err.splitlines()[1] == (
-        f"the newest finite checkpoint is {here}/checkpoints/step-00000002; resume with: fundamentallm resume {here}"
-    )
+    assert ended.err.splitlines()[-1] == "saved: step 2"
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,7 @@ from fundamentallm import (
     state,
     table,
 )
-from fundamentallm.settings import build, plain
-from fundamentallm.sources import Source, read
+from plugtable import Source, build, plain, read
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

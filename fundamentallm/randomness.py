@@ -1,30 +1,10 @@
-"""What a checkpoint holds besides weights: the plugins' state and that of the random generators."""
+"""The random number generators of a run: seeded at its start, kept in every checkpoint."""
 
 from __future__ import annotations
 
 import random
 import sys
-from typing import Any, cast
-
-from fundamentallm.declare import state_fields
-
-
-def get_state(instance: object) -> dict[str, Any]:
-    """Return a plugin's checkpointed state: its ``get_state()``, or its ``state()`` fields."""
-    own = getattr(instance, "get_state", None)
-    if own is not None:
-        return cast("dict[str, Any]", own())
-    return {name: getattr(instance, name) for name in state_fields(type(instance))}
-
-
-def set_state(instance: object, kept: dict[str, Any]) -> None:
-    """Give a plugin its checkpointed state back."""
-    own = getattr(instance, "set_state", None)
-    if own is not None:
-        own(kept)
-        return
-    for name in set(state_fields(type(instance))) & set(kept):
-        setattr(instance, name, kept[name])
+from typing import Any
 
 
 def seed_random(seed: int) -> None:

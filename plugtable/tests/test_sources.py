@@ -11,7 +11,8 @@ import tomli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fundamentallm.sources import Key, Source, read, statement_lines
+from plugtable import Key, Source, read
+from plugtable.sources import statement_lines
 
 # ---------------------------------------------------------------------------------------------
 # Lines: a generated text knows where it states each key.

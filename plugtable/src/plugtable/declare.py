@@ -1,4 +1,4 @@
-"""What a plugin author writes: ``@plugin`` classes with ``field()`` settings and ``state()``."""
+"""What a plugin's author writes: ``@plugin`` classes with ``field()`` settings and ``state()``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import re
 import textwrap
 from itertools import pairwise
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
 import attrs
 
@@ -17,8 +17,9 @@ field = attrs.field
 
 
 def state(default: Any = None, *, factory: Any = None, init: Literal[False] = False) -> Any:
-    """Declare a field that is not a setting but training state: saved in every checkpoint and
-    restored by the core, under the plugin's instance name. Tensors and JSON values only."""
+    """Declare a field that is not a setting but state, which the application keeps and gives back
+    under the plugin's instance name: in a training run, in every checkpoint. Tensors and JSON
+    values only."""
     chosen = attrs.Factory(factory) if factory is not None else default
     return attrs.field(init=init, default=chosen, metadata={"state": True})
 
@@ -75,3 +76,21 @@ def attribute_docs(cls: type) -> dict[str, str]:
             for field, text in pairwise(lines)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}  # fmt: skip
+
+
+def get_state(instance: object) -> dict[str, Any]:
+    """Return the state of a plugin: its ``get_state()``, or its ``state()`` fields."""
+    own = getattr(instance, "get_state", None)
+    if own is not None:
+        return cast("dict[str, Any]", own())
+    return {name: getattr(instance, name) for name in state_fields(type(instance))}
+
+
+def set_state(instance: object, kept: dict[str, Any]) -> None:
+    """Give a plugin its state back."""
+    own = getattr(instance, "set_state", None)
+    if own is not None:
+        own(kept)
+        return
+    for name in set(state_fields(type(instance))) & set(kept):
+        setattr(instance, name, kept[name])

@@ -1,0 +1,95 @@
+"""What flows through a run: micro-batches from a data source, and the count of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+
+@attrs.define
+class Batch:
+    """One micro-batch, already on the run's device.
+
+    ``data`` is what ``forward`` unpacks: a tuple of tensors, or a dict of them. ``weight`` is what
+    its mean loss is a mean over (target tokens of a language model, else samples): windows and
+    validations weigh by it. ``first`` is the index of its first sample in the order of the data.
+    ``samples`` and ``tokens`` count over all processes of a run, ``weight`` in this one.
+    """
+
+    data: Any
+    weight: float
+    samples: int
+    tokens: int
+    first: int = 0
+
+
+class Data(Protocol):
+    """A data source. Data for language models also has ``vocab_size`` and ``context_length``."""
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples in one epoch, over all processes; None if the source has no epochs."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes exactly if the samples or their order would."""
+
+    def batches(self, progress: Progress) -> Iterator[Batch]:
+        """Yield micro-batches without end, from where ``progress`` stands: seek, do not replay."""
+
+    def validation(self) -> Mapping[str, Iterable[Batch]]:
+        """Return the held-out splits by name (``"val"``); the same batches at every call."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of some ids; of ids that are no text by themselves, what can be read."""
+
+
+@attrs.define
+class Progress:
+    """How far the run is. Everything that follows a schedule is a function of this."""
+
+    step: int = 0
+    """Attempted updates."""
+    applied: int = 0
+    """Updates that changed weights."""
+    microbatches: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Training time, over all the processes that continued this run."""
+    lr: float = 0.0
+    """The learning rate of the last update, in the first parameter group."""
+    closed: bool = True
+    """Whether the last step was validated and logged as far as was due; a signal may prevent it."""
+    epoch_samples: int | None = None
+    before: tuple[int, int, float] = (0, 0, 0.0)
+    """Samples, tokens and seconds as they stood before the last step."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data; 0.0 where the source has no epochs."""
+        return self.samples / self.epoch_samples if self.epoch_samples else 0.0
+
+    def advance(self, window: list[Batch], applied: bool, seconds: float) -> None:
+        """Count one attempted step."""
+        self.before = (self.samples, self.tokens, self.seconds)
+        self.step += 1
+        self.applied += applied
+        self.microbatches += len(window)
+        for batch in window:
+            self.samples += batch.samples
+            self.tokens += batch.tokens
+        self.seconds += seconds

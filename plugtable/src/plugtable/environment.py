@@ -1,0 +1,40 @@
+"""What a composition ran in: versions, machine, command and commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+from plugtable.composing import Composed
+
+
+def environment(composed: Composed, distributions: Iterable[str] = ()) -> dict[str, Any]:
+    """Describe what besides its settings a composition depends on, in JSON values.
+
+    ``distributions`` are those whose versions matter besides the plugins' own.
+    """
+    versions = ("plugtable", "pluggy", *distributions)
+    return {
+        "versions": {name: metadata.version(name) for name in versions},
+        "plugins": composed.brought,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "started": time.time(),
+        "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
+    }
+
+
+def _git(*words: str) -> str | None:
+    try:
+        command = ["git", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

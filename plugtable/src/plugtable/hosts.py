@@ -1,0 +1,119 @@
+"""The application that plugins belong to, and what a plugin's hooks must be to fit it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from plugtable.sources import Source
+from plugtable.structure import suggest
+
+Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
+
+
+def kind(hook: str) -> Kind:
+    """Tell the kind of a hook from its name, as good names do.
+
+    ``on_…`` and ``settle_…`` are events, ``adapt_…``, ``edit_…`` and ``finish_…`` edits,
+    ``judge_…`` and ``…_factor`` votes; all others are exclusive.
+    """
+    if hook.startswith(("on_", "settle_")):
+        return "event"
+    if hook.startswith(("adapt_", "edit_", "finish_")):
+        return "edit"
+    return "vote" if hook.startswith("judge_") or hook.endswith("_factor") else "exclusive"
+
+
+def _nothing_more(_: Source, __: Mapping[str, Any]) -> None:
+    """Check nothing."""
+
+
+@attrs.frozen(kw_only=True)
+class Host:
+    """An application that plugins extend."""
+
+    name: str
+    """Of the application, of its entry-point group and of its pluggy markers."""
+    hooks: type
+    """The class whose methods specify the hooks, each marked by a ``HookspecMarker``."""
+    kind: Callable[[str], Kind] = kind
+    """What a hook is: exclusive (one answers; wrappers may surround it), vote (everyone answers),
+    event (everyone hears), edit (everyone changes the same thing, in a declared order)."""
+    table: type
+    """The class that describes the application's own table."""
+    error: Callable[[list[str]], Exception]
+    """Makes the exception that is raised with the mistakes that were found."""
+    required: tuple[str, ...] = ()
+    """Exclusive hooks that have no default."""
+    known: Mapping[str, str] = attrs.field(factory=dict)
+    """Name -> distribution of the plugins to suggest where they are not installed."""
+    check: Callable[[Source, Mapping[str, Any]], None] = _nothing_more
+    """Notes in the source what else is wrong with the built plugins and the own table together."""
+    to_the_end: tuple[str, ...] = ()
+    """Events that every plugin hears even if one before it raised; the first error follows."""
+    fatal: tuple[type[Exception], ...] = ()
+    """What also an observer may raise."""
+    own: str = "run"
+    """The name of the application's own table."""
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hooks, in the order in which their class states them."""
+        return tuple(name for name in vars(self.hooks) if not name.startswith("_"))
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Names that no plugin may have."""
+        return (self.own, "plugins", "extends", "core")
+
+
+def hook_methods(host: Host, cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the name, options and function of every method marked as a hook."""
+    for name, function in inspect.getmembers(cls, inspect.isroutine):
+        if options := getattr(function, f"{host.name}_impl", None):
+            yield options.get("specname") or name, options, function
+
+
+def answering(host: Host, plugins: Mapping[str, object]) -> dict[str, list[str]]:
+    """Return for each hook the names of the plugins that answer it, wrappers aside."""
+    answers: dict[str, list[str]] = {}
+    for name, instance in plugins.items():
+        for hook, options, _ in hook_methods(host, type(instance)):
+            if hook in host.hook_names and not options["wrapper"]:
+                answers.setdefault(hook, []).append(name)
+    return answers
+
+
+def class_problems(host: Host, cls: type) -> Iterator[str]:
+    """Yield what is wrong with the hooks of one plugin class."""
+    hooks = host.hook_names
+    methods = {name: method for name, *method in hook_methods(host, cls)}
+    for name in (hook for hook in hooks if hasattr(cls, hook) and hook not in methods):
+        yield f"method {name} is named like a hook but lacks @hookimpl"
+    for name, (options, function) in methods.items():
+        if name in hooks:
+            known = list(inspect.signature(getattr(host.hooks, name)).parameters)
+            yield from _wrapper_problems(name, host.kind(name), options, function)
+            yield from _argument_problems(name, function, known)
+        else:
+            yield f"there is no hook {name!r}{suggest(name, hooks)}"
+
+
+def _wrapper_problems(
+    name: str, kind: Kind, options: Mapping[str, Any], function: Any
+) -> Iterator[str]:
+    if options["wrapper"] and kind != "exclusive":
+        yield f"{name} cannot be wrapped: only exclusive hooks can"
+    if options["wrapper"] != inspect.isgeneratorfunction(function):
+        yield f"{name}: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may"
+
+
+def _argument_problems(name: str, function: Any, known: list[str]) -> Iterator[str]:
+    for word, parameter in inspect.signature(function).parameters.items():
+        if word not in known:
+            yield f"{name} has no argument {word!r}; known: {', '.join(known[1:])}"
+        elif parameter.default is not parameter.empty or parameter.kind.name == "KEYWORD_ONLY":
+            yield f"{name} would never get {word!r}: take it by position and without default"

@@ -1,0 +1,70 @@
+"""Pieces of a command line: others' commands, options for settings, settings with their origins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plugtable.composing import Composed
+from plugtable.structure import written
+
+
+class Commands(click.Group):
+    """An application's own commands and those of installed distributions, loaded when called."""
+
+    def __init__(self, *, entries: str, **options: Any) -> None:
+        """``entries`` is the entry-point group that distributions offer commands in."""
+        super().__init__(**options)
+        self.offered_in = entries
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(context), *self._entries()})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Return a command, loaded if it is another distribution's."""
+        own, entry = super().get_command(context, name), self._entries().get(name)
+        return entry.load() if own is None and entry else own
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands without loading them: the help of an entry is its distribution's."""
+        by = {n: entry.dist.name if entry.dist else "?" for n, entry in self._entries().items()}
+        own = {name: command.get_short_help_str(90) for name, command in self.commands.items()}
+        rows = [(name, own.get(name, f"({by.get(name)})")) for name in self.list_commands(context)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _entries(self) -> dict[str, metadata.EntryPoint]:
+        return {e.name: e for e in metadata.entry_points(group=self.offered_in)}
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every command takes that reads a settings file."""
+    for option in (
+        click.option("--no-plugin", "remove", multiple=True, help="Leave a plugin out."),
+        click.option("--plugin", "add", multiple=True, help="Add a plugin to the list."),
+        click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML."),
+        click.argument("settings", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+def described(composed: Composed) -> list[str]:
+    """Return the settings as TOML lines, each value with its origin as a comment."""
+    tables = composed.tables
+    lines = [_line(composed, ("plugins",), tables.pop("plugins"))]
+    for name, table in tables.items():
+        who = composed.brought.get(name)
+        lines += ["", f"[{name}]" + (f"  # {who}" if who else "")]
+        lines += [_line(composed, (name, key), value) for key, value in table.items()]
+    return lines
+
+
+def _line(composed: Composed, key: tuple[str, ...], value: Any) -> str:
+    stated = composed.source.origins.get(key)
+    return f"{key[-1]} = {written(value)}  # {stated.place if stated else 'default'}"

@@ -1,0 +1,228 @@
+"""A host of its own: nothing in plugtable depends on what its first application does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pluggy
+import pytest
+
+import plugtable
+
+README = Path(__file__).parent.parent / "README.md"
+hookspec, hookimpl = pluggy.HookspecMarker("cook"), pluggy.HookimplMarker("cook")
+
+
+class Burnt(Exception):
+    pass
+
+
+class Hooks:
+    @hookspec(firstresult=True)
+    def taste(self, dish: str) -> str:
+        """Exclusive: say what it tastes of."""
+
+    @hookspec
+    def edit_dish(self, dish: list[str]) -> None:
+        """Edit: add to it."""
+
+    @hookspec
+    def on_served(self, dish: str) -> None:
+        """Event: it is on the table."""
+
+
+@plugtable.plugin
+class Kitchen:
+    """The [kitchen] table."""
+
+    stoves: int = plugtable.field(default=1, validator=attrs.validators.ge(1))
+
+
+def host(**more):
+    return plugtable.Host(
+        name="cook", hooks=Hooks, table=Kitchen, error=lambda found: Burnt("\n".join(found)),
+        own="kitchen", **more,
+    )  # fmt: skip
+
+
+def composed(*plugins, settings=None, **more):
+    source = plugtable.read({"plugins": [], **(settings or {})})
+    return plugtable.compose(host(**more), source, plugins=plugins)
+
+
+def frozen(*plugins, around=None, **more):
+    made = composed(*plugins, **more)
+    registry = plugtable.register(made.host, made, {"taste": hookimpl(lambda dish: "nothing")})
+    return plugtable.freeze(made.host, registry, around)
+
+
+@plugtable.plugin
+class Salt:
+    """Adds salt."""
+
+    after = ("pepper",)
+    grams: float = 1.0
+
+    @hookimpl
+    def edit_dish(self, dish):
+        dish.append("salt")
+
+
+@plugtable.plugin
+class Pepper:
+    """Adds pepper."""
+
+    @hookimpl
+    def edit_dish(self, dish):
+        dish.append("pepper")
+
+    @hookimpl
+    def taste(self):
+        return "fire"
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "greet.py").write_text(example)
+    done = subprocess.run([sys.executable, "greet.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("WORLD?\n" * 3, "")
+
+
+def test_the_own_table_has_the_name_that_the_host_gives_it():
+    made = composed(settings={"kitchen": {"stoves": 3}})
+    assert made.own.stoves == 3
+    assert made.tables == {"plugins": [], "kitchen": {"stoves": 3}}
+    with pytest.raises(Burnt, match=r"kitchen\.stovs: unknown setting \(did you mean 'stoves'"):
+        composed(settings={"kitchen": {"stovs": 3}})
+
+
+def test_a_table_named_run_is_unknown_to_a_host_that_calls_its_own_otherwise():
+    with pytest.raises(Burnt, match="run: unknown table"):
+        composed(settings={"run": {}})
+
+
+def test_edits_run_in_their_declared_order_whatever_the_list():
+    for plugins in ((Salt(), Pepper()), (Pepper(), Salt())):
+        dish = []
+        frozen(*plugins).edit_dish(dish=dish)
+        assert dish == ["pepper", "salt"]
+
+
+def test_a_plugin_answers_in_place_of_the_default():
+    assert frozen().taste(dish="soup") == "nothing"
+    assert frozen(Pepper()).taste(dish="soup") == "fire"
+
+
+def test_a_hook_that_nobody_hears_is_false_and_can_be_called():
+    hooks = frozen()
+    assert not hooks.on_served
+    assert hooks.on_served(dish="soup") == []
+
+
+def test_what_is_missing_is_told_together():
+    with pytest.raises(Burnt, match="taste: no plugin answers"):
+        composed(Salt(), required=("taste",))
+
+
+def test_the_host_s_own_check_sees_everything_that_was_built():
+    seen = {}
+    composed(Salt(), check=lambda source, built: seen.update(built))
+    assert seen.keys() == {"salt", "kitchen"}
+    with pytest.raises(Burnt, match=r"salt\.grams: too much"):
+        composed(Salt(), check=lambda source, _: source.blame(("salt", "grams"), "too much"))
+
+
+def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
+    @plugtable.plugin
+    class Critic:
+        observer = True
+        error: type = ValueError
+        heard: int = 0
+
+        @hookimpl
+        def on_served(self):
+            self.heard += 1
+            raise self.error("bland")
+
+    critic = Critic()
+    hooks = frozen(critic, fatal=(Burnt,))
+    hooks.on_served(dish="soup")
+    hooks.on_served(dish="soup")
+    assert critic.heard == 1
+    assert "critic failed and is muted from now on" in caplog.text
+    with pytest.raises(Burnt):
+        frozen(Critic(error=Burnt), fatal=(Burnt,)).on_served(dish="soup")
+
+
+def test_events_named_by_the_host_are_heard_to_the_end():
+    heard = []
+
+    @plugtable.plugin
+    class Breaks:
+        @hookimpl
+        def on_served(self):
+            raise KeyError("plate")
+
+    @plugtable.plugin
+    class Hears:
+        @hookimpl
+        def on_served(self):
+            heard.append(1)
+
+    with pytest.raises(KeyError):
+        frozen(Breaks(), Hears()).on_served(dish="soup")
+    assert heard == []
+    with pytest.raises(KeyError):
+        frozen(Breaks(), Hears(), to_the_end=("on_served",)).on_served(dish="soup")
+    assert heard == [1]
+
+
+def test_every_call_can_be_timed_around():
+    seen = []
+
+    def around(plugin, hook, call):
+        def timed(**given):
+            seen.append((plugin, hook))
+            return call(**given)
+
+        return timed
+
+    hooks = frozen(Salt(), Pepper(), around=around)
+    hooks.edit_dish(dish=[])
+    hooks.taste(dish="soup")
+    assert seen == [("pepper", "edit_dish"), ("salt", "edit_dish"), ("pepper", "taste")]
+
+
+def test_an_error_is_blamed_on_the_plugin_that_raised_it():
+    @plugtable.plugin
+    class Drops:
+        @hookimpl
+        def on_served(self):
+            raise KeyError("plate")
+
+    made = composed(Drops())
+    registry = plugtable.register(made.host, made, {})
+    try:
+        plugtable.freeze(made.host, registry).on_served(dish="soup")
+    except KeyError as error:
+        said = plugtable.blame(error, registry, made.brought)
+    assert said.startswith("plugin 'drops' (")
+    assert "failed in on_served: KeyError('plate'), at " in said
+    assert plugtable.blame(KeyError("elsewhere"), registry, made.brought) is None
+
+
+def test_the_kind_of_a_hook_is_in_its_name():
+    kinds = {name: plugtable.kind(name) for name in ("on_x", "settle_x", "adapt_x", "edit_x",
+             "finish_x", "judge_x", "x_factor", "x")}  # fmt: skip
+    assert list(kinds.values()) == ["event"] * 2 + ["edit"] * 3 + ["vote"] * 2 + ["exclusive"]
+
+
+def test_the_environment_says_what_a_composition_ran_in():
+    around = plugtable.environment(composed(Salt()), ("attrs",))
+    assert around["versions"].keys() == {"plugtable", "pluggy", "attrs"}
+    assert "salt" in around["plugins"]
+    assert around["command"] == sys.argv
