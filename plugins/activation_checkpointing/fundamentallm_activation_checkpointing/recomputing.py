@@ -1,0 +1,82 @@
+"""Blocks that keep what goes into them, and run again in the backward pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from fundamentallm import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from fundamentallm_activation_checkpointing import ActivationCheckpointing
+
+# Compared by name: an operator that this build of torch does not have is no mistake.
+_PRODUCTS = frozenset(
+    f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
+)
+_ATTENTION = "scaled_dot_product"
+
+
+def recompute(
+    blocks: dict[str, nn.Module], settings: ActivationCheckpointing, plugin: str
+) -> None:
+    """Replace the ``forward`` of the blocks in place; names and parameters stay what they are.
+
+    Raises ``SettingsError`` for a block that would not be the same if it ran twice.
+    """
+    options = {}
+    if settings.mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, choose)
+    chosen = list(blocks.items())[:: settings.every]
+    for name, block in chosen:
+        _check(name, block, plugin)
+    for _, block in chosen:
+        # A partial of a bound method, since a closure would stay bound to this very block when
+        # somebody copies the model.
+        block.forward = partial(_run, block.forward, options)
+
+
+def choose(context: object, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """Say whether a result is kept: those of matrix products and attention are."""
+    name = operator.name()
+    if name in _PRODUCTS or (_ATTENTION in name and not _drops(inputs, options)):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether an attention draws random numbers: the only number among its inputs says so.
+
+    If its result were kept, the second run would not draw them, and whatever draws after it would
+    get others than in the first.
+    """
+    numbers = [value for value in inputs if isinstance(value, float)]
+    return any([*numbers, options.get("dropout_p", 0.0)])
+
+
+def _run(
+    forward: Callable[..., Any], options: dict[str, Any], /, *inputs: Any, **named: Any
+) -> Any:
+    if not torch.is_grad_enabled():  # nothing is kept for a backward pass that never comes
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options, **named)
+
+
+def _check(name: str, block: nn.Module, plugin: str) -> None:
+    for inner, module in block.named_modules(prefix=name):
+        if getattr(module, "track_running_stats", False):
+            raise SettingsError(
+                f"{plugin}: {inner} is a {type(module).__name__}, and running it again would "
+                f"update its running statistics twice; leave its block out of {plugin}.blocks"
+            )
