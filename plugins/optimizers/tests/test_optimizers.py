@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -16,9 +16,15 @@ from torch import Tensor, nn, optim
 
 from fundamentallm import Run, SettingsError, compose, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_optimizers import SGD, Adam, AdamW, Group
+from fundamentallm_optimizers import SGD, Adafactor, Adam, AdamW, Group, Muon, Rest
+from fundamentallm_optimizers.together import Together
 
-Make = Callable[[dict[str, nn.Parameter]], optim.Optimizer]
+
+class Steps(Protocol):
+    def step(self) -> Any: ...
+
+
+Make = Callable[[dict[str, nn.Parameter]], Steps]
 
 
 class TestAdamWContract(PluginContract):
@@ -32,6 +38,14 @@ class TestAdamContract(PluginContract):
 class TestSGDContract(PluginContract):
     plugin = SGD
     needs = {"lr": 0.01}
+
+
+class TestMuonContract(PluginContract):
+    plugin = Muon
+
+
+class TestAdafactorContract(PluginContract):
+    plugin = Adafactor
 
 
 @plugin
@@ -62,6 +76,40 @@ def by_dimension(named: dict[str, nn.Parameter], weight_decay: float) -> list[di
         {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+class ByHand:
+    """Optimizers of PyTorch that are stepped one by one."""
+
+    def __init__(self, *optimizers: optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    def step(self) -> None:
+        for one in self.optimizers:
+            one.step()
+
+
+def muon(named: dict[str, nn.Parameter]) -> ByHand:
+    matrices = [p for p in named.values() if p.ndim == 2]
+    others = [p for p in named.values() if p.ndim != 2]
+    return ByHand(
+        optim.Muon(matrices, 6e-4, 0.1, adjust_lr_fn="match_rms_adamw"),
+        optim.AdamW(others, 6e-4, (0.9, 0.95), weight_decay=0.0, fused=True),
+    )
+
+
+def muon_in_another_way(named: dict[str, nn.Parameter]) -> ByHand:
+    return ByHand(
+        optim.Muon([named["hidden.weight"]], 0.02, 0.3, momentum=0.9, nesterov=False, ns_steps=3,
+                   eps=1e-6, adjust_lr_fn="original"),
+        optim.AdamW(
+            [
+                {"params": [named["hidden.bias"]], "weight_decay": 0.05},
+                {"params": [named["out.weight"], named["out.bias"]], "lr": 0.0015,
+                 "weight_decay": 0.7},
+            ],
+            0.003, (0.8, 0.99), 1e-6),
+    )  # fmt: skip
 
 
 SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
@@ -112,6 +160,24 @@ SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
                 {"params": [named["hidden.bias"]], "lr": 0.3, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.95), fused=True),
+    ),
+    "muon as it is": (Muon, {}, muon),
+    "muon with everything else": (
+        Muon,
+        {"lr": 0.02, "momentum": 0.9, "nesterov": False, "ns_steps": 3, "eps": 1e-6,
+         "adjust_lr_fn": "original", "weight_decay": 0.3, "decay": "all", "fused": False,
+         "matrices": ["hidden.*"],
+         "adamw": Rest(lr=0.003, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.05),
+         "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.7)]},
+        muon_in_another_way,
+    ),
+    "adafactor as it is": (Adafactor, {}, lambda named: optim.Adafactor(named.values())),
+    "adafactor with everything else": (
+        Adafactor,
+        {"lr": 0.05, "beta2_decay": -0.5, "eps1": 1e-6, "eps2": 1e-2, "clip_threshold": 2.0,
+         "weight_decay": 0.3, "foreach": True},
+        lambda named: optim.Adafactor(
+            by_dimension(named, 0.3), 0.05, -0.5, (1e-6, 1e-2), 2.0, foreach=True),
     ),
 }  # fmt: skip
 
@@ -206,39 +272,40 @@ EACH: dict[str, Callable[[], object]] = {
     "adamw, not fused": lambda: AdamW(fused=False),
     "adam": Adam,
     "sgd": lambda: SGD(lr=0.1, momentum=0.9, weight_decay=0.1),
+    "muon": Muon,
+    "adafactor": lambda: Adafactor(weight_decay=0.1),
 }
 
 
 @plugin
 class Unfreeze:
-    """Unfreezes the frozen layer before step 4."""
+    """Unfreezes the frozen layer before step 4, and looks at it until then."""
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        self.initial = [p.detach().clone() for p in run.model.frozen.parameters()]
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
         if run.progress.step == 3:
+            layer = list(run.model.frozen.parameters())
+            assert set(layer) <= {p for g in run.optimizer.param_groups for p in g["params"]}
+            assert set(layer).isdisjoint(p for p, state in run.optimizer.state.items() if state)
+            assert all(p.equal(old) for p, old in zip(layer, self.initial, strict=True))
             run.model.requires_grad_(requires_grad=True)
 
 
 @pytest.mark.parametrize("case", EACH)
-@pytest.mark.parametrize("groups", [[], [Group(pattern="frozen.*", lr=0.05)]])
 def test_frozen_parameters_rest_without_state_until_they_are_unfrozen(
-    tiny_run: TinyRun, tmp_path: Path, case: str, groups: list[Group]
+    tiny_run: TinyRun, case: str
 ) -> None:
-    def trained(*plugins: object) -> Run:
-        optimizer: Any = EACH[case]()
-        optimizer.groups = groups
-        folder = tmp_path / str(len(plugins))
-        return tiny_run(model(Net), optimizer, *plugins, length=6, run_dir=folder)
-
-    run, later = trained(), trained(Unfreeze())
-    torch.manual_seed(run.seed_for("model"))
-    initial = Net().frozen
-    assert run.model.frozen.weight.equal(initial.weight)  # not decayed either
-    assert run.model.frozen.bias.equal(initial.bias)
-    assert not later.model.frozen.weight.equal(initial.weight)
-    frozen = set(run.model.frozen.parameters())
-    assert frozen.isdisjoint(p for p, state in run.optimizer.state.items() if state)
-    assert frozen <= {p for group in run.optimizer.param_groups for p in group["params"]}
+    optimizer: Any = EACH[case]()
+    optimizer.groups = [Group(pattern="frozen.*", lr=0.05)]
+    unfreeze = Unfreeze()
+    run = tiny_run(model(Net), optimizer, unfreeze, length=6)
+    layer = list(run.model.frozen.parameters())
+    assert not any(p.equal(old) for p, old in zip(layer, unfreeze.initial, strict=True))
+    assert all(run.optimizer.state[p] for p in layer)
 
 
 def test_an_unfrozen_parameter_is_trained_as_plain_torch_would_from_then_on(
@@ -290,7 +357,7 @@ def test_a_shared_parameter_goes_by_any_of_its_names(tiny_run: TinyRun) -> None:
 PATTERNS = ["*", "*.bias", "blocks.*", "blocks.1.*", "norm.*", "*.weight", "head.weight", "e?bed.*"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.sampled_from(PATTERNS), max_size=4), st.sampled_from(["matrices", "all"]))
 def test_whatever_the_groups_each_parameter_is_in_one(
     tmp_path_factory: pytest.TempPathFactory, patterns: list[str], decay: Any
@@ -394,3 +461,136 @@ def test_wrong_settings_are_told_before_anything_starts(
     with pytest.raises(SettingsError) as caught:
         compose({"plugins": [name], "run": {"length": 1}, name: table})
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
+
+
+class Words(Net):
+    """A model with an embedding, a head, a norm and matrices between them."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+        self.lm_head = nn.Linear(8, 8, bias=False)
+        self.head = self.lm_head
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        hidden = inputs @ self.embed.weight
+        for block in self.blocks:
+            hidden = hidden + block(hidden).relu()
+        out = self.lm_head(self.norm(hidden))
+        return nn.functional.mse_loss(out.mean(1, keepdim=True), targets)
+
+
+def trained_by(run: Run, part: type[optim.Optimizer]) -> set[str]:
+    """Return the names of the parameters that one of the optimizers trains."""
+    assert isinstance(run.optimizer, Together)
+    (one,) = [one for one in run.optimizer.parts if type(one) is part]
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    return {names[id(p)] for group in one.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_trains_matrices_but_neither_embeddings_nor_heads(
+    tiny_run: TinyRun, tied: bool
+) -> None:
+    run = tiny_run(model(lambda: Words(tied=tied)), Muon(), length=2)
+    matrices = {"blocks.0.weight", "blocks.1.weight", "frozen.weight"}
+    assert trained_by(run, optim.Muon) == matrices
+    every = {name for name, _ in run.model.named_parameters()}
+    assert trained_by(run, optim.AdamW) == every - matrices
+
+
+def test_patterns_choose_muons_matrices_and_biases_stay_with_adamw(tiny_run: TinyRun) -> None:
+    run = tiny_run(model(Words), Muon(matrices=["blocks.1.*", "embed.*"]), length=2)
+    assert trained_by(run, optim.Muon) == {"blocks.1.weight", "embed.weight"}
+    assert "blocks.1.bias" in trained_by(run, optim.AdamW)
+
+
+def test_a_model_of_matrices_alone_needs_no_adamw(tiny_run: TinyRun) -> None:
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 1, bias=False)
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.mse_loss(self.layer(inputs), targets)
+
+    assert type(tiny_run(model(Line), Muon(), length=2).optimizer) is optim.Muon
+
+
+def test_patterns_without_a_matrix_are_told_with_the_reason(tiny_run: TinyRun) -> None:
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(model(Words), Muon(matrices=["block.*", "blocks.*", "*.bias"]), length=1)
+    missing, flat = caught.value.problems
+    assert "muon.matrices.0: 'block.*' matches no parameter" in missing
+    assert "muon.matrices.2: '*.bias' matches only parameters of other than two" in flat
+
+
+def test_a_model_without_matrices_is_told_to_do_without_muon(tiny_run: TinyRun) -> None:
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(8))
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.mse_loss((inputs * self.gain).sum(1, keepdim=True), targets)
+
+    with pytest.raises(SettingsError, match="muon: the model has no matrix for Muon"):
+        tiny_run(model(Line), Muon(), length=1)
+
+
+def test_a_torch_without_muon_is_told_with_the_version_that_has_it(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(optim, "Muon")
+    with pytest.raises(SettingsError, match=r"muon needs PyTorch 2\.9 or newer; this is 2"):
+        tiny_run(Muon(), length=1)
+
+
+def together() -> Together:
+    torch.manual_seed(1)
+    one, other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+    made = Together([optim.Muon([one], 0.1), optim.AdamW([other], 0.1)])
+    for parameter in (one, other):
+        parameter.grad = torch.randn_like(parameter)
+    made.step()
+    return made
+
+
+def values(optimizer: optim.Optimizer) -> list[Tensor]:
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+CHANGED: dict[str, Callable[[Together], Any]] = {
+    "as made": lambda one: one,
+    "with a state loaded": lambda one: one.load_state_dict(copy.deepcopy(one.state_dict())) or one,
+    "copied": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_groups_and_state_of_optimizers_together_are_those_of_the_parts(case: str) -> None:
+    plain, changed = together(), CHANGED[case](together())
+    groups = [group for part in changed.parts for group in part.param_groups]
+    assert all(a is b for a, b in zip(groups, changed.param_groups, strict=True))
+    assert all(part.state is changed.state for part in changed.parts)
+    for one in (plain, changed):
+        for group in one.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+            group["lr"] = 0.01
+        one.step()
+    assert all(a.equal(b) for a, b in zip(values(plain), values(changed), strict=True))
+    assert len(changed.state) == 2
+
+
+def test_optimizers_together_take_no_group_that_comes_later() -> None:
+    with pytest.raises(TypeError, match="add the group to one of the optimizers"):
+        together().add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_a_closure_is_called_once() -> None:
+    calls: list[int] = []
+    assert together().step(lambda: calls.append(1) or 7.0) == 7.0
+    assert calls == [1]
