@@ -25,9 +25,9 @@ class Jsonl:
     """Append every row of metrics to ``metrics.jsonl`` in the run folder, as a line of JSON.
 
     A line holds ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
-    ``metrics`` by name. It is written at once and whole; a resumed run drops the lines of steps
-    that it makes again, so that no step is there twice. A run that starts anew where rows are
-    already keeps them in a file beside.
+    ``metrics`` by name. It is written at once and whole; a run that is resumed or goes back drops
+    the lines of steps that it makes again, so that no step is there twice. A run that starts anew
+    where rows are already keeps them in a file beside.
     """
 
     _file: int | None = field(init=False, default=None)
@@ -41,10 +41,14 @@ class Jsonl:
             path = run.folder / FILE
             if run.progress.step == 0 and path.exists():
                 set_aside(path)
-            if path.exists():
-                drop_rows_after(run.progress.step, path)
-            # Appending, so that one write puts the whole line at the end, whoever else writes.
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._open(run)
+
+    @hookimpl
+    def on_rewind(self, run: Run) -> None:
+        """Drop the rows of the steps that have become void."""
+        if self._file is not None:
+            self.on_train_end()
+            self._open(run)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
@@ -58,8 +62,15 @@ class Jsonl:
     def on_train_end(self) -> None:
         """Close the file."""
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None
+            os.close(file)
+
+    def _open(self, run: Run) -> None:
+        path = run.folder / FILE
+        if path.exists():
+            drop_rows_after(run.progress.step, path)
+        # Appending, so that one write puts the whole line at the end, whoever else writes.
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
 
 def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:

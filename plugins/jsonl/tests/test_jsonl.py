@@ -154,6 +154,38 @@ def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> N
     assert path.stat().st_ino == before[1]
 
 
+@plugin
+class GoesBack(Memory):
+    """Goes back from a later step, once."""
+
+    later: int = 0
+
+    @hookimpl
+    def judge_step(self, run: Run) -> str | None:
+        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
+            return None
+        run.rewind("latest")
+        return "go back"
+
+
+def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun) -> None:
+    seen: list[list[int]] = []
+
+    @plugin
+    class Reads:
+        @hookimpl
+        def on_step_start(self, run: Run) -> None:
+            seen.append([row["step"] for row in rows(run.folder)])
+
+    run = tiny_run(GoesBack(step=3, later=6), Reads(), Jsonl(), length=7, log_every=1)
+    assert [len(steps) for steps in seen] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
+    found = rows(run.folder)
+    assert [row["step"] for row in found] == list(range(1, 8))
+    assert [{"step": row["step"], **row["metrics"]} for row in found] == run.history
+    assert [row["tokens"] for row in found] == [4, 8, 12, 28, 32, 36, 40]
+    assert sorted(p.name for p in run.folder.iterdir() if "jsonl" in p.name) == ["metrics.jsonl"]
+
+
 KILLED = """
 import os
 from pathlib import Path
