@@ -31,10 +31,11 @@ def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
-def resume(run: Path, overrides: tuple[str, ...]) -> None:
-    """Continue the run in folder RUN from its newest sound checkpoint."""
+@click.option("--from", "at", help="step-00000500, best or latest, in place of the newest sound.")
+def resume(run: Path, overrides: tuple[str, ...], at: str | None) -> None:
+    """Continue the run in folder RUN from a checkpoint."""
     from fundamentallm.launch import recorded
-    _train(recorded(run, overrides), run)
+    _train(recorded(run, overrides), run, at)
 
 
 @cli.command()
@@ -44,13 +45,13 @@ def show(settings: Path, **choice: Any) -> None:
     click.echo("\n".join(plugtable.described(compose(settings, **choice))))
 
 
-def _train(composed: Composed, run_dir: Path | None) -> None:
+def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from fundamentallm.launch import train as launch
     from fundamentallm.record import new_folder
 
     folder = run_dir or new_folder(composed)
-    run = launch(composed, run_dir=folder)
+    run = launch(composed, run_dir=folder, at=at)
     click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
     if run.outcome == "interrupted":
         click.echo(f"resume with: fundamentallm resume {folder}", err=True)

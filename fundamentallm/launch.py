@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,6 @@ from plugtable import blame, freeze, register
 if TYPE_CHECKING:
     from pluggy import PluginManager
 
-    from fundamentallm.hookspecs import Hooks
-
 log = logging.getLogger("fundamentallm")
 ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
@@ -36,18 +34,19 @@ def train(
     plugins: Sequence[object] = (),
     overrides: Iterable[str] = (),
     run_dir: Path | str | None = None,
-    trace: Callable[[Hooks], Hooks] | None = None,
+    at: str | None = None,
 ) -> Run:
     """Train as ``settings`` say and return the finished run; raises a ``FundamentalError``.
 
     ``settings`` is a TOML file or the same as a dict; ``plugins`` are objects to use beside the
     listed ones; ``overrides`` are strings such as ``"run.length=100"``. ``run_dir`` starts that
-    run or continues it; without it a new folder is made. ``trace`` may replace the bound hooks.
+    run or continues it, from its newest checkpoint or the one that ``at`` names (see ``load_run``);
+    without it a new folder is made.
     """
     if not isinstance(settings, Composed):
         settings = compose(settings, overrides=overrides, plugins=plugins)
     run, registry = prepare(settings, run_dir)
-    run.hook = trace(run.hook) if trace else run.hook
+    run.wanted_checkpoint = at
     with locked(run.folder):
         try:
             with signals(run), told(registry, settings.brought):
@@ -59,7 +58,7 @@ def train(
             done = run.progress.closed and run.settings.length.reached(run.progress)
             run.outcome = "finished" if done else "interrupted" if run.signal else "stopped"
         except KeyboardInterrupt:
-            run.signal, run.outcome = signal.SIGINT, "interrupted"
+            run.signal, run.outcome = run.signal or signal.SIGINT, "interrupted"
         except BaseException as error:
             run.error = error
             raise

@@ -46,6 +46,7 @@ def log_row(run: Run, validated: dict[str, float]) -> None:
     means["train/tokens"] = float(run.progress.tokens)
     metrics = means | validated
     run.history.append({"step": run.progress.step, **metrics})
+    del run.history[:-5000]  # a long run must not fill the memory; loggers have all rows
     run.hook.on_log(run=run, metrics=metrics)
     for name in ("train/loss", *validated):
         if not math.isfinite(metrics.get(name, 0.0)):

@@ -38,7 +38,7 @@ class Run:
     calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches that have
     targets and their detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"``
     or the split being validated. ``ending`` is true from the moment it is clear that no further
-    step follows. ``tables`` are the settings as TOML would state them.
+    step follows. ``tables`` are the settings as TOML states them, ``history`` the last 5,000 rows.
     """
 
     data: Data

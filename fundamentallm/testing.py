@@ -178,14 +178,26 @@ def tiny_run(tmp_path: Path) -> TinyRun:
         trace: Any = None,
         **run: Any,
     ) -> Run:
-        composed = compose_tiny(*plugins, settings=settings, **run)
-        return train(composed, run_dir=run_dir or tmp_path / "run", trace=trace)
+        tracing = [] if trace is None else [Traced(trace=trace)]
+        composed = compose_tiny(*plugins, *tracing, settings=settings, **run)
+        return train(composed, run_dir=run_dir or tmp_path / "run")
 
     return start
 
 
+@plugin
+class Traced:
+    """Puts what ``trace`` makes of the bound hooks in their place, before anything is built."""
+
+    trace: Any
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        run.hook = self.trace(run.hook)
+
+
 class Recorder:
-    """Records the hook calls of a run: pass it as ``trace``.
+    """Records the hook calls of a run that follow ``on_run_start``: pass it as ``trace``.
 
     ``names`` are the hooks in the order of their calls; ``calls`` pairs them with arguments.
     """

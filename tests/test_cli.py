@@ -102,7 +102,8 @@ class Saver:
     @hookimpl
     def read_checkpoint(self, run):
         import torch
-        saved = sorted(run.folder.glob("checkpoints/step-*"))
+        wanted = run.wanted_checkpoint
+        saved = sorted(run.folder.glob(f"checkpoints/{wanted or 'step-*'}"))
         return torch.load(saved[-1] / "all.pt", weights_only=False) if saved else None
 '''
 
@@ -188,6 +189,15 @@ def test_train_starts_or_continues_the_run_in_a_given_folder(call: Call) -> None
     assert call(*words, "--set", "run.length=6").out.splitlines() == [
         "step 5", "step 6", "finished after 6 steps: mine",
     ]  # fmt: skip
+
+
+def test_resume_goes_on_from_the_checkpoint_that_is_asked_for(call: Call) -> None:
+    call("train", "tiny.toml", "--plugin", "./saver.py")
+    steps = call("resume", "runs/tiny", "--from", "step-00000002").out.splitlines()[:-1]
+    assert steps == ["step 3", "step 4"]
+    ended = call("resume", "runs/tiny", "--from", "step-00000009")
+    assert ended.code == 2
+    assert "there is no checkpoint to load" in ended.err
 
 
 def test_resume_continues_from_what_the_folder_records(call: Call) -> None:

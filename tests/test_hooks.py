@@ -24,7 +24,7 @@ def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
     recorder = Recorder()
     tiny_run(length=2, log_every=1, trace=recorder)
     assert recorder.names == [
-        "on_run_start", "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
+        "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
         "compile_model", "distribute_model", "build_optimizer", "read_checkpoint",
         "on_train_start",
         *STEP, "reduce_metrics", "on_log", "on_safe_point",

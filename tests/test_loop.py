@@ -545,6 +545,18 @@ def test_the_length_may_be_in_epochs_or_tokens(tiny_run, tmp_path):
     assert run.progress.epoch == 12 / 16
 
 
+def test_a_run_keeps_the_last_5000_rows_in_memory(tiny_run):
+    @plugin
+    class Fills:
+        @hookimpl
+        def on_train_start(self, run):
+            run.history += [{"step": -1}] * 6000
+
+    run = tiny_run(Fills(), length=2, log_every=1)
+    assert len(run.history) == 5000
+    assert [row["step"] for row in run.history[-3:]] == [-1, 1, 2]
+
+
 def test_time_is_counted_as_training_time(tiny_run):
     @plugin
     class SlowData(TinyData):
