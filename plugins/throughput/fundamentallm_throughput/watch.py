@@ -54,8 +54,11 @@ class Watch:
         if run.hook is self._sampling:
             self.sampled_steps += 1
             self.sampled_seconds += spent
-        # The loop takes the hooks anew at the start of a step: these are for the next.
-        run.hook = self._sampling if run.progress.step % self._every == self._turn else self._plain
+            run.hook = self._plain
+        if run.hook is self._plain and run.progress.step % self._every == self._turn:
+            # The loop takes the hooks anew at the start of a step: these are for the next. Hooks
+            # that somebody else has put there, who traces some steps, stay.
+            run.hook = self._sampling
 
     def stop(self, run: Run) -> None:
         """Time nothing any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -441,9 +442,15 @@ def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
         nonlocal found
         found += event == "call"
 
-    between = Between(
-        first=3, last=6, start=lambda: sys.setprofile(note), stop=lambda: sys.setprofile(None)
-    )
+    def start() -> None:
+        gc.disable()  # when a collection falls due is chance, and torch listens to it
+        sys.setprofile(note)
+
+    def stop() -> None:
+        sys.setprofile(None)
+        gc.enable()
+
+    between = Between(first=3, last=6, start=start, stop=stop)
     tiny_run(between, *listed, length=7, log_every=100, run_dir=folder)
     return found
 
