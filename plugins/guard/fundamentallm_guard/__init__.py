@@ -224,7 +224,7 @@ class Guard:
                                  f" often as {name}.max_rewinds allows")  # fmt: skip
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
         # The update before it may be what began it, and must be undone as well.
-        target = checkpoints.newest_sound(run, [s for s in self.checkpoints if s < began - 1])
+        target = checkpoints.newest_sound(run, self.checkpoints, began - 1)
         if target is None:
             if not self._warned:
                 log.warning("%s: there is no checkpoint to go back to from step %d: steps are"

@@ -10,7 +10,6 @@ from fundamentallm import StorageError
 from fundamentallm_guard.culprit import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from fundamentallm import Run
@@ -24,33 +23,46 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def newest_sound(run: Run, steps: Iterable[int]) -> str | None:
-    """Return the name of the newest checkpoint of ``steps`` that can be gone back to, or None.
+def newest_sound(run: Run, known: list[int], before: int) -> str | None:
+    """Return the name of the newest checkpoint from before a step that can be gone back to, or
+    None.
 
-    Each is read, as whoever keeps checkpoints reads it, until one is there, sound and without NaN
-    and infinity in its weights and the optimizer's state.
+    It is there, sound and without NaN and infinity in its weights and the optimizer's state: each
+    is read until one is. ``known`` are the steps of those that were saved; reading may add to it.
     """
-    for step in sorted(steps, reverse=True):
-        name = f"step-{step:08d}"
-        try:
-            snapshot = _read(run, name)
-        except StorageError as error:
-            log.debug("%s cannot be gone back to: %s", name, error)
-            continue
-        if snapshot is None:
+    tried: list[int] = []
+    # First of all, since whoever saves beside the steps then ends that first: which checkpoints
+    # there are must not depend on how fast a disk is.
+    name = "latest"
+    while True:
+        step = _read(run, name, tried)
+        if step is not None and step < before:
+            return f"step-{step:08d}"
+        left = [step for step in known if step < before and step not in tried]
+        if not left:
             return None
-        if _finite([snapshot["model"], snapshot["optimizer"]]):
-            return name
-        log.warning("%s holds NaN or infinity: looking for an older checkpoint", name)
-    return None
+        tried.append(max(left))
+        name = f"step-{tried[-1]:08d}"
 
 
-def _read(run: Run, name: str) -> dict[str, Any] | None:
-    before, run.wanted_checkpoint = run.wanted_checkpoint, name
+def _read(run: Run, name: str, tried: list[int]) -> int | None:
+    """Return the step of a checkpoint that is sound and finite, and note it in ``tried``."""
+    wanted, run.wanted_checkpoint = run.wanted_checkpoint, name
     try:
-        return run.hook.read_checkpoint(run=run)
+        snapshot = run.hook.read_checkpoint(run=run)
+    except StorageError as error:
+        log.debug("%s cannot be gone back to: %s", name, error)
+        return None
     finally:
-        run.wanted_checkpoint = before
+        run.wanted_checkpoint = wanted
+    if snapshot is None:
+        return None
+    step: int = snapshot["progress"]["step"]
+    tried.append(step)
+    if _finite([snapshot["model"], snapshot["optimizer"]]):
+        return step
+    log.warning("the checkpoint of step %d holds NaN or infinity: looking for an older one", step)
+    return None
 
 
 def _finite(tree: Any) -> bool:
