@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -15,8 +14,6 @@ from torch.utils.checkpoint import (
 from fundamentallm import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from fundamentallm_activation_checkpointing import ActivationCheckpointing
@@ -35,7 +32,7 @@ def recompute(
 
     Raises ``SettingsError`` for a block that would not be the same if it ran twice.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if settings.mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, choose)
     chosen = list(blocks.items())[:: settings.every]
@@ -44,7 +41,7 @@ def recompute(
     for _, block in chosen:
         # A partial of a bound method, since a closure would stay bound to this very block when
         # somebody copies the model.
-        block.forward = partial(_run, block.forward, options)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 def choose(context: object, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
@@ -63,14 +60,6 @@ def _drops(inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """
     numbers = [value for value in inputs if isinstance(value, float)]
     return any([*numbers, options.get("dropout_p", 0.0)])
-
-
-def _run(
-    forward: Callable[..., Any], options: dict[str, Any], /, *inputs: Any, **named: Any
-) -> Any:
-    if not torch.is_grad_enabled():  # nothing is kept for a backward pass that never comes
-        return forward(*inputs, **named)
-    return checkpoint(forward, *inputs, use_reentrant=False, **options, **named)
 
 
 def _check(name: str, block: nn.Module, plugin: str) -> None:
