@@ -194,6 +194,7 @@ def by_run(model: Any, folder: Path, order: str, **amp: Any) -> tuple[Run, Diary
         "grad_clip": {"max_norm": MAX_NORM},
         "lr_schedule": {"warmup": WARMUP, "decay_to": 0.1},
         "checkpoint": {"every": 1000},
+        "guard": {"nonfinite": "stop"},  # an overflow is none of its business
         "amp": {k: v for k, v in amp.items() if k != "device"},
         "run": {"log_every": 1, "validate_every": 4, "device": amp.get("device", "cpu")},
     }
