@@ -1,0 +1,74 @@
+"""Norms, ratios and histograms, computed where the tensors are; no number is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+EDGES = tuple(10.0**power for power in range(-12, 5))
+"""Limits of the histogram's bins: the first is below them all, the last from the greatest on."""
+
+
+class Weights:
+    """The trainable weights of some groups as they are now, copied, until the update is made.
+
+    Holds as much memory again as those weights.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self._groups = {
+            name: [(p, p.detach().clone()) for p in parameters if p.requires_grad]
+            for name, parameters in groups.items()
+        }
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, Tensor]:
+        """Return three 0-d tensors for every group that has gradients, by the metrics' names: of
+        its gradients and its weights the norms, and of its update that over the weights' before."""
+        found: dict[str, Tensor] = {}
+        for name, pairs in self._groups.items():
+            grads = [p.grad for p, _ in pairs if p.grad is not None]
+            if grads:
+                change = norm([p - before for p, before in pairs])
+                found[f"grad_norm/{name}"] = norm(grads)
+                found[f"weight_norm/{name}"] = norm([p for p, _ in pairs])
+                found[f"update_ratio/{name}"] = change / norm([before for _, before in pairs])
+        return found
+
+    @torch.no_grad()
+    def histograms(self) -> tuple[list[str], Tensor]:
+        """Return the groups that have gradients, and how many of their values have which size:
+        (groups, bins) int64."""
+        grads = {name: [p.grad for p, _ in pairs if p.grad is not None]
+                 for name, pairs in self._groups.items()}  # fmt: skip
+        names = [name for name, found in grads.items() if found]
+        return names, torch.stack([histogram(grads[name]) for name in names])
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the 2-norm of some tensors taken together, in float32 or better."""
+    each = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            for t in tensors]  # fmt: skip
+    total: Tensor = torch.linalg.vector_norm(torch.stack(each))
+    return total
+
+
+def histogram(tensors: Sequence[Tensor]) -> Tensor:
+    """Return how many values have an absolute value in which decade, (bins,) int64.
+
+    Zeros are in the first bin, infinity and NaN in the last.
+    """
+    # By comparison: torch.histc is not deterministic on CUDA, and bincount makes the host wait.
+    below = torch.stack([torch.stack([(t.abs() < edge).sum() for t in tensors]).sum()
+                         for edge in EDGES])  # fmt: skip
+    total = sum(t.numel() for t in tensors)
+    first, last = below.new_zeros(1), below.new_full((1,), total)
+    return torch.cat([first, below, last]).diff()
+
