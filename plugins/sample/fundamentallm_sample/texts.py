@@ -1,4 +1,7 @@
-"""From a prompt to texts: a run's tokenizer and model, and nothing of its training touched."""
+"""From a prompt to texts: a run's tokenizer and model, and nothing of its training touched.
+
+What writes are the weights that the run is validated with.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def _columns(
 ) -> Iterator[torch.Tensor]:
     choice = Choice(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
     start = torch.tensor([prompt] * how.num_samples, device=run.device)
-    with evaluating(run.model):
+    with run.hook.evaluation_weights(run=run), evaluating(run.model):
         yield from generate(run.model, start, how.max_tokens, choice, source)
 
 

@@ -85,14 +85,37 @@ class Everything:
 '''
 
 
+ONLY_X = '''
+from contextlib import contextmanager
+from fundamentallm import hookimpl, plugin
+
+
+@plugin
+class OnlyX:
+    """Validates with weights that let only the letter x follow."""
+
+    @hookimpl
+    @contextmanager
+    def evaluation_weights(self, run):
+        table = run.model.table.weight.data
+        kept = table.clone()
+        table.zero_()[:, ord("x")] = 1
+        yield
+        table.copy_(kept)
+'''
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that has learned TEXT by heart; its [sample] table says greedy."""
-    place = tmp_path_factory.mktemp("letters")
+    return trained(tmp_path_factory.mktemp("letters"))
+
+
+def trained(place: Path, *more: str) -> Path:
     (place / "everything.py").write_text(LOCAL, encoding="utf-8")
     train(
         {
-            "plugins": [str(place / "everything.py"), "sample"],
+            "plugins": [str(place / "everything.py"), *more, "sample"],
             "run": {"length": 60, "device": "cpu"},
             "sample": {"prompt": "ab", "temperature": 0, "max_tokens": 7},
         },
@@ -125,6 +148,14 @@ def test_the_same_seed_gives_the_same_text_and_no_seed_another(folder: Path) -> 
     unseeded = call(folder, *hot)
     told = unseeded.stderr.removeprefix("seed ").strip()
     assert call(folder, *hot, "--seed", told).stdout == unseeded.stdout
+
+
+def test_the_weights_of_validation_write(tmp_path: Path) -> None:
+    (tmp_path / "only_x.py").write_text(ONLY_X, encoding="utf-8")
+    run = trained(tmp_path, str(tmp_path / "only_x.py"))
+    assert call(run, "--seed", "1").stdout == "abxxxxxxx\n"
+    spoken = call(run, "--interactive", "--seed", "1", typed="e\n").stdout
+    assert "exxxxxxx\n" in spoken
 
 
 @pytest.mark.parametrize("narrow", [("--top-k", "1"), ("--top-p", "0.0001")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,34 @@ def test_the_same_run_writes_the_same_samples_and_every_step_others(
     assert sampled(runs[0]) == sampled(runs[1])
     assert sampled(runs[0]) != sampled(runs[2])
     assert len(set(sampled(runs[0]).values())) == 3
+
+
+@plugin
+class OnlyC:
+    """Validates with weights that let only the letter c follow."""
+
+    inside: int = 0
+
+    @hookimpl
+    @contextmanager
+    def evaluation_weights(self, run: Run) -> Iterator[None]:
+        table = run.model.table.weight.data
+        kept = table.clone()
+        table.copy_(torch.eye(len(LETTERS))[LETTERS.index("c")])
+        self.inside += 1
+        yield
+        self.inside -= 1
+        table.copy_(kept)
+
+
+def test_the_weights_of_validation_write_and_only_for_as_long(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    how, only_c = Sample(every=Period(2), prompt="a", max_tokens=3, temperature=0), OnlyC()
+    run = tiny_run(how, only_c, TinyLanguage(), length=4, run_dir=tmp_path / "with")
+    assert sampled(run) == {f"step-0000000{step}.txt": "accc\n" for step in (2, 4)}
+    assert only_c.inside == 0
+    assert_same_weights(run, tiny_run(TinyLanguage(), length=4, run_dir=tmp_path / "without"))
 
 
 def test_a_second_instance_has_a_folder_of_its_own(tiny_run: TinyRun) -> None:
