@@ -52,6 +52,11 @@ class BoostedGpt(GPT):
         return super().forward(tokens, targets) * boost
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW; of two kinds, since a GradScaler lets the fused one skip steps by itself."""
+    return torch.optim.AdamW(model.parameters(), lr=LR, fused=isinstance(model, BoostedGpt))
+
+
 class Letters:
     """Micro-batches that are a pure function of their index, some with a boosted loss."""
 
@@ -96,7 +101,7 @@ class Parts:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(run.model.parameters(), lr=LR)
+        return make_optimizer(run.model)
 
 
 @plugin
@@ -155,7 +160,7 @@ class ByHand:
         torch.manual_seed(empty.seed_for("model"))
         self.model = model().to(params).to(device)
         self.diary, self.scales = Diary(), []
-        optimizer = self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR)
+        optimizer = self.optimizer = make_optimizer(self.model)
         schedule = LambdaLR(optimizer, factor)
         scaler = torch.amp.GradScaler(
             device, init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL,
