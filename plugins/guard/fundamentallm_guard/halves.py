@@ -126,20 +126,22 @@ def _weight_before(batch: Batch, rows: int, middle: int) -> float | None:
     if batch.weight in ([t.numel() for t in tokens] or [rows]):
         return batch.weight * middle / rows
     for marked in _marks(tensors):
+        ones = ((marked == 0) | (marked == 1)).all()
         counts = marked.reshape(rows, -1).sum(1)
-        before, total = torch.stack([counts[:middle].sum(), counts.sum()]).tolist()
-        if total == batch.weight:
+        found = [counts[:middle].sum(), counts.sum(), ones.to(counts.dtype)]
+        before, total, is_mask = torch.stack(found).tolist()
+        if is_mask and total == batch.weight:
             return float(before)
     return None
 
 
 def _marks(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Yield what may mark the targets of a batch: the more usual, the earlier.
+    """Yield what may mark the targets of a batch with 1 and all else with 0, the usual first.
 
-    Ids of targets are not negative where there is one (the others are ``ignore_index``), masks are
-    not 0. A model that shifts its targets by itself has none for the first of a row.
+    Ids of targets are not negative where there is one, as the usual ``ignore_index`` is; or there
+    is a mask. A model that shifts its targets by itself has none for the first of a row.
     """
     for start in (0, 1):
         there = [t[:, 1:] if start else t for t in tensors if t.ndim > 1 or not start]
         yield from (t >= 0 for t in there if not t.is_floating_point() and t.dtype != torch.bool)
-        yield from (t != 0 for t in there)
+        yield from there
