@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fundamentallm import Period, field, ge, hookimpl, plugin
 
@@ -15,6 +12,7 @@ if TYPE_CHECKING:
     from fundamentallm import Run, Snapshot
     from fundamentallm_checkpoint.manifest import Manifest
     from fundamentallm_checkpoint.retention import Rules
+    from fundamentallm_checkpoint.saving import Job, Writer
 
 log = logging.getLogger("fundamentallm")
 
@@ -42,49 +40,70 @@ class Checkpoint:
     """How often to save a milestone, which is never deleted."""
     save_final: bool = True
     """Whether the last step is saved, whatever ``every`` says; after a signal it always is."""
+    contents: Literal["all", "model"] = "all"
+    """What to save: all that a run needs to go on, or the model alone, which takes a third of the
+    space with Adam, and cannot be resumed from."""
+    asynchronous: bool = True
+    """Whether a step that saves waits only for a copy in the host's memory, which is written
+    beside the steps that follow. The last save is waited for in any case."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that is due while the one before is still being written: wait for it, or be
+    left out with a warning. Milestones, the best and the last step always wait."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What happens if the disk refuses a checkpoint: the run ends, or goes on with a warning.
+    Earlier checkpoints are untouched either way."""
     folder: Path | None = None
     """Where checkpoints go, in ``<name of the run folder>/<run id>``; by default into the run
     folder."""
+    allow_changes: list[str] = field(factory=list)
+    """Settings that may differ from those of the checkpoint though they make the run another one:
+    names such as ``run.seed``, ``data`` for the data itself, or patterns such as ``gpt.*``."""
 
     run_id: str = field(init=False, default="")
     """What tells this run's checkpoints from those of a namesake: what ``run-id`` holds in the run
     folder. Empty until the first start."""
     _measured: tuple[int, dict[str, float]] = field(init=False, factory=lambda: (-1, {}))
     _candidate: bool = field(init=False, default=False)
+    _trains: bool = field(init=False, default=False)
+    _record: dict[str, Any] | None = field(init=False, default=None)
+    _writer: Any = field(init=False, default=None, repr=False)
+    _void: list[Path] = field(init=False, factory=list)
 
     speaks_for_all = ("read_checkpoint",)
 
     @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        """Finish what a process that was killed had begun. Training it is: not just loading."""
+        from fundamentallm_checkpoint import identity, leftovers
+
+        self._trains = True
+        self.run_id = identity.known(run.folder)
+        if self.run_id:
+            leftovers.recover(self.home(run))
+
+    @hookimpl
     def read_checkpoint(self, run: Run) -> Snapshot | None:
         """Return the wanted or the newest sound snapshot of all instances."""
-        from fundamentallm_checkpoint import identity, store
+        from fundamentallm_checkpoint import resumption, siblings
 
-        siblings, run_id = self._siblings(run), identity.known(run.folder)
-        for instance in siblings:
-            instance.run_id = run_id
-        own = [instance.home(run) for instance in siblings if run_id or not instance.folder]
-        homes = dict.fromkeys([*own, *store.homes_below(run.folder / "checkpoints")])
-        judge = next((i for i in siblings if i.keep_best), siblings[0])
-        loaded = store.load(homes, run.wanted_checkpoint, judge.rules(), run_id)
-        if loaded is None:
-            for instance in siblings:
-                instance.warn_of_namesakes(run)
-            return None
-        for instance in siblings:
-            instance.run_id = loaded.manifest.run
-        log.info("loaded %s", loaded.folder)
-        if loaded.manifest.data != run.data.fingerprint:
-            log.warning("the data are not those that %s was trained on", loaded.folder)
-        return loaded.snapshot
+        instances = siblings.of(run, type(self))
+        for instance in instances.values():
+            instance.settle(run)
+        return resumption.read(instances, run, resumes=self._trains)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Make the folder ready: remove leftovers, set an abandoned continuation aside."""
+        """Make the folder ready, set an abandoned continuation aside, and see that there is room
+        for a checkpoint, and leave to write it."""
         if run.rank == 0:
-            from fundamentallm_checkpoint import identity, store
+            from fundamentallm_checkpoint import identity, preparation, siblings, store
 
             self.run_id = identity.settle(run.folder, self.run_id)
-            store.prepare(self.home(run), run.progress.step, self.run_id)
+            store.prepare(self.home(run))
+            siblings.abandon(run, self)
+            siblings.warn(run, self)
+            if not run.ending:
+                preparation.check(self.home(run), run, self.contents)
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
@@ -99,48 +118,52 @@ class Checkpoint:
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
-        """Save if it is due, tell it, then delete what need not stay."""
-        progress, keep_every = run.progress, self.keep_every
+        """Tell of a save that has come to its end, and save if it is due."""
+        writer, progress, keep_every = self._writer, run.progress, self.keep_every
+        if writer is None:
+            self._writer = self._opened(run)
+        elif writer.flight is not None:
+            writer.collect(run, wait=run.ending)
         milestone = keep_every is not None and keep_every.due(progress)
         if self.every.due(progress) or milestone or run.ending or self._candidate:
-            self._save_if_due(run)
+            self._save_if_due(run, milestone=milestone)
+
+    @hookimpl
+    def on_rewind(self, run: Run) -> None:
+        """Set the checkpoints of the steps aside that are void now."""
+        self._measured, self._candidate = (-1, {}), False
+        if run.rank == 0:
+            from fundamentallm_checkpoint import leftovers, siblings
+
+            for void in self._void:
+                leftovers.remove_leftover(void)
+            self._void = siblings.abandon(run, self)
+
+    @hookimpl
+    def on_train_end(self, run: Run) -> None:
+        """Wait for a save that is still under way."""
+        if self._writer is not None:
+            self._writer.close(run)
+            self._writer = None
 
     def home(self, run: Run) -> Path:
         """Return the folder that this instance's checkpoints of ``run`` are in."""
-        home = run.folder / "checkpoints"
-        if self.folder:  # one folder for the runs of many: their names may well be the same
-            home = self.folder / run.folder.name / self.run_id
+        from fundamentallm_checkpoint import store
+
         name = next(name for name, instance in run.plugins.items() if instance is self)
-        return home if name == "checkpoint" else home / name
+        return store.home_of(run.folder, name, self.folder, self.run_id)
 
     def rules(self) -> Rules:
         """Return what this instance keeps."""
         from fundamentallm_checkpoint.retention import Rules
 
-        return Rules(
-            keep_last=self.keep_last,
-            keep_best=self.keep_best,
-            monitor=self.monitor,
-            mode=self.mode,
-        )
+        return Rules(keep_last=self.keep_last, keep_best=self.keep_best,
+                     monitor=self.monitor, mode=self.mode)  # fmt: skip
 
-    def warn_of_namesakes(self, run: Run) -> None:
-        """Tell of checkpoints that may be those of a run folder that was lost."""
-        from fundamentallm_checkpoint import identity
-
-        if self.folder is None or self.run_id:
-            return
-        place = self.folder / run.folder.name
-        for found in identity.namesakes(place):
-            log.warning("the checkpoints in %s are another run's and are ignored: %s is a new one's"
-                        " folder. To continue that run, use its folder; if that is lost, write %s"
-                        " into %s first",
-                        place / found, run.folder, found, run.folder / identity.FILE)  # fmt: skip
-
-    def _siblings(self, run: Run) -> list[Checkpoint]:
-        """Return all instances, the one named ``checkpoint`` first, whatever the list's order."""
-        found = [(n != "checkpoint", n, p) for n, p in run.plugins.items() if type(p) is type(self)]
-        return [instance for *_, instance in sorted(found, key=lambda one: one[:2])]
+    def settle(self, run: Run) -> None:
+        """Wait until what is being saved can be read."""
+        if self._writer is not None:
+            self._writer.collect(run, wait=True)
 
     def _measure(self, run: Run, metrics: dict[str, float]) -> None:
         """Remember what is known of this very step."""
@@ -148,10 +171,17 @@ class Checkpoint:
         now = run.progress.step
         self._measured = now, (known if step == now else {}) | metrics
 
-    def _at_milestone(self, run: Run) -> bool:
-        return self.keep_every is not None and self.keep_every.due(run.progress)
+    def _opened(self, run: Run) -> Writer:
+        from fundamentallm_checkpoint import contents
+        from fundamentallm_checkpoint.saving import Writer
 
-    def _save_if_due(self, run: Run) -> None:
+        pinned, goes_on = run.device.startswith("cuda"), self.on_save_error == "continue"
+        writer = Writer(pinned=pinned, goes_on=goes_on)
+        if self.asynchronous and not run.ending and run.rank == 0:
+            writer.arena.reserve(contents.size(run, self.contents))
+        return writer
+
+    def _save_if_due(self, run: Run, *, milestone: bool) -> None:
         from fundamentallm_checkpoint import identity
 
         if not self.run_id:  # not the first process, which has written it before the first step
@@ -160,44 +190,49 @@ class Checkpoint:
         self._candidate = False
         final = run.ending and (self.save_final or run.signal is not None)
         tags = {
-            "milestone": self._at_milestone(run),
+            "milestone": milestone,
             "final": run.ending and run.signal is None,
             "best": is_best,
         }
-        due = self.every.due(run.progress) or final or tags["milestone"] or is_best
-        if due:
+        if self.every.due(run.progress) or final or milestone or is_best:
             self._save(run, tuple(tag for tag, applies in tags.items() if applies))
 
     def _save(self, run: Run, tags: tuple[str, ...]) -> None:
-        from fundamentallm_checkpoint import publication, store
-
         snapshot = run.snapshot()  # on every process: parts of it may have to be gathered
-        if run.rank:
+        writer = self._writer
+        if run.rank or writer is None:
             return
-        draft, home = self._draft(run, tags), self.home(run)
-        folder = publication.publish(home, snapshot, draft, partial(run.report, "saving"))
-        run.hook.on_checkpoint_saved(run=run, folder=folder)
-        store.prune(home, self.rules(), self.run_id)
+        if writer.flight is not None and self.when_busy == "skip" and not (tags or run.ending):
+            log.warning("step %d is not saved: step %d is still being written",
+                        run.progress.step, writer.flight.job.draft.step)  # fmt: skip
+            return
+        # Nothing changes any more while the last one is written: it needs no copy.
+        beside = self.asynchronous and not run.ending
+        writer.save(run, self._job(run, snapshot, tags), beside=beside)
+
+    def _job(self, run: Run, snapshot: Snapshot, tags: tuple[str, ...]) -> Job:
+        from fundamentallm_checkpoint import changes, contents, identity
+        from fundamentallm_checkpoint.saving import Job
+
+        self._record = self._record or changes.record(run)
+        trained = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
+        packed = contents.pack(snapshot | {"settings": self._record}, trained, self.contents)
+        identity.restore(run.folder, self.run_id)
+        return Job(self.home(run), packed, self._draft(run, tags), self.rules())
 
     def _draft(self, run: Run, tags: tuple[str, ...] = ()) -> Manifest:
-        from fundamentallm_checkpoint.manifest import Manifest
+        from fundamentallm_checkpoint import identity
 
         step, metrics = self._measured
-        settings = run.folder / "settings.toml"
-        known = hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else ""
-        return Manifest(
-            step=run.progress.step,
-            run=self.run_id,
-            created=time.time(),
-            settings=known,
-            data=run.data.fingerprint,
-            metrics=metrics if step == run.progress.step else {},
-            tags=tags,
-        )
+        found = metrics if step == run.progress.step else {}
+        return identity.draft(run, self.run_id, metrics=found, tags=tags, contents=self.contents)
 
     def _is_among_best(self, run: Run) -> bool:
         from fundamentallm_checkpoint import retention, store
 
         draft = self._draft(run)
-        best = retention.ranked([*store.sound(self.home(run), self.run_id), draft], self.rules())
+        known = [*store.sound(self.home(run), self.run_id), draft]
+        if self._writer is not None and self._writer.flight is not None:
+            known.append(self._writer.flight.job.draft)
+        best = retention.ranked({m.step: m for m in known}.values(), self.rules())
         return draft in best[: self.keep_best]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING
 
 from fundamentallm import StorageError
 from fundamentallm_checkpoint import files
+from fundamentallm_checkpoint.manifest import Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from fundamentallm import Run
+
+log = logging.getLogger("fundamentallm")
 
 FILE = "run-id"
 _FORM = re.compile(r"[0-9a-f]{8,64}")
@@ -38,6 +47,16 @@ def namesakes(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("*/") if _FORM.fullmatch(path.name))
 
 
+def restore(folder: Path, run: str) -> None:
+    """Write the id again if the run folder was deleted while the run went on."""
+    if run and not (folder / FILE).exists():
+        log.warning("%s was deleted while the run went on; it is made again", folder / FILE)
+        # Where even that is refused, so is the save, which says more.
+        with contextlib.suppress(OSError, StorageError):
+            files.make_folder(folder)
+            settle(folder, run)
+
+
 def settle(folder: Path, adopted: str) -> str:
     """Return the id of the run in ``folder``; if it has none, give it ``adopted`` or a new one.
 
@@ -56,3 +75,21 @@ def settle(folder: Path, adopted: str) -> str:
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return made
+
+
+def draft(
+    run: Run, run_id: str, *, metrics: dict[str, float], tags: tuple[str, ...], contents: str
+) -> Manifest:
+    """Return the manifest of a checkpoint of the run as it stands, which lists no files yet."""
+    settings = run.folder / "settings.toml"
+    known = hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else ""
+    return Manifest(
+        step=run.progress.step,
+        run=run_id,
+        created=time.time(),
+        settings=known,
+        data=run.data.fingerprint,
+        metrics=metrics,
+        tags=tags,
+        contents=contents,
+    )

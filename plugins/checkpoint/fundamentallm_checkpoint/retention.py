@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fundamentallm_checkpoint.manifest import Manifest
 
-MILESTONE = "milestone"
+MILESTONE, BEST, FINAL = "milestone", "best", "final"
 _ALWAYS = 2
 
 

@@ -6,17 +6,14 @@ What JSON has no word for is a table with one key: ``{"$tensor": name}``, ``{"$f
 
 from __future__ import annotations
 
-import json
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fundamentallm import StorageError
+from fundamentallm_checkpoint import jsontext
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
 
@@ -28,16 +25,18 @@ def split(tree: Any, tensors: dict[str, Tensor], path: tuple[str, ...] = ()) -> 
     if tree is None or isinstance(tree, bool | int | str):
         return tree
     if isinstance(tree, float):
-        return tree if math.isfinite(tree) else {"$float": repr(float(tree))}
+        return jsontext.mark(tree)
     if isinstance(tree, torch.Tensor):
         return {"$tensor": _add(tree, tensors, path)}
+    where = "/".join(path[:8])
+    if len(path) > jsontext.DEPTH:
+        raise StorageError(f"{where}/…: a checkpoint holds no more than {jsontext.DEPTH} levels")
     if isinstance(tree, list | tuple):
         items = [split(item, tensors, (*path, str(i))) for i, item in enumerate(tree)]
         return items if isinstance(tree, list) else {"$tuple": items}
     if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
         table = {key: split(item, tensors, (*path, key)) for key, item in tree.items()}
         return {"$table": table} if _is_mark(table) else table
-    where = "/".join(path)
     raise StorageError(f"{where}: a checkpoint holds JSON values and tensors, not {_kind(tree)}")
 
 
@@ -50,34 +49,6 @@ def join(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not _is_mark(value):
         return {key: join(item, tensors) for key, item in value.items()}
     return _resolve(*next(iter(value.items())), tensors)
-
-
-def to_json(value: Any, indent: int | None = None) -> bytes:
-    """Write what ``split`` returned as ASCII JSON; floats come back exactly."""
-    return json.dumps(value, indent=indent, allow_nan=False).encode("ascii") + b"\n"
-
-
-def check_size(name: str, data: bytes, limit: int) -> None:
-    """Raise ``StorageError`` for a file that ``read_json`` would refuse to read back."""
-    if len(data) > limit:
-        raise StorageError(
-            f"{name} would have {len(data):,} bytes, and at most {limit:,} can be read back: a"
-            " plugin keeps too much in its state; what is large belongs in tensors"
-        )
-
-
-def read_json(path: Path, limit: int) -> Any:
-    """Read a file of at most ``limit`` bytes; raise ``ValueError`` if it is not strict JSON."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"is larger than {limit:,} bytes")
-    try:
-        return json.loads(
-            data, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_table
-        )
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
 
 
 def _add(tensor: Tensor, tensors: dict[str, Tensor], path: tuple[str, ...]) -> str:
@@ -93,8 +64,8 @@ def _add(tensor: Tensor, tensors: dict[str, Tensor], path: tuple[str, ...]) -> s
 def _resolve(mark: str, content: Any, tensors: dict[str, Tensor]) -> Any:
     if mark == "$tensor" and isinstance(content, str) and content in tensors:
         return tensors[content]
-    if mark == "$float" and content in ("nan", "inf", "-inf"):
-        return float(content)
+    if mark == "$float":
+        return jsontext.unmark(content)
     if mark == "$tuple" and isinstance(content, list):
         return tuple(join(item, tensors) for item in content)
     if mark == "$table" and isinstance(content, dict):
@@ -108,21 +79,3 @@ def _is_mark(table: dict[str, Any]) -> bool:
 
 def _kind(value: Any) -> str:
     return "a table with keys that are no strings" if isinstance(value, dict) else repr(type(value))
-
-
-def _refuse(text: str) -> float:
-    raise ValueError(f"holds {text}, which is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"holds {text}, which no float can")
-    return value
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("holds a key twice")
-    return table

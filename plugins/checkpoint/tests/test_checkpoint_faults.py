@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -15,7 +16,8 @@ import torch
 
 from fundamentallm import Period, StorageError, train
 from fundamentallm.testing import TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_checkpoint import Checkpoint, contents, files, publication, store
+from fundamentallm_checkpoint import Checkpoint, choice, contents, files, publication, store
+from fundamentallm_checkpoint.choice import Wish
 from fundamentallm_checkpoint.manifest import Manifest
 from fundamentallm_checkpoint.retention import Rules
 
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors")
 RULES = Rules(keep_last=3, monitor="val/loss")
+
+
+def load(home: Path, name: str | None = None) -> choice.Loaded | None:
+    return choice.load([home], Wish(name=name, rules=RULES))
+
+
+def publish(home: Path, snapshot: dict[str, object], facts: Manifest) -> Path:
+    return publication.publish(home, contents.pack(snapshot), facts)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +85,22 @@ def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(
 ) -> None:  # fmt: skip
     folder = run_folder / "checkpoints"
     damage(folder / "step-00000004" / name)
-    loaded = store.load([folder], None, RULES)
+    loaded = load(folder)
     assert loaded is not None
     assert loaded.manifest.step == 2
     (warning,) = [record.getMessage() for record in caplog.records]
     assert f"step-00000004: {name}" in warning
     assert any(text in warning for text in said.split("|"))
+
+
+def reseal(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change a manifest as somebody would who knows how it is sealed."""
+    facts = json.loads(path.read_text())
+    del facts["seal"]
+    change(facts)
+    head = json.dumps(facts, indent=1).removesuffix("\n}").encode()
+    seal = hashlib.sha256(head).hexdigest()
+    path.write_bytes(head + f',\n "seal": "{seal}"\n}}\n'.encode())
 
 
 def edit(key: str, value: object) -> Callable[[dict[str, object]], None]:
@@ -96,7 +116,15 @@ def with_file(name: str, **seal: object) -> Callable[[dict[str, object]], None]:
     [
         (edit("step", 3), "is one of step 3"),
         (edit("step", "4"), "tells no step"),
+        (edit("step", 4.0), "tells no step"),
+        (edit("step", -4), "tells no step"),
         (edit("format", 0), "tells no format"),
+        (lambda facts: facts.update(format=True), "tells no format"),
+        (edit("contents", "most"), "contents of an unknown kind, 'most'"),
+        (edit("metrics", {"val/loss": "small"}), "a metric that is no number"),
+        (edit("metrics", {"val/loss": True}), "a metric that is no number"),
+        (edit("metrics", {"val/loss": 10**400}), "a metric that no float can hold"),
+        (edit("metrics", {"val/loss": {"$float": "1"}}), "means nothing with '1'"),
         (edit("files", {}), "lists no model.safetensors"),
         (edit("metrics", None), "tells no metrics"),
         (with_file("../../settings.toml", size=1, sha256=""), "which is not a plain file name"),
@@ -104,7 +132,8 @@ def with_file(name: str, **seal: object) -> Callable[[dict[str, object]], None]:
         (with_file(".hidden", size=1, sha256=""), "which is not a plain file name"),
         (with_file("model.safetensors", size=-1, sha256=""), "size and sha256 of model.safetensors"),
         (with_file("model.safetensors", size=True), "size and sha256 of model.safetensors"),
-        (with_file("more.bin", size=1, sha256=""), "more.bin cannot be read: No such file"),
+        (with_file("model.safetensors", size=1, sha256="0" * 63), "size and sha256 of model.safete"),
+        (with_file("more.bin", size=1, sha256="0" * 64), "more.bin cannot be read: No such file"),
     ],
 )
 def test_a_manifest_that_was_edited_is_told(
@@ -112,10 +141,8 @@ def test_a_manifest_that_was_edited_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
-    facts = json.loads(path.read_text())
-    change(facts)
-    path.write_text(json.dumps(facts))
-    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    reseal(path, change)
+    loaded = load(run_folder / "checkpoints")
     assert loaded is not None
     assert loaded.manifest.step == 2
     assert said in caplog.text
@@ -127,7 +154,7 @@ def test_a_manifest_that_is_none_is_told(
 ) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
     path.write_text(text, encoding="latin-1")
-    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    loaded = load(run_folder / "checkpoints")
     assert loaded is not None
     assert loaded.manifest.step == 2
     assert "step-00000004: manifest.json" in caplog.text
@@ -136,7 +163,7 @@ def test_a_manifest_that_is_none_is_told(
 def test_a_file_that_no_manifest_lists_is_not_read(run_folder: Path) -> None:
     newest = run_folder / "checkpoints" / "step-00000004"
     (newest / "more.json").write_text("anything")
-    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    loaded = load(run_folder / "checkpoints")
     assert loaded is not None
     assert loaded.folder == newest
 
@@ -147,7 +174,7 @@ def test_a_resumed_run_goes_on_from_the_older_one_to_the_same_end(
     flip(run_folder / "checkpoints" / "step-00000004" / "model.safetensors")
     resumed = tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
     assert_same_weights(resumed, tiny_run(length=6, run_dir=tmp_path / "whole"))
-    loaded = store.load([run_folder / "checkpoints"], "step-4", RULES)
+    loaded = load(run_folder / "checkpoints", "step-4")
     assert loaded is not None
 
 
@@ -168,8 +195,8 @@ def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_anew(
 
 def test_a_newer_format_is_refused_and_not_passed_over(run_folder: Path, tiny_run: TinyRun) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(StorageError, match=r"format 2, and this version .* reads format 1: pip inst"):
+    reseal(path, edit("format", 3))
+    with pytest.raises(StorageError, match=r"format 3, and this version .* reads formats 1 to 2: pip "):
         tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
 
 
@@ -179,11 +206,9 @@ def test_a_pickle_in_place_of_a_file_is_refused_even_with_a_matching_manifest(
     newest = run_folder / "checkpoints" / "step-00000004"
     torch.save({"w": torch.ones(2)}, newest / "model.safetensors")
     path = newest / "manifest.json"
-    facts = json.loads(path.read_text())
     seal = files.measure(newest / "model.safetensors")
-    facts["files"]["model.safetensors"] = {"size": seal.size, "sha256": seal.sha256}
-    path.write_text(json.dumps(facts))
-    loaded = store.load([run_folder / "checkpoints"], None, RULES)
+    reseal(path, with_file("model.safetensors", size=seal.size, sha256=seal.sha256))
+    loaded = load(run_folder / "checkpoints")
     assert loaded is not None
     assert loaded.manifest.step == 2
     assert "not a sound safetensors file" in caplog.text
@@ -201,29 +226,23 @@ def snapshot(step: int) -> dict[str, object]:
     return {"model": {"w": weights}, "optimizer": {"w": {"m": weights}}, "progress": {"step": step}}
 
 
-OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "rmdir", "unlink", "flock")
-
-
 class Faults:
-    """Lets the ``nth`` file operation fail, or end the process before it is made."""
+    """System calls of which the ``nth`` fails, or ends the process before it is made."""
 
     def __init__(self, nth: int, fault: Callable[[object], None]) -> None:
         self.left, self.fault = nth, fault
 
-    def __call__(self, operation: Callable[..., object]) -> Callable[..., object]:
-        def tried(*words: object, **options: object) -> object:
-            self.left -= 1
-            if self.left == 0:
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def tried(*words: object) -> object:
+            self.left -= name != "close"  # what a close tells, fsync has told before
+            if self.left == 0 and name != "close":
                 self.fault(words[0])
-            return operation(*words, **options)
+            return getattr(files.System, name)(*words)
 
         return tried
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in OPERATIONS:
-            if hasattr(os, name):
-                patch.setattr(os, name, self(getattr(os, name)))
-        patch.setattr(files.fcntl, "flock", self(files.fcntl.flock))
+        patch.setattr(files, "system", self)
 
 
 def refuse(subject: object) -> None:
@@ -238,18 +257,18 @@ def test_an_operation_that_fails_leaves_the_earlier_checkpoint_and_no_trace(
     step = 1 if same_step else 2
     for nth in range(1, 200):
         home = tmp_path / str(nth)
-        publication.publish(home, snapshot(1), draft(1))
+        publish(home, snapshot(1), draft(1))
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(nth, refuse)
             faults.install(patch)
             try:
-                publication.publish(home, snapshot(step), draft(step))
+                publish(home, snapshot(step), draft(step))
             except StorageError as error:
                 assert f"step {step} could not be saved: {home}" in str(error)
                 assert "No space left on device" in str(error)
         if faults.left > 0:
             break
-        loaded = store.load([home], None, RULES)
+        loaded = load(home)
         assert loaded is not None
         assert float(loaded.snapshot["model"]["w"][0, 0]) == loaded.manifest.step
         assert not list(home.glob(".tmp-*"))
@@ -260,18 +279,18 @@ def test_a_process_killed_at_any_operation_leaves_a_sound_checkpoint(tmp_path: P
     torch.set_num_threads(1)
     for nth in range(1, 200):
         home = tmp_path / str(nth)
-        publication.publish(home, snapshot(1), draft(1))
+        publish(home, snapshot(1), draft(1))
         child = os.fork()
         if child == 0:
             with pytest.MonkeyPatch.context() as patch:
                 Faults(nth, lambda _: os.kill(os.getpid(), 9)).install(patch)
-                publication.publish(home, snapshot(2), draft(2))
+                publish(home, snapshot(2), draft(2))
                 os._exit(0)
         killed = os.waitpid(child, 0)[1] == 9
-        loaded = store.load([home], None, RULES)
+        loaded = load(home)
         assert loaded is not None
         assert float(loaded.snapshot["model"]["w"][0, 0]) == loaded.manifest.step
-        store.prepare(home, 2)
+        store.prepare(home)
         assert not list(home.glob(".*"))
         if not killed:
             assert loaded.manifest.step == 2
@@ -279,32 +298,36 @@ def test_a_process_killed_at_any_operation_leaves_a_sound_checkpoint(tmp_path: P
     assert nth > 15
 
 
-def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
-    publication.publish(tmp_path / "home", snapshot(1), draft(1))
-    done: list[str] = []
-    named: dict[int, str] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        opened, synced, renamed = os.open, os.fsync, os.rename
+class Notes(files.System):
+    """System calls that are noted: what was synced and renamed, by the names of files."""
 
-        def note_open(path: str, *words: int, **options: int) -> int:
-            number = opened(path, *words, **options)
-            named[number] = Path(path).name if "step" not in Path(path).name else "target"
-            return number
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.named: dict[int, str] = {}
 
-        def note_sync(number: int) -> None:
-            done.append("folder" if named[number].startswith(".tmp-") else named[number])
-            synced(number)
+    def open(self, path: Path, *words: int) -> int:
+        number = super().open(path, *words)
+        self.named[number] = path.name
+        return number
 
-        def note_rename(path: Path, target: Path) -> None:
-            done.append("renamed")
-            renamed(path, target)
+    def fsync(self, number: int) -> None:
+        name = self.named[number]
+        self.done.append("folder" if name.startswith(".tmp-") else name)
+        super().fsync(number)
 
-        patch.setattr(os, "open", note_open)
-        patch.setattr(os, "fsync", note_sync)
-        patch.setattr(os, "rename", note_rename)
-        publication.publish(tmp_path / "home", snapshot(2), draft(2))
-    contents = ["model.safetensors", "optimizer.safetensors", "state.json"]
-    assert done == [*contents, "manifest.json", "folder", "renamed", "home"]
+    def rename(self, path: Path, target: Path) -> None:
+        self.done.append("renamed")
+        super().rename(path, target)
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "home", snapshot(1), draft(1))
+    monkeypatch.setattr(files, "system", notes := Notes())
+    publish(tmp_path / "home", snapshot(2), draft(2))
+    written = ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert notes.done == [*written, "manifest.json", "folder", "renamed", "home"]
 
 
 def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
@@ -312,7 +335,7 @@ def test_a_file_that_grows_too_large_is_named(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
     try:
         with pytest.raises(StorageError, match=r"optimizer\.safetensors: File too large"):
-            publication.publish(tmp_path / "home", wide(), draft(2))
+            publish(tmp_path / "home", wide(), draft(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "home").iterdir()) == []
@@ -322,22 +345,22 @@ def test_a_state_too_large_to_be_read_back_is_refused_when_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, large = tmp_path / "home", snapshot(1) | {"plugins": {"it": {"seen": "x" * 1000}}}
-    size = (publication.publish(home, large, draft(1)) / "state.json").stat().st_size
+    size = (publish(home, large, draft(1)) / "state.json").stat().st_size
     monkeypatch.setattr(contents, "_STATE_LIMIT", size)
-    publication.publish(home, large, draft(2))
-    loaded = store.load([home], "step-2", RULES)
+    publish(home, large, draft(2))
+    loaded = load(home, "step-2")
     assert loaded is not None
     assert loaded.snapshot["plugins"] == large["plugins"]
     monkeypatch.setattr(contents, "_STATE_LIMIT", size - 1)
     with pytest.raises(StorageError, match=rf"state\.json would have {size:,} bytes, and at most"):
-        publication.publish(home, large, draft(3))
+        publish(home, large, draft(3))
     assert sorted(path.name for path in home.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_a_manifest_too_large_to_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
     metrics = {f"section/{number:040}": 1.0 for number in range(20_000)}
     with pytest.raises(StorageError, match=r"manifest\.json would have 1,\d{3},\d{3} bytes"):
-        publication.publish(tmp_path, snapshot(1), attrs.evolve(draft(1), metrics=metrics))
+        publish(tmp_path, snapshot(1), attrs.evolve(draft(1), metrics=metrics))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -350,7 +373,7 @@ def test_retention_goes_on_where_one_cannot_be_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(1, 7):
-        publication.publish(tmp_path, snapshot(step), draft(step))
+        publish(tmp_path, snapshot(step), draft(step))
     removed = files.remove
 
     def remove(path: Path) -> None:
@@ -366,7 +389,7 @@ def test_retention_goes_on_where_one_cannot_be_deleted(
 
 def test_a_checkpoint_that_is_not_sound_does_not_count_as_one_of_the_last(tmp_path: Path) -> None:
     for step in range(1, 6):
-        publication.publish(tmp_path, snapshot(step), draft(step))
+        publish(tmp_path, snapshot(step), draft(step))
     cut(tmp_path / "step-00000004" / "model.safetensors")
     store.prune(tmp_path, Rules(keep_last=2))
     assert [store.step_of(path.name) for path in store.folders(tmp_path)] == [5, 4, 3]

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fundamentallm import StorageError
-from fundamentallm_checkpoint import contents, tensors, trees
+from fundamentallm_checkpoint import contents, files, jsontext, tensors, trees
+from fundamentallm_checkpoint.manifest import Manifest
+from fundamentallm_checkpoint.staging import Arena
 from fundamentallm_checkpoint.tensors import Written
 
 if TYPE_CHECKING:
@@ -29,6 +31,14 @@ DTYPES = [
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
     torch.uint64,
 ]  # fmt: skip
+
+
+def saved(folder: Path, snapshot: dict[str, Any]) -> Manifest:
+    """Write a snapshot, as a run does that saves beside its steps, and return its manifest."""
+    staged = Arena().copy(contents.pack(snapshot))
+    written = contents.write(folder, staged)
+    return Manifest(step=1, run="it", created=0.0, settings="", data="", metrics={},
+                    files=written.files)  # fmt: skip
 
 
 def bits(tensor: Tensor) -> tuple[Any, ...]:
@@ -106,15 +116,15 @@ def test_any_snapshot_comes_back_exactly(snapshot: dict[str, Any]) -> None:
         from pathlib import Path
 
         folder = Path(name)
-        written = contents.write(folder, snapshot)
-        assert same(contents.read(folder, written.files), snapshot)
+        manifest = saved(folder, snapshot)
+        assert same(contents.read(folder, manifest), snapshot)
 
 
 @settings(max_examples=80, deadline=None)
 @given(trees_of)
 def test_any_tree_comes_back_exactly_from_strict_json(tree: Any) -> None:
     kept: dict[str, Tensor] = {}
-    text = trees.to_json(trees.split(tree, kept))
+    text = jsontext.dump(trees.split(tree, kept))
 
     def refuse(_: str) -> None:
         raise AssertionError(f"not JSON: {text!r}")
@@ -176,7 +186,7 @@ def test_a_tensor_that_the_format_cannot_hold_is_named(
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     snapshot = {"model": {"w": torch.ones(2)}, "optimizer": {}, "random": torch.ones(2)}
-    written = contents.write(tmp_path, snapshot)
+    written = saved(tmp_path, snapshot)
     for name in written.files:
         start = (tmp_path / name).read_bytes()[:16]
         assert start.startswith(b"{") or start[8:9] == b"{", name
@@ -184,7 +194,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 def test_optimizer_state_is_kept_by_parameter_name(tmp_path: Path) -> None:
     moments = {"layer.weight": {"exp_avg": torch.ones(2), "step": torch.tensor(3.0), "flag": True}}
-    contents.write(tmp_path, {"model": {}, "optimizer": moments})
+    saved(tmp_path, {"model": {}, "optimizer": moments})
     found = load_file(tmp_path / "optimizer.safetensors")
     assert sorted(found) == ["exp_avg/layer.weight", "step/layer.weight"]
     assert json.loads((tmp_path / "state.json").read_bytes())["optimizer"] == {"layer.weight": {"flag": True}}
@@ -212,4 +222,4 @@ def test_json_that_is_not_plain_and_small_is_refused(text: str, said: str, tmp_p
     (tmp_path / "it").write_text(text)
     limit = 1000 if "x" in text else 10**6
     with pytest.raises(ValueError, match=said):
-        trees.read_json(tmp_path / "it", limit)
+        jsontext.parse(files.read(tmp_path / "it", limit))

@@ -11,7 +11,9 @@ import torch
 
 from fundamentallm import Period, StorageError, hookimpl, plugin
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights
-from fundamentallm_checkpoint import Checkpoint, publication, store
+from fundamentallm_checkpoint import Checkpoint, choice, publication, store
+from fundamentallm_checkpoint import contents as files_of
+from fundamentallm_checkpoint.choice import Wish
 from fundamentallm_checkpoint.manifest import Manifest
 from fundamentallm_checkpoint.retention import Rules
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 RULES = Rules(keep_last=3, monitor="val/loss")
+
+
+def load(home: Path, name: str | None, run: str) -> choice.Loaded | None:
+    return choice.load([home], Wish(name=name, rules=RULES, run=run))
 
 
 def shared(tmp_path: Path) -> Checkpoint:
@@ -133,7 +139,7 @@ def publish(home: Path, step: int, run: str) -> Path:
     snapshot = {"model": {"w": torch.full((2,), float(step))}, "optimizer": {}, "progress": {}}
     metrics = {"val/loss": float(step)}
     facts = Manifest(step=step, run=run, created=0.0, settings="", data="", metrics=metrics)
-    return publication.publish(home, snapshot, facts)
+    return publication.publish(home, files_of.pack(snapshot), facts)
 
 
 @pytest.fixture
@@ -147,7 +153,7 @@ def mixed(tmp_path: Path) -> Path:
 def test_those_of_another_run_are_never_loaded(
     wish: str | None, step: int, mixed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loaded = store.load([mixed], wish, RULES, MINE)
+    loaded = load(mixed, wish, MINE)
     assert loaded is not None
     assert loaded.manifest.step == step
     (warning,) = [record.getMessage() for record in caplog.records]
@@ -156,12 +162,12 @@ def test_those_of_another_run_are_never_loaded(
 
 def test_those_of_another_run_are_not_to_be_had_by_name_either(mixed: Path) -> None:
     with pytest.raises(StorageError, match=r"there is no checkpoint 'step-8' \(checkpoints: step-0"):
-        store.load([mixed], "step-8", RULES, MINE)
+        load(mixed, "step-8", MINE)
 
 
 def test_if_all_are_those_of_another_run_there_is_none(tmp_path: Path) -> None:
     publish(tmp_path / "home", 1, THEIRS)
-    assert store.load([tmp_path / "home"], None, RULES, MINE) is None
+    assert load(tmp_path / "home", None, MINE) is None
 
 
 def test_retention_neither_counts_nor_deletes_those_of_another_run(mixed: Path) -> None:
@@ -192,8 +198,8 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
 
 def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
     before = contents(mixed)
-    store.prepare(mixed, 8, MINE)
+    store.abandon(mixed, 8, MINE)
     assert contents(mixed) == before
     shutil.rmtree(mixed / "step-00000008")
-    store.prepare(mixed, 5, MINE)
+    store.abandon(mixed, 5, MINE)
     assert steps(mixed) == [1, 2, 3, 4, 5]

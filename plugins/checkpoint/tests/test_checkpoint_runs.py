@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -127,7 +126,7 @@ torch.set_num_threads(1)
 from fundamentallm import train
 from fundamentallm.testing import compose_tiny
 from test_checkpoint_runs import Checkpoint, Ends, KillsSaving, TWO
-composed = compose_tiny(Checkpoint(every=TWO), {victim}, length=9)
+composed = compose_tiny(Checkpoint(every=TWO, asynchronous={beside}), {victim}, length=9)
 train(composed, run_dir=Path({folder!r}))
 """
 
@@ -141,17 +140,21 @@ class KillsSaving:
 
     @hookimpl
     def on_progress(self, task: str, done: int, total: int | None) -> None:
-        self.seen += task == "saving" and done != total
-        if self.seen == self.nth:
+        self.seen += task == "saving"
+        if self.seen == self.nth and done != total:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", ["Ends(at=7, by=9)", "KillsSaving(nth=4)"])
+@pytest.mark.parametrize(
+    ("victim", "beside"),
+    [("Ends(at=7, by=9)", True), ("Ends(at=7, by=9)", False), ("KillsSaving(nth=25)", False)],
+)
 def test_a_killed_run_resumes_bit_identical(
-    victim: str, tiny_run: TinyRun, tmp_path: Path
+    victim: str, beside: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), victim=victim)
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), victim=victim,
+                         beside=beside)  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     before = saved(folder / "checkpoints")
@@ -404,14 +407,3 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(
     with pytest.raises(StorageError, match=r"store.*: "):
         tiny_run(Checkpoint(every=TWO, folder=tmp_path / "store"), length=2, trace=trace)
     assert "on_step_start" not in trace.names
-
-
-def test_warns_if_the_data_are_not_those_of_the_checkpoint(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tiny_run(Checkpoint(every=TWO), length=4)
-    path = run.folder / "checkpoints" / "step-00000004" / "manifest.json"
-    path.write_text(path.read_text().replace('"data": "tiny"', '"data": "other"'))
-    with caplog.at_level(logging.WARNING):
-        tiny_run(Checkpoint(every=TWO), length=6)
-    assert "the data are not those" in caplog.text

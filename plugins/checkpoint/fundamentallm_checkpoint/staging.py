@@ -1,0 +1,125 @@
+"""Host memory in which a snapshot waits to be written while the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+
+from fundamentallm_checkpoint import tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from fundamentallm_checkpoint.contents import Packed
+
+_ALIGNMENT = 64
+_PAGE = 2**12
+_ROOM = 2**16
+_CHUNK = 2**23
+_WORTH = 2**24  # a smaller memory is there at once
+
+
+class Arena:
+    """One block of memory, as large as what is saved, that every save uses again.
+
+    Memory that is used for the first time costs several times a copy: the system has to find every
+    page. So the block can be made ready beside the steps, and stays. With ``pinned`` the device
+    copies into it at its full speed. Not for two threads at once.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._memory: Tensor | None = None
+        self._pinned = pinned
+        self._registered = False
+        self._maker: threading.Thread | None = None
+
+    def reserve(self, size: int) -> None:
+        """Begin to make memory for ``size`` bytes ready in a thread of its own, if that pays."""
+        if size >= _WORTH:
+            self._maker = threading.Thread(
+                target=self._make_ready, args=(size,), name="checkpoint-memory", daemon=True
+            )
+            self._maker.start()
+
+    def copy(self, packed: Packed) -> Packed:
+        """Return ``packed`` with copies of its tensors, which the next ``copy`` overwrites.
+
+        Names of the very same tensor share one copy. When this returns the originals may change.
+        """
+        self._wait()
+        own = {file: tensors.owners(part) for file, part in packed.parts.items()}
+        unique = [(file, n) for file, owners in own.items() for n in dict.fromkeys(owners.values())]
+        needed = sum(_padded(packed.parts[file][name].nbytes) for file, name in unique)
+        memory, start = self._fitting(needed), 0
+        copies: dict[tuple[str, str], Tensor] = {}
+        for key in unique:
+            original = packed.parts[key[0]][key[1]].detach()
+            end = start + original.nbytes
+            copies[key] = memory[start:end].view(original.dtype).view(original.shape)
+            # To pinned memory this only tells the device what to do.
+            copies[key].copy_(original, non_blocking=True)
+            start += _padded(original.nbytes)
+        for device in set(_devices(packed)):
+            torch.cuda.synchronize(device)
+        parts = {file: {name: copies[file, owner] for name, owner in owners.items()}
+                 for file, owners in own.items()}  # fmt: skip
+        return attrs.evolve(packed, parts=parts)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._wait()
+        self._drop()
+
+    def _wait(self) -> None:
+        if self._maker is not None:
+            self._maker.join()
+            self._maker = None
+
+    def _drop(self) -> None:
+        if self._registered and self._memory is not None:
+            _runtime().cudaHostUnregister(self._memory.data_ptr())
+        self._memory, self._registered = None, False
+
+    def _fitting(self, needed: int) -> Tensor:
+        if self._memory is None or self._memory.numel() < needed:
+            self._drop()  # before there is another
+            self._memory = self._made(needed)
+        return self._memory
+
+    def _make_ready(self, size: int) -> None:
+        # If there is none, the save that needs it says so.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            self._memory = self._made(size)
+
+    def _made(self, size: int) -> Tensor:
+        # Some room besides, for states that grow a little.
+        memory = torch.empty(size + size // 256 + _ROOM, dtype=torch.uint8)
+        pages = memory.numpy()
+        for start in range(0, len(pages), _CHUNK):
+            pages[start : start + _CHUNK : _PAGE] = 0
+        if self._pinned:
+            # The allocator of pinned tensors would round the size up to a power of two.
+            failed = _runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            self._registered = not int(failed)
+        return memory
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _devices(packed: Packed) -> Iterator[torch.device]:
+    for part in packed.parts.values():
+        for tensor in part.values():
+            if tensor.is_cuda:
+                yield tensor.device
