@@ -20,8 +20,10 @@ from fundamentallm import (
     SettingsError,
     Snapshot,
     compose,
+    field,
     hookimpl,
     plugin,
+    state_fields,
     train,
 )  # fmt: skip
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
@@ -61,8 +63,8 @@ class Validations:
 class Memory:
     """Keeps a snapshot of every safe point, as JSON where it is no tensor; restores one of them."""
 
-    kept: Any
-    restored: Any = None
+    kept: dict[int, Snapshot] = field(init=False, factory=dict)
+    restored: Snapshot | None = field(init=False, default=None)
 
     @hookimpl
     def read_checkpoint(self) -> Snapshot | None:
@@ -75,14 +77,22 @@ class Memory:
         self.kept[run.progress.step] = snapshot
 
 
+def remembering(snapshot: Snapshot) -> Memory:
+    """Return a memory that a run continues from ``snapshot`` with."""
+    memory = Memory()
+    memory.restored = snapshot
+    return memory
+
+
 def stop_of(run: Run) -> int | None:
     return run.progress.step if run.stop_reason else None
 
 
-def states(snapshot: Snapshot) -> dict[str, Any]:
+def known(run: Run) -> dict[str, Any]:
     """Return what is known of the metric, but for the time that it took."""
-    state = dict(snapshot["plugins"]["early_stopping"])
-    return state | {"measured": state["measured"][:3], "waiting": state["waiting"][:3]}
+    watch = run.plugins["early_stopping"]
+    state = {name: getattr(watch, name) for name in state_fields(EarlyStopping)}
+    return state | {"measured": watch.measured[:3], "waiting": watch.waiting[:3]}
 
 
 def watched(tiny_run: TinyRun, values: list[float], every: int = 1, **table: Any) -> Run:
@@ -105,10 +115,10 @@ def test_stops_after_patience_validations_in_a_row_without_an_improvement(
 def test_the_step_that_it_stops_at_is_validated_logged_and_at_a_safe_point(
     tiny_run: TinyRun,
 ) -> None:
-    kept: dict[int, Any] = {}
-    run = tiny_run(Validations(values=[2, 3, 1]), EarlyStopping(patience=1), Memory(kept=kept),
+    memory = Memory()
+    run = tiny_run(Validations(values=[2, 3, 1]), EarlyStopping(patience=1), memory,
                    length=9, validate_every=1)  # fmt: skip
-    assert run.history[-1]["step"] == run.progress.step == max(kept) == 2
+    assert run.history[-1]["step"] == run.progress.step == max(memory.kept) == 2
     assert run.history[-1]["val/loss"] == 3
 
 
@@ -230,20 +240,18 @@ def test_two_of_them_watch_two_metrics_in_any_order(tiny_run: TinyRun, tmp_path:
 def test_a_stopped_run_stays_stopped_until_its_settings_let_it_go_on(
     tiny_run: TinyRun, tmp_path: Any
 ) -> None:
-    kept: dict[int, Any] = {}
-
-    def again(snapshot: Any, **table: Any) -> Run:
-        memory = Memory(kept=kept, restored=snapshot)
+    def again(memory: Memory, **table: Any) -> Run:
         return tiny_run(Validations(values=[3, 4, 5, 6, 7]), EarlyStopping(**table), memory,
                         length=5, validate_every=1)  # fmt: skip
 
-    first = again(None, patience=2)
-    assert first.progress.step == 3
-    second = again(kept[3], patience=2)
-    assert (second.progress.step, second.outcome) == (3, "stopped")
-    assert "to train on, change early_stopping in the settings" in str(second.stop_reason)
-    assert again(kept[3], patience=3).progress.step == 4
-    assert again(kept[3], patience=2, mode="max").outcome == "finished"
+    memory = Memory()
+    assert again(memory, patience=2).progress.step == 3
+    end = memory.kept[3]
+    stopped = again(remembering(end), patience=2)
+    assert (stopped.progress.step, stopped.outcome) == (3, "stopped")
+    assert "to train on, change early_stopping in the settings" in str(stopped.stop_reason)
+    assert again(remembering(end), patience=3).progress.step == 4
+    assert again(remembering(end), patience=2, mode="max").outcome == "finished"
 
 
 @st.composite
@@ -297,7 +305,7 @@ def out_of_patience(values: list[float], every: int, table: dict[str, Any]) -> b
 @pytest.fixture(scope="module")
 def composed() -> Composed:
     """A run like those below: to look for installed plugins takes longer than to train one."""
-    return compose_tiny(Validations(values=[]), EarlyStopping(), Memory(kept={}), validate_every=1)
+    return compose_tiny(Validations(values=[]), EarlyStopping(), Memory(), validate_every=1)
 
 
 @settings(max_examples=30, deadline=None, phases=PHASES)
@@ -312,27 +320,27 @@ def test_any_values_stop_it_when_a_plain_account_says_also_if_resumed_anywhere(
     tmp_path_factory: pytest.TempPathFactory, composed: Composed,
     values: list[float], every: int, table: dict[str, Any], rows: bool, data: st.DataObject,
 ) -> None:  # fmt: skip
-    kept: dict[int, Any] = {}
     table["monitor"] = "train/score" if rows else "val/loss"
     length = len(values) * every
 
-    def trained(restored: Any) -> Run:
+    def trained(memory: Memory) -> Run:
         composed.run.length = Period(length)
         composed.run.validate_every = composed.run.log_every = Period(every)
         composed.plugins.update(
             validations=Validations(values=values, every=every),
             early_stopping=EarlyStopping(**table),
-            memory=Memory(kept=kept, restored=restored),
+            memory=memory,
         )
         return train(composed, run_dir=tmp_path_factory.mktemp("run"))
 
-    whole = trained(None)
+    memory = Memory()
+    whole = trained(memory)
     stop = expected_stop(values, every, table)
     assert stop_of(whole) == (stop and min(stop + rows, length))
-    ends = states(kept[whole.progress.step])
-    resumed = trained(kept[data.draw(st.sampled_from(sorted(kept)), label="resumed at")])
+    step = data.draw(st.sampled_from(sorted(memory.kept)), label="resumed at")
+    resumed = trained(remembering(memory.kept[step]))
     assert resumed.progress.step == whole.progress.step
-    assert states(kept[resumed.progress.step]) == ends
+    assert known(resumed) == known(whole)
     assert bool(resumed.stop_reason) == bool(whole.stop_reason)
     assert_same_weights(resumed, whole)
 

@@ -1,0 +1,150 @@
+"""An average of a model's weights, beside them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from fundamentallm import PluginError, StorageError
+
+Blend: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
+Rule: TypeAlias = Callable[[int], tuple[Blend, float]]
+"""How the next weights enter an average of so many: ``blend(averages, weights, number)``."""
+
+IS_TRAINED = attrgetter("requires_grad")
+LOW = (torch.bfloat16, torch.float16)
+
+
+def equal() -> Rule:
+    """Return the rule by which an average of n weights moves to the next by 1 / (n + 1)."""
+    blend = _plain(get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+    return lambda count: (blend, count)
+
+
+def decaying(decay: float, *, warmup: bool) -> Rule:
+    """Return the rule by which an average moves to the next weights by 1 - ``decay``.
+
+    With ``warmup`` the decay is at most (1 + n) / (10 + n) after n weights, as in TensorFlow's
+    ``ExponentialMovingAverage``. The move is then by 9 / (10 + n), which is 1 / ((1 + n) / 9 + 1):
+    the equal average's of a ninth of the weights.
+    """
+    slow = _plain(get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+    quick = _plain(get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
+
+    def rule(count: int) -> tuple[Blend, float]:
+        if warmup and (1 + count) / (10 + count) < decay:
+            return quick, (1 + count) / 9
+        return slow, 0
+
+    return rule
+
+
+def _plain(blend: Any) -> Blend:
+    """Return a function of torch without the ``no_grad`` around it, which costs ten calls a step;
+    what it gets here has no gradients."""
+    plain: Blend = inspect.unwrap(blend)
+    return plain
+
+
+class Average:
+    """An average of the floating-point parameters of a model, on their devices.
+
+    A parameter takes part from the first update on at which it is trainable; until then it is what
+    it is. Low precision is averaged in float32: a small move would be lost in it. Buffers are not
+    averaged.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule) -> None:
+        self.count = 0
+        self._rule = rule
+        self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+        self._waiting = dict(self._parameters)
+        self._averages: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}  # the memory of those parameters, without gradients
+        # What one call can blend: averages, and the memory of their parameters, of one kind.
+        self._groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        self._in_place = False
+
+    def add(self) -> None:
+        """Let the weights enter the average, as they are now."""
+        blend, number = self._rule(self.count)
+        for averages, weights in self._groups.values():
+            if weights[0].dtype in LOW:
+                blend(averages, [weight.float() for weight in weights], number)
+            else:
+                blend(averages, weights, number)
+        if self._waiting and any(map(IS_TRAINED, self._waiting.values())):
+            for name in [name for name, p in self._waiting.items() if p.requires_grad]:
+                self._join(name, self._waiting[name])
+        self.count += 1
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Exchange the weights with their averages, in the weights' own memory, and back.
+
+        Neither parameters nor their addresses change, so compiled modules need not notice. Takes
+        the memory of the largest parameter besides, and that of those in low precision.
+        """
+        if self._in_place:
+            yield
+            return
+        self._check()
+        exchanged: list[tuple[Tensor, Tensor]] = []
+        self._in_place = True
+        try:
+            for name, average in self._averages.items():
+                weight = self._weights[name]
+                pair = weight, average.to(weight.dtype)
+                _exchange(*pair)
+                exchanged.append(pair)
+            yield
+        finally:
+            for pair in exchanged:
+                _exchange(*pair)
+            self._in_place = False
+
+    def state(self) -> dict[str, Any]:
+        """Return the averages, which are the live ones, by the names of their parameters."""
+        self._check()
+        return {"count": self.count, "weights": dict(self._averages)}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Continue an average from copies of what ``state`` returned."""
+        for name, average in kept["weights"].items():
+            parameter = self._parameters.get(name)
+            if parameter is None or parameter.shape != average.shape:
+                raise StorageError(f"the checkpoint holds the average of another model: {name}")
+            self._join(name, parameter, average)
+        self.count = kept["count"]
+
+    def _join(self, name: str, parameter: Tensor, average: Tensor | None = None) -> None:
+        weight = parameter.detach()
+        dtype = torch.float32 if weight.dtype in LOW else weight.dtype
+        begun = torch.empty_like(weight, dtype=dtype).copy_(weight if average is None else average)
+        averages, weights = self._groups.setdefault((weight.device, weight.dtype), ([], []))
+        averages.append(begun)
+        weights.append(weight)
+        self._averages[name], self._weights[name] = begun, weight
+        del self._waiting[name]
+
+    def _check(self) -> None:
+        """Fail if a parameter has got other memory: its average has missed what came since."""
+        for name, weight in self._weights.items():
+            if not self._parameters[name].is_set_to(weight):
+                raise PluginError(
+                    f"{name} can no longer be averaged: something gave it other memory during the"
+                    f" run (by assigning to .data, say), where it should have changed it in place"
+                )
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
