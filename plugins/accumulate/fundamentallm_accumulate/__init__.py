@@ -23,6 +23,8 @@ class Accumulate:
     microbatches: int = field(validator=ge(1))
     """Micro-batches in one step; the batch size of the step is this times the data's."""
 
+    changeable = ("microbatches",)
+
     @hookimpl
     def collect_batches(self, stream: Iterator[Batch]) -> list[Batch]:
         """Take the next ``microbatches`` micro-batches as one window."""

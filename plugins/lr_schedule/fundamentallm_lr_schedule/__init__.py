@@ -1,50 +1,18 @@
-"""Learning-rate schedules: a linear warmup, and then one of eight shapes."""
+"""Schedules: of the learning rate, and of any other number that a plugin reads during the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import (
-    Period,
-    SettingsError,
-    field,
-    ge,
-    gt,
-    hookimpl,
-    le,
-    optional,
-    plugin,
-)
-from fundamentallm_lr_schedule.parts import Part, divide
+from fundamentallm import Period, SettingsError, field, ge, gt, hookimpl, le, optional, plugin
+from fundamentallm_lr_schedule.checks import check, owned_by
+from fundamentallm_lr_schedule.parts import Course, Levels, divide
+from fundamentallm_lr_schedule.schedules import Scheduled, Schedules
 
 if TYPE_CHECKING:
     from fundamentallm import Run
 
-# How far a run is, in each unit. In steps only the updates that were made count.
-POSITIONS: dict[str, Callable[[Any], float]] = {
-    "steps": attrgetter("applied"),
-    "epochs": attrgetter("epoch"),
-    "tokens": attrgetter("tokens"),
-    "seconds": attrgetter("seconds"),
-}
-# The settings of one shape alone, and what a shape cannot do without.
-_OWNERS = {
-    "decay": "wsd",
-    "decay_shape": "wsd",
-    "cycle": "cosine_with_restarts",
-    "cycle_growth": "cosine_with_restarts",
-    "power": "polynomial",
-    "start": "one_cycle",
-}
-_NEEDS = {
-    "wsd": "decay",
-    "cosine_with_restarts": "cycle",
-    "polynomial": "power",
-    "one_cycle": "warmup",
-    "inverse_sqrt": "warmup",
-}
+__all__ = ["LrSchedule", "Scheduled", "Schedules"]
 
 
 @plugin
@@ -58,17 +26,17 @@ class LrSchedule:
 
     shape: Literal[
         "constant", "linear", "cosine", "cosine_with_restarts", "wsd", "inverse_sqrt",
-        "polynomial", "one_cycle",
+        "polynomial", "one_cycle", "step",
     ] = "cosine"  # fmt: skip
     """What the learning rate does after the warmup."""
     warmup: Period | float = 0.0
     """How long it rises first, in a straight line (for `one_cycle`: along a cosine)."""
     length: Period | float = 1.0
     """When the schedule ends, counted from the beginning of the run, the warmup included. From
-    there on the learning rate stays where it is. No end for `constant` and `inverse_sqrt`."""
+    there on the learning rate stays where it is. No end for `constant`, `inverse_sqrt`, `step`."""
     decay_to: float = field(default=0.0, validator=[ge(0), le(1)])
     """The final learning rate as a fraction of the optimizer's: with `lr = 1e-3`, 0.1 ends at
-    1e-4. Without meaning for `constant` and `inverse_sqrt`."""
+    1e-4. Without meaning for `constant`, `inverse_sqrt` and `step`."""
     decay: Period | float | None = None
     """`wsd` only, required: how long the decay at the end takes."""
     decay_shape: Literal["linear", "cosine", "sqrt"] | None = None
@@ -83,51 +51,56 @@ class LrSchedule:
     start: float | None = field(default=None, validator=optional([ge(0), le(1)]))
     """`one_cycle` only: the first learning rate as a fraction of the optimizer's. By default
     0.04."""
+    at: list[Period | float] | Period | float | None = None
+    """`step` only, required: when the learning rate is multiplied by `gamma`, counted from the
+    beginning of the run, such as `["30 epochs", "60 epochs"]`; one length in place of a list: again
+    and again after so long."""
+    gamma: float | None = field(default=None, validator=optional(gt(0)))
+    """`step` only, required: what the learning rate is multiplied by."""
 
-    position: Callable[[Any], float] = field(init=False, repr=False)
-    parts: list[Part] = field(init=False, repr=False)
+    changeable = ()
+
+    course: Course = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        for name, owner in _OWNERS.items():
-            if getattr(self, name) is not None and self.shape != owner:
-                raise ValueError(f"{name}: belongs to shape {owner!r}, but shape is {self.shape!r}")
-        needed = _NEEDS.get(self.shape)
-        if needed and not getattr(self, needed):
-            raise ValueError(f"{needed}: is missing; shape {self.shape!r} needs it")
-        for name in ("warmup", "length", "decay", "cycle"):
-            value = getattr(self, name)
-            lowest = 0 if name == "warmup" else 1e-300
-            if not isinstance(value, Period | None) and not lowest <= value <= 1:
-                raise ValueError(
-                    f"{name}: a fraction of the run is more than 0 and at most 1, got {value:g}; "
-                    f"for a number of steps leave out the point"
-                )
+        check(self)
+        if self.start is not None:
+            owned_by("one_cycle", self, "start")
 
-    def prepare(self, run_length: Period) -> str:
-        """Lay the schedule over a run of this length; return the unit that it is counted in.
+    def prepare(self, run_length: Period) -> Course:
+        """Lay the schedule over a run of this length.
 
         Raises ``ValueError`` (``field: what is wrong``) if its lengths do not fit together.
         """
-        unit, self.parts = divide(self, run_length)
-        self.position = POSITIONS[unit]
-        return unit
+        start = 0.0
+        if self.shape == "one_cycle":
+            start = 0.04 if self.start is None else self.start
+        levels = Levels(start, 1.0, self.decay_to)
+        self.course = divide(self, levels, run_length, lead=True)
+        return self.course
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        """Lay the schedule over the run, or tell why it does not fit."""
+        try:
+            self.prepare(run.settings.length)
+        except ValueError as error:
+            raise SettingsError(f"{_name(run, self)}.{error}") from error
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Lay the schedule over the run, or tell why it does not fit."""
-        name = next(name for name, listed in run.plugins.items() if listed is self)
-        try:
-            unit = self.prepare(run.settings.length)
-        except ValueError as error:
-            raise SettingsError(f"{name}.{error}") from error
-        if unit == "epochs" and run.progress.epoch_samples is None:
-            raise SettingsError(f"{name}: is counted in epochs, but the data source has no epochs")
+        """Refuse epochs if the data has none."""
+        if self.course.unit == "epochs" and run.progress.epoch_samples is None:
+            raise SettingsError(
+                f"{_name(run, self)}: is counted in epochs, but the data source has no epochs"
+            )
 
     @hookimpl
     def lr_factor(self, run: Run) -> float:
         """Return the factor at where the run is."""
-        position = self.position(run.progress)
-        for until, origin, span, formula in self.parts:
-            if position < until:
-                return formula((position - origin) / span)
-        return self.decay_to
+        course = self.course
+        return course.value(course.position(run.progress))
+
+
+def _name(run: Run, schedule: LrSchedule) -> str:
+    return next(name for name, listed in run.plugins.items() if listed is schedule)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from math import ceil, inf, prod
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fundamentallm import Progress, Run, SettingsError
+from fundamentallm import SettingsError
 from fundamentallm_lr_schedule import LrSchedule
-from fundamentallm_lr_schedule.parts import count
+from fundamentallm_lr_schedule.parts import Course, count
 
 if TYPE_CHECKING:
     from fundamentallm import Composed
 
-# Epochs have no size before the data is read; any that is large enough serves to draw them.
-_EPOCH = 10**9
 _POINTS = 2000
 
 
@@ -39,25 +36,24 @@ def trace(composed: Composed) -> Curve:
     schedules = {name: one for name, one in found if isinstance(one, LrSchedule)}
     if not schedules:
         raise SettingsError("no schedule to draw: lr_schedule is not in the plugins list")
-    units = {name: _prepare(name, one, composed) for name, one in schedules.items()}
+    courses = {name: _prepare(name, one, composed) for name, one in schedules.items()}
+    units = {name: course.unit for name, course in courses.items()}
     unit = next(iter(units.values()))
     if len(set(units.values())) > 1:
         each = ", ".join(f"{name} is in {of}" for name, of in units.items())
         raise SettingsError(f"schedules in several units cannot be drawn as one: {each}")
-    edges = [part.until for one in schedules.values() for part in one.parts]
+    edges = [part.until for course in courses.values() for part in course.parts]
     own, length = count(composed.run.length)
     end = length if own == unit else _end(edges)
     base = _base(composed)
-    run = Run(composed.run, composed.plugins, Path())
     curve = Curve(unit, _positions(end, unit, edges), [], end, absolute=base is not None)
     for position in curve.positions:
-        run.progress = _progress(position, unit)
-        factors = [one.lr_factor(run) for one in schedules.values()]
+        factors = [course.value(position) for course in courses.values()]
         curve.rates.append(prod(factors, start=1.0 if base is None else base))
     return curve
 
 
-def _prepare(name: str, schedule: LrSchedule, composed: Composed) -> str:
+def _prepare(name: str, schedule: LrSchedule, composed: Composed) -> Course:
     try:
         return schedule.prepare(composed.run.length)
     except ValueError as error:
@@ -79,16 +75,6 @@ def _positions(end: float, unit: str, edges: list[float]) -> list[float]:
     stride = max(last // _POINTS, 1)
     inner = [ceil(edge) for edge in edges if 0 <= edge <= last]
     return sorted({*range(0, last + 1, stride), *inner, last})
-
-
-def _progress(position: float, unit: str) -> Progress:
-    if unit == "steps":
-        return Progress(applied=int(position))
-    if unit == "tokens":
-        return Progress(tokens=int(position))
-    if unit == "epochs":
-        return Progress(samples=round(position * _EPOCH), epoch_samples=_EPOCH)
-    return Progress(seconds=position)
 
 
 def _base(composed: Composed) -> float | None:

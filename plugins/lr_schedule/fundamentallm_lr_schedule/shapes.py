@@ -1,7 +1,7 @@
-"""The formulas of learning-rate schedules: factors of the base learning rate.
+"""The formulas of schedules: values between ``begin`` and ``end``.
 
 Each is a function of ``x``, how far its part of the run is: 0 where the part begins, 1 where it
-ends, unless it says otherwise. ``to`` is the factor at the end.
+ends, unless it says otherwise. For a learning rate, values are factors of the optimizer's.
 """
 
 from __future__ import annotations
@@ -9,61 +9,56 @@ from __future__ import annotations
 import math
 
 
-def constant(x: float) -> float:
-    """Return 1 everywhere."""
-    return 1.0
+def constant(x: float, value: float) -> float:
+    """Stay at ``value``."""
+    return value
 
 
-def linear_rise(x: float) -> float:
-    """Go from 0 to 1 in a straight line (Goyal et al., arXiv:1706.02677, section 2.2)."""
-    return x
+def linear(x: float, begin: float, end: float) -> float:
+    """Go in a straight line (for a warmup: Goyal et al., arXiv:1706.02677, section 2.2)."""
+    return begin + (end - begin) * x
 
 
-def cosine_rise(x: float, start: float) -> float:
-    """Go from ``start`` to 1 along half a cosine (the first phase of ``one_cycle``)."""
-    return 1 + (start - 1) * (1 + math.cos(math.pi * x)) / 2
+def cosine(x: float, begin: float, end: float) -> float:
+    """Go along half a cosine (SGDR, Loshchilov and Hutter, arXiv:1608.03983, equation 5, without
+    restarts)."""
+    return end + (begin - end) * (1 + math.cos(math.pi * x)) / 2
 
 
-def linear(x: float, to: float) -> float:
-    """Go from 1 to ``to`` in a straight line."""
-    return 1 + (to - 1) * x
-
-
-def cosine(x: float, to: float) -> float:
-    """Go from 1 to ``to`` along half a cosine (SGDR, Loshchilov and Hutter, arXiv:1608.03983,
-    equation 5, without restarts)."""
-    return to + (1 - to) * (1 + math.cos(math.pi * x)) / 2
-
-
-def restarts(x: float, growth: float, to: float) -> float:
+def restarts(x: float, growth: float, begin: float, end: float) -> float:
     """Start the cosine anew at the end of each cycle (SGDR, arXiv:1608.03983).
 
     ``x`` counts in first cycles and may exceed 1; each cycle is ``growth`` (>= 1) times as long
     as the one before it.
     """
     if growth == 1:
-        return cosine(x % 1.0, to)
+        return cosine(x % 1.0, begin, end)
     # By addition: logarithms put the restarts of some growths into the cycle before.
-    begin, span = 0.0, 1.0
-    while x >= begin + span:
-        begin += span
+    start, span = 0.0, 1.0
+    while x >= start + span:
+        start += span
         span *= growth
-    return cosine((x - begin) / span, to)
+    return cosine((x - start) / span, begin, end)
 
 
-def square_root(x: float, to: float) -> float:
-    """Go from 1 to ``to`` as 1 - sqrt(x) (Hägele et al., arXiv:2405.18392)."""
-    return 1 - (1 - to) * math.sqrt(x)
+def square_root(x: float, begin: float, end: float) -> float:
+    """Go as 1 - sqrt(x) (Hägele et al., arXiv:2405.18392)."""
+    return begin - (begin - end) * math.sqrt(x)
 
 
-def polynomial(x: float, power: float, to: float) -> float:
-    """Go from 1 to ``to`` as (1 - x) ** power."""
-    return to + (1 - to) * math.pow(1 - x, power)
+def polynomial(x: float, power: float, begin: float, end: float) -> float:
+    """Go as (1 - x) ** power."""
+    return end + (begin - end) * math.pow(1 - x, power)
 
 
-def inverse_sqrt(x: float) -> float:
-    """Fall with the square root (Vaswani et al., arXiv:1706.03762, equation 3).
+def inverse_sqrt(x: float, begin: float, end: float) -> float:
+    """Approach ``end`` as 1 / sqrt(x) (Vaswani et al., arXiv:1706.03762, equation 3).
 
     ``x`` is the position over that of the end of the warmup: 1 there, and growing.
     """
-    return 1 / math.sqrt(x)
+    return end + (begin - end) / math.sqrt(x)
+
+
+def stairs(x: float, gamma: float, begin: float) -> float:
+    """Multiply by ``gamma`` whenever ``x`` has grown by 1."""
+    return begin * math.pow(gamma, x // 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import SGD, lr_scheduler
 
@@ -19,13 +19,13 @@ from fundamentallm_lr_schedule import LrSchedule
 STEPS = 10_000
 
 
-def factors(steps: int, at: list[int] | None = None, **table: Any) -> list[float]:
+def factors(steps: int, updates: list[int] | None = None, /, **table: Any) -> list[float]:
     """Return the factors of a run of some steps, at every update or at the given ones."""
     schedule = LrSchedule(**table)
     run = Run(RunSettings(length=Period(steps)), {"lr_schedule": schedule}, Path())
-    schedule.on_train_start(run)
-    found = []
-    for index in range(steps) if at is None else at:
+    schedule.on_run_start(run)
+    found: list[float] = []
+    for index in range(steps) if updates is None else updates:
         run.progress = Progress(step=index + 3, applied=index)  # three steps were rejected
         found.append(schedule.lr_factor(run))
     return found
@@ -72,6 +72,18 @@ TORCH: dict[str, tuple[dict[str, Any], Callable[[SGD], lr_scheduler.LRScheduler]
         {"shape": "cosine_with_restarts", "cycle": Period(100), "cycle_growth": 3.0},
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 100, T_mult=3),
     ),
+    "steps of one length": (
+        {"shape": "step", "at": Period(2500), "gamma": 0.1},
+        lambda o: lr_scheduler.StepLR(o, 2500, gamma=0.1),
+    ),
+    "steps at some moments": (
+        {"shape": "step", "at": [0.1, Period(5001), Period(7500)], "gamma": 0.3},
+        lambda o: lr_scheduler.MultiStepLR(o, [1000, 5001, 7500], gamma=0.3),
+    ),
+    "an exponential": (
+        {"shape": "step", "at": Period(1), "gamma": 0.999},
+        lambda o: lr_scheduler.ExponentialLR(o, 0.999),
+    ),
     "one cycle as it is": (
         {"shape": "one_cycle", "warmup": 0.3, "decay_to": 1 / (25 * 1e4)},
         lambda o: lr_scheduler.OneCycleLR(o, 1.0, STEPS, cycle_momentum=False),
@@ -89,6 +101,55 @@ TORCH: dict[str, tuple[dict[str, Any], Callable[[SGD], lr_scheduler.LRScheduler]
 def test_equals_torchs_scheduler_at_each_of_ten_thousand_updates(case: str) -> None:
     table, make = TORCH[case]
     same(factors(STEPS, **table), scheduled(make, STEPS))
+
+
+AFTER_WARMUP: dict[str, Callable[[SGD, int, float], lr_scheduler.LRScheduler]] = {
+    "constant": lambda o, rest, lowest: lr_scheduler.ConstantLR(o, factor=1.0),
+    "linear": lambda o, rest, lowest: lr_scheduler.LinearLR(o, 1.0, lowest, rest),
+    "cosine": lambda o, rest, lowest: lr_scheduler.CosineAnnealingLR(o, rest, eta_min=lowest),
+    "polynomial": lambda o, rest, lowest: lr_scheduler.PolynomialLR(o, rest, power=2.0),
+    "cosine_with_restarts": lambda o, rest, lowest: lr_scheduler.CosineAnnealingWarmRestarts(
+        o, 300, T_mult=2, eta_min=lowest),
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "polynomial": {"power": 2.0, "decay_to": 0.0},
+    "cosine_with_restarts": {"cycle": Period(300), "cycle_growth": 2.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from(sorted(AFTER_WARMUP)), st.integers(1, STEPS - 1), st.floats(0, 1),
+    st.integers(0, STEPS - 1),
+)  # fmt: skip
+def test_equals_torchs_schedulers_in_a_row_at_each_update_after_any_warmup_and_resumed_anywhere(
+    shape: str, warmup: int, lowest: float, resumed: int
+) -> None:
+    def row(optimizer: SGD) -> lr_scheduler.LRScheduler:
+        rise = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup)
+        fall = AFTER_WARMUP[shape](optimizer, STEPS - warmup, lowest)
+        return lr_scheduler.SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+    table = {"shape": shape, "warmup": Period(warmup), "decay_to": lowest, **OWN.get(shape, {})}
+    mine = factors(STEPS, **table)
+    same(mine, scheduled(row, STEPS))
+    assert factors(STEPS, list(range(resumed, STEPS)), **table) == mine[resumed:]
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.integers(1, STEPS), min_size=1, max_size=8), st.floats(0.05, 1.5),
+    st.integers(0, 500),
+)  # fmt: skip
+def test_steps_are_those_of_torch_at_any_moments_and_after_any_warmup(
+    moments: list[int], gamma: float, warmup: int
+) -> None:
+    table = {"at": [Period(moment) for moment in moments], "gamma": gamma}
+    mine = factors(STEPS, shape="step", warmup=lead(warmup), **table)
+    theirs = scheduled(lambda o: lr_scheduler.MultiStepLR(o, moments, gamma=gamma), STEPS)
+    same(mine[warmup:], theirs[warmup:])
+    same(mine[:warmup], [(it + 1) / (warmup + 1) for it in range(warmup)])
 
 
 def test_a_schedule_shorter_than_the_run_stays_where_it_ends() -> None:
@@ -258,6 +319,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "inverse_sqrt": {},
     "polynomial": {"power": 2.0},
     "one_cycle": {},
+    "step": {"at": [0.2, 0.9], "gamma": 0.5},
 }
 
 

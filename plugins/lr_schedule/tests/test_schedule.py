@@ -92,12 +92,12 @@ def test_two_schedules_multiply_in_any_order(tiny_run: TinyRun, tmp_path: Path) 
     assert rates(one) == rates(other) == [0.01 * f for f in expected]
 
 
-def test_a_step_costs_two_python_calls(tiny_run: TinyRun) -> None:
+def test_a_step_costs_three_python_calls(tiny_run: TinyRun) -> None:
     schedule = LrSchedule(warmup=Period(2), decay_to=0.1)
     run = tiny_run(schedule, length=10)
     for applied in (0, 5):
         run.progress = Progress(applied=applied)
-        assert calls(lambda: schedule.lr_factor(run)) - calls(lambda: None) == 2
+        assert calls(lambda: schedule.lr_factor(run)) - calls(lambda: None) == 3
 
 
 def calls(function: Callable[[], object]) -> int:
@@ -120,7 +120,7 @@ def factor(run_length: str, progress: Progress, **table: Any) -> float:
     schedule = LrSchedule(**table)
     run.plugins = {"lr_schedule": schedule}
     run.progress = progress
-    schedule.on_train_start(run)
+    schedule.on_run_start(run)
     return schedule.lr_factor(run)
 
 
