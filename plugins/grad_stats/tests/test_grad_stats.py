@@ -159,6 +159,21 @@ def test_what_is_frozen_is_not_measured_and_what_thaws_is(tiny_run: TinyRun):
         assert "update_ratio/out" in row
 
 
+def test_of_a_group_that_is_partly_frozen_the_rest_is_measured(tiny_run: TinyRun):
+    @plugin
+    class Freeze:
+        """Freezes one parameter."""
+
+        @hookimpl
+        def adapt_model(self, run: Run):
+            run.model.hidden.bias.requires_grad_(requires_grad=False)
+
+    witness = Witness()
+    run = tiny_run(Freeze(), witness, GradStats(every=1), length=3, log_every=1)
+    for step, row in enumerate(run.history, 1):
+        assert measured(row) == expected(witness, step, {"hidden": HIDDEN[:1], "out": OUT})
+
+
 def test_weights_of_half_precision_are_measured_in_float32():
     tensors = [torch.full((1000,), 0.3, dtype=torch.bfloat16), torch.full((7,), 2.0, dtype=torch.bfloat16)]
     assert norm(tensors).dtype == torch.float32

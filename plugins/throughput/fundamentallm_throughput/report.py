@@ -11,6 +11,7 @@ import attrs
 from fundamentallm_throughput.clock import BETWEEN, PHASES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fundamentallm import Run
@@ -32,14 +33,14 @@ class Row:
     share: float
 
 
-def rows(watch: Watch, wall: float) -> list[Row]:
+def rows(timed: Mapping[tuple[str, str], float], factor: float, wall: float) -> list[Row]:
     """Return who took what of ``wall`` seconds, by phase, and who took most first.
 
-    What was timed in some steps alone stands for all of them by its share of those.
+    ``timed`` are seconds by phase and plugin; those inside of steps were timed in some steps alone,
+    and are taken ``factor`` times.
     """
-    factor = watch.step_seconds / watch.sampled_seconds if watch.sampled_seconds else 0.0
     taken = {key: seconds * (1.0 if key[0] in BETWEEN else factor)
-             for key, seconds in watch.clock.seconds.items()}  # fmt: skip
+             for key, seconds in timed.items()}  # fmt: skip
     taken[REST, "core"] = max(wall - sum(taken.values()), 0.0)
     order = {phase: index for index, phase in enumerate((*PHASES, REST))}
     total = sum(taken.values())
@@ -50,12 +51,13 @@ def rows(watch: Watch, wall: float) -> list[Row]:
 def facts(run: Run, watch: Watch) -> dict[str, Any]:
     """Return what a finished run's file says."""
     progress, wall = run.progress, watch.clock.now() - watch.began
+    factor = watch.step_seconds / watch.sampled_seconds if watch.sampled_steps else 0.0
     return {
         "seconds": wall,
         "steps": progress.step - watch.first_step,
         "timed_steps": watch.sampled_steps,
         "tokens": progress.tokens - watch.first_tokens,
-        "where": [attrs.asdict(row) for row in rows(watch, wall)],
+        "where": [attrs.asdict(row) for row in rows(watch.clock.seconds, factor, wall)],
     }
 
 

@@ -27,6 +27,7 @@ from fundamentallm.testing import (
 from fundamentallm_throughput import Throughput
 from fundamentallm_throughput.clock import PHASE_OF, Clock
 from fundamentallm_throughput.device import flops_per_token, matrix_parameters, peak_of
+from fundamentallm_throughput.report import rows
 from fundamentallm_throughput.watch import quantile
 
 SPEEDS = {
@@ -276,6 +277,15 @@ def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
         ("backward", "core"), ("optimizer", "core"), ("optimizer", "busy"), ("gradients", "busy"),
         ("events", "busy"), ("safe point", "busy"), ("validation", ""), ("rest", "core"),
     } <= took(run).keys()  # fmt: skip
+
+
+def test_what_was_timed_in_some_steps_stands_for_all_and_what_is_between_them_for_itself():
+    timed = {("forward", "core"): 2.0, ("backward", "amp"): 3.0, ("validation", "core"): 10.0}
+    found = rows(timed, 4.0, 40.0)
+    assert [(row.phase, row.plugin, row.seconds, row.share) for row in found] == [
+        ("forward", "core", 8.0, 0.2), ("backward", "amp", 12.0, 0.3),
+        ("validation", "core", 10.0, 0.25), ("rest", "core", 10.0, 0.25),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("every", "length", "timed"), [(1, 7, 7), (2, 7, 3), (5, 12, 3), (20, 1, 0), (20, 2, 1)])
