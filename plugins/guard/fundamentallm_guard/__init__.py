@@ -20,7 +20,7 @@ from fundamentallm import (
     state_fields,
 )
 from fundamentallm_guard import spikes
-from fundamentallm_guard.faults import PREFIX, Fault
+from fundamentallm_guard.faults import PREFIX, Fault, find_fault
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,14 +64,23 @@ class Guard:
     in_a_row: int = state(0)  # steps skipped since the last update
     steps: list[int] = state(factory=list)  # the last updates, and
     losses: list[float] = state(factory=list)  # their losses
-    checkpoints: list[int] = state(factory=list)  # their steps; some may have been deleted since
 
     _origin: Any = field(init=False, repr=False)
     _parameters: list[Any] = field(init=False, repr=False)
     _fault: Fault | None = field(init=False, default=None)
     _loss: float = field(init=False, default=0.0)
     _judges: bool = field(init=False, default=True)
+    _keeps_losses: bool = field(init=False, default=False)
     _warned: bool = field(init=False, default=False)
+    _told: str = field(init=False, default="")
+    _homes: set[Any] = field(init=False, factory=set, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        # A wrapper costs some ten calls each time; a name without a method is no hook.
+        if self.oom != "split":
+            self.collect_batches = None  # type: ignore[assignment,method-assign]
+        if self.oom == "stop":
+            self.train_microbatch = None  # type: ignore[assignment,method-assign]
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -84,9 +93,10 @@ class Guard:
                 f"would wait for the one that ran out of memory; set oom = 'stop'"
             )
         self._judges = (self.nonfinite, self.spike) != ("off", "off")
+        self._keeps_losses = self.spike != "off" or self.nonfinite == "rewind"
         self._origin = Origin(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
-        self._remember(run.progress.step)
+        self._homes.add(run.folder / "checkpoints")
 
     @hookimpl
     def on_step_start(self) -> None:
@@ -114,8 +124,8 @@ class Guard:
 
             if not memory.ran_out(error):
                 raise
-            text = memory.told(run, batch, error)
-            if self.oom == "stop" or (self.oom == "split" and halves.count_rows(batch) < 2):
+            self._told = text = memory.told(run, batch, error)
+            if self.oom == "split" and halves.count_rows(batch) < 2:
                 raise OutOfMemoryError(f"{text}\n{memory.advice(self.oom)}") from error
             memory.let_go(error)
         # Not within the except clause, which would keep what the failed attempt holds.
@@ -134,7 +144,8 @@ class Guard:
             from fundamentallm_guard.readings import of_step
 
             self._loss, gradient = of_step(run, self._parameters)
-            self._fault = self._find_fault(self._loss, gradient)
+            if self.spike != "off" or not math.isfinite(self._loss + gradient):
+                self._fault = find_fault(self, self._loss, gradient)
         return None if self._fault is None else PREFIX + self._fault.kind
 
     @hookimpl
@@ -143,7 +154,10 @@ class Guard:
         fault, self._fault = self._fault, None
         if applied:
             self.in_a_row = 0
-            self._note_loss(run.progress.step)
+            if self._keeps_losses and math.isfinite(self._loss):
+                self.steps.append(run.progress.step)
+                self.losses.append(self._loss)
+                del self.steps[: -self.spike_window], self.losses[: -self.spike_window]
         elif fault is not None and not fault.is_anothers(run.rejected):
             self._react(run, fault)
         if self.skipped and (
@@ -152,19 +166,24 @@ class Guard:
             run.log("guard/skipped", self.skipped)
 
     @hookimpl
+    def on_train_end(self, run: Run) -> None:
+        """Add a memory report to the error of a run that ran out of memory."""
+        error = run.error
+        if isinstance(error, OutOfMemoryError) and not (self._told and self._told in str(error)):
+            from fundamentallm_guard import memory
+
+            text = f"after step {run.progress.step}: {error}\n{memory.report(run.device)}"
+            error.args = (f"{text}\n{memory.advice(self.oom)}",)
+
+    @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Forget the checkpoints of the void steps."""
-        step = run.progress.step
-        self.checkpoints = [kept for kept in self.checkpoints if kept < step]
-        self._remember(step)
+        """Log how often the run was rewound."""
         run.log("guard/rewinds", self.rewinds)
 
     @hookimpl
     def on_checkpoint_saved(self, folder: Path) -> None:
-        """Remember what could be gone back to."""
-        from fundamentallm_guard.checkpoints import step_of
-
-        self._remember(step_of(folder) or 0)
+        """Remember where checkpoints are."""
+        self._homes.add(folder.parent)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. A rewind does not undo what bounds it, or memory that lacks."""
@@ -174,24 +193,6 @@ class Guard:
                 setattr(self, name, max(mine, kept))
             else:
                 setattr(self, name, list(kept) if isinstance(kept, list) else kept)
-
-    def _find_fault(self, loss: float, gradient: float) -> Fault | None:
-        if self.nonfinite != "off" and not math.isfinite(loss):
-            return Fault("loss", f"the loss is {loss}")
-        if self.nonfinite != "off" and not math.isfinite(gradient):
-            return Fault("gradient", f"the loss is {loss:.6g}, but a gradient is {gradient}")
-        if self.spike == "off" or len(self.losses) < self.spike_window:
-            return None
-        limit = spikes.limit(self.losses, self.spike_threshold)
-        if loss <= limit:
-            return None
-        return Fault("spike", f"the loss {loss:.6g} is a spike, which begins at {limit:.6g}")
-
-    def _note_loss(self, step: int) -> None:
-        if self.spike != "off" or self.nonfinite == "rewind":
-            self.steps.append(step)
-            self.losses.append(self._loss)
-            del self.steps[: -self.spike_window], self.losses[: -self.spike_window]
 
     def _react(self, run: Run, fault: Fault) -> None:
         """Skip, rewind or end the run, with a message that says what happened and where."""
@@ -224,7 +225,7 @@ class Guard:
                                  f" often as {name}.max_rewinds allows")  # fmt: skip
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
         # The update before it may be what began it, and must be undone as well.
-        target = checkpoints.newest_sound(run, self.checkpoints, began - 1)
+        target = checkpoints.newest_sound(run, self._homes, began - 1)
         if target is None:
             if not self._warned:
                 log.warning("%s: there is no checkpoint to go back to from step %d: steps are"
@@ -236,11 +237,6 @@ class Guard:
         log.warning("%s; the run goes back to %s and on behind these data", text, target)
         run.rewind(target)
         return True
-
-    def _remember(self, step: int) -> None:
-        if step and step not in self.checkpoints:
-            self.checkpoints.append(step)
-            del self.checkpoints[:-100]  # older ones are hardly kept
 
     def _name(self, run: Run) -> str:
         return next(name for name, listed in run.plugins.items() if listed is self)

@@ -10,6 +10,7 @@ from fundamentallm import StorageError
 from fundamentallm_guard.culprit import tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from fundamentallm import Run
@@ -17,32 +18,36 @@ if TYPE_CHECKING:
 log = logging.getLogger("fundamentallm")
 
 
-def step_of(folder: Path) -> int | None:
-    """Return the step of a checkpoint folder; None if it is not named ``step-00000500``."""
-    found = re.fullmatch(r"step-(\d+)", folder.name)
-    return int(found[1]) if found else None
-
-
-def newest_sound(run: Run, known: list[int], before: int) -> str | None:
+def newest_sound(run: Run, homes: Iterable[Path], before: int) -> str | None:
     """Return the name of the newest checkpoint from before a step that can be gone back to, or
     None.
 
     It is there, sound and without NaN and infinity in its weights and the optimizer's state: each
-    is read until one is. ``known`` are the steps of those that were saved; reading may add to it.
+    is read until one is. ``homes`` are folders that hold checkpoints, or folders of them.
     """
     tried: list[int] = []
     # First of all, since whoever saves beside the steps then ends that first: which checkpoints
     # there are must not depend on how fast a disk is.
-    name = "latest"
-    while True:
-        step = _read(run, name, tried)
-        if step is not None and step < before:
-            return f"step-{step:08d}"
-        left = [step for step in known if step < before and step not in tried]
+    step = _read(run, "latest", tried)
+    left = _steps(homes)
+    while step is None or step >= before:
+        left = [one for one in left if one < before and one not in tried]
         if not left:
             return None
         tried.append(max(left))
-        name = f"step-{tried[-1]:08d}"
+        step = _read(run, _name(tried[-1]), tried)
+    return _name(step)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps(homes: Iterable[Path]) -> list[int]:
+    """Return the steps of all that is named like a checkpoint, whether or not it is one."""
+    paths = [path for home in homes for form in ("step-*", "*/step-*") for path in home.glob(form)]
+    found = [re.fullmatch(r"step-(\d+)", path.name) for path in paths]
+    return [int(name[1]) for name in found if name]
 
 
 def _read(run: Run, name: str, tried: list[int]) -> int | None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
 import attrs
+
+from fundamentallm_guard import spikes
+
+if TYPE_CHECKING:
+    from fundamentallm_guard import Guard
 
 PREFIX = "guard: "
 
@@ -23,3 +29,17 @@ class Fault:
         scales; a loss that is not finite is not.
         """
         return self.kind == "gradient" and any(not why.startswith(PREFIX) for why in reasons)
+
+
+def find_fault(guard: Guard, loss: float, gradient: float) -> Fault | None:
+    """Return what a guard has against a step with this mean loss and largest gradient."""
+    if guard.nonfinite != "off" and not math.isfinite(loss):
+        return Fault("loss", f"the loss is {loss}")
+    if guard.nonfinite != "off" and not math.isfinite(gradient):
+        return Fault("gradient", f"the loss is {loss:.6g}, but a gradient is {gradient}")
+    if guard.spike == "off" or len(guard.losses) < guard.spike_window:
+        return None
+    limit = spikes.limit(guard.losses, guard.spike_threshold)
+    if loss <= limit:
+        return None
+    return Fault("spike", f"the loss {loss:.6g} is a spike, which begins at {limit:.6g}")

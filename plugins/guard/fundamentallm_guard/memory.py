@@ -34,9 +34,9 @@ def told(run: Run, batch: Batch, error: BaseException) -> str:
 
 
 def advice(oom: str) -> str:
-    """Say what to do about it."""
+    """Say what to do when the setting ``oom`` is not enough, or not set."""
     if oom == "split":
-        return "one sample alone is too large: shorten the samples, or make the model smaller"
+        return "nothing is left to split: make the samples shorter or the model smaller"
     return "make the micro-batches smaller, or let the guard do that: oom = 'split'"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -22,7 +22,10 @@ def of_step(run: Run, parameters: list[nn.Parameter]) -> tuple[float, float]:
     """
     # The infinity norm: any other may overflow though every gradient is finite.
     largest = get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-    *losses, gradient = _numbers([*run.losses, largest])
+    values = [*run.losses, largest]
+    if values[0].device != largest.device:  # the norm of no gradients at all is the host's
+        values = [value.cpu() for value in values]
+    *losses, gradient = torch.stack(values).tolist()
     if len(losses) == 1:
         loss = losses[0]
     else:
@@ -30,15 +33,9 @@ def of_step(run: Run, parameters: list[nn.Parameter]) -> tuple[float, float]:
         loss = _sum([w * x for w, x in zip(weights, losses, strict=True)]) / sum(weights)
     if run.world_size == 1:
         return loss, gradient
-    values = {"guard/loss": loss, "guard/gradient": gradient}
-    values = run.hook.reduce_metrics(run=run, metrics=values)
-    return values["guard/loss"], values["guard/gradient"]
-
-
-def _numbers(values: list[torch.Tensor]) -> list[float]:
-    if values[0].device != values[-1].device:  # the norm of no gradients at all is the host's
-        values = [value.cpu() for value in values]
-    return cast("list[float]", torch.stack(values).tolist())
+    metrics = {"guard/loss": loss, "guard/gradient": gradient}
+    agreed = run.hook.reduce_metrics(run=run, metrics=metrics)
+    return agreed["guard/loss"], agreed["guard/gradient"]
 
 
 def _sum(values: list[float]) -> float:

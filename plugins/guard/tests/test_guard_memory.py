@@ -271,18 +271,38 @@ def test_only_so_many_steps_in_a_row_are_skipped_for_memory(tiny_run: TinyRun) -
 
 
 @pytest.mark.parametrize("error", sorted(ERRORS))
+def test_every_way_of_saying_so_is_understood(tiny_run: TinyRun, error: str) -> None:
+    guard = Guard(oom="split")
+    assert tiny_run(guard, Small(error=error), length=1).progress.applied == 1
+    assert guard.halvings == 1
+
+
+@pytest.mark.parametrize("error", ["cpu", "cuda", "python"])
 def test_by_default_the_run_ends_with_a_report(tiny_run: TinyRun, error: str) -> None:
     with pytest.raises(OutOfMemoryError) as caught:
         tiny_run(Guard(), Small(error=error))
     text = str(caught.value)
-    assert text.startswith("step 1: out of memory in a micro-batch of 4 samples from index 0: ")
+    assert text.startswith("after step 0: out of memory: ")
     assert str(ERRORS[error]) in text
     assert " MiB at its peak\n" in text
     assert text.endswith("oom = 'split'")
 
 
+def test_so_it_does_where_the_update_runs_out_of_memory(tiny_run: TinyRun) -> None:
+    @plugin
+    class Hoards:
+        """Has no room for the optimizer's state."""
+
+        @hookimpl
+        def optimizer_step(self) -> None:
+            raise ERRORS["cuda"]
+
+    with pytest.raises(OutOfMemoryError, match="Tried to allocate 2[\\s\\S]*process memory: "):
+        tiny_run(Guard(oom="split"), Hoards())
+
+
 def test_a_single_sample_that_does_not_fit_ends_the_run(tiny_run: TinyRun) -> None:
-    with pytest.raises(OutOfMemoryError, match="1 samples from index 0[\\s\\S]*one sample alone"):
+    with pytest.raises(OutOfMemoryError, match="1 samples from index 0[\\s\\S]*nothing is left to split"):
         tiny_run(Guard(oom="split"), Small(rows=0))
 
 

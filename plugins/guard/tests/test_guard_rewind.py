@@ -153,6 +153,36 @@ def test_a_loss_that_stays_high_ends_the_run(tiny_run: TinyRun) -> None:
         tiny_run(guard, data, length=20)
 
 
+@pytest.mark.parametrize("place", ["elsewhere", "second"])
+def test_checkpoints_are_found_where_they_are(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    table = saving(1, folder=str(tmp_path / "elsewhere"))
+    names = ["checkpoint"]
+    if place == "second":
+        archive = {"plugin": "checkpoint", "every": 2, "keep_last": 20, "save_final": False}
+        table, names = {**saving(50), "archive": archive}, ["checkpoint", "archive"]
+    # The newest is one that comes too late, so that an older one is asked for by its name.
+    tiny_run(*names, rewinding(), Spiky(at=[13]), settings=table, length=14)
+    assert f"goes back to step-000000{'10' if place == 'second' else '11'} " in caplog.text
+
+
+def test_losses_that_are_no_numbers_do_not_blind_the_guard(tiny_run: TinyRun) -> None:
+    @plugin
+    class Odd:
+        """Tells a loss that is not finite where the gradients are."""
+
+        @hookimpl
+        def finish_gradients(self, run: Run) -> None:
+            if run.progress.step in (3, 4):
+                run.losses[0] = run.losses[0] * math.nan
+
+    guard = Guard(nonfinite="off", spike="stop", **SPIKE)
+    with pytest.raises(NotFiniteError, match="step 9: the loss .* is a spike"):
+        tiny_run(guard, Odd(), Spiky(at=[9]), length=10, log_every=100)
+    assert all(map(math.isfinite, guard.losses))
+
+
 @plugin
 class Damages:
     """Damages a checkpoint once it is there."""
