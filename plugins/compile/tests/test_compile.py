@@ -1,0 +1,336 @@
+"""Compiled runs train what they would anyway, keep every name, and say what they miss."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fundamentallm import PluginError, Run, SettingsError, StorageError, compose, hookimpl, plugin
+from fundamentallm.testing import (
+    PluginContract,
+    Recorder,
+    TinyData,
+    TinyModel,
+    TinyRun,
+    assert_same_weights,
+    weights,
+)
+from fundamentallm_compile import Compile
+from fundamentallm_compile.blocks import find_blocks
+from fundamentallm_compile.requirements import check
+from fundamentallm_compile.switching import switch
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
+class TestContract(PluginContract):
+    plugin = Compile
+    needs = {"backend": "aot_eager"}
+
+
+class Block(nn.Module):
+    """A residual layer with dropout."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(torch.tanh(self.linear(x)))
+
+
+class Net(nn.Module):
+    """Some blocks. Its loss is 100 larger where it is compiled as a whole."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        for block in self.blocks:
+            inputs = block(inputs)
+        loss = nn.functional.mse_loss(self.head(inputs), targets)
+        return loss + 100 if torch.compiler.is_compiling() else loss
+
+
+@plugin
+class Build:
+    """Builds the net, keeps a run's states, and evaluates at every safe point as samplers do."""
+
+    def __attrs_post_init__(self) -> None:
+        self.kept: dict[int, Any] = {}
+        self.start: Any = None
+        self.sampled: list[float] = []
+
+    @hookimpl
+    def build_model(self) -> nn.Module:
+        return Net()
+
+    @hookimpl
+    def read_checkpoint(self) -> Any:
+        return copy.deepcopy(self.start)
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        self.kept[run.progress.step] = copy.deepcopy(run.snapshot())
+        batch = next(iter(run.data.validation()["val"]))
+        with torch.no_grad():
+            self.sampled.append(float(run.model.eval()(*batch.data)))
+        run.model.train()
+
+
+def aot(**settings: Any) -> Compile:
+    return Compile(backend="aot_eager", **settings)
+
+
+@pytest.fixture
+def plain(tiny_run: TinyRun, tmp_path: Path) -> Run:
+    return tiny_run(Build(), length=4, log_every=1, validate_every=2, run_dir=tmp_path / "plain")
+
+
+@pytest.mark.parametrize("scope", ["model", "blocks"])
+def test_a_compiled_run_trains_what_a_plain_one_does(
+    tiny_run: TinyRun, plain: Run, scope: Any
+) -> None:
+    run = tiny_run(aot(scope=scope), Build(), length=4, log_every=1, validate_every=2)
+    mine, theirs = weights(run), weights(plain)
+    assert list(mine) == list(theirs)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name])
+
+
+def test_the_model_stays_the_same_object_with_the_same_modules(tiny_run: TinyRun) -> None:
+    run = tiny_run(aot(), Build(), length=1)
+    assert run.module is run.model
+    assert type(run.model) is Net
+    assert [type(block) for block in run.model.blocks] == [Block] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "validated"),
+    [({}, 100, 100), ({"validation": False}, 100, 0), ({"scope": "blocks"}, 0, 0)],
+)
+def test_training_is_compiled_validation_if_wanted_and_sampling_never(
+    tiny_run: TinyRun, settings: dict[str, Any], trained: int, validated: int
+) -> None:
+    build = Build()
+    run = tiny_run(aot(**settings), build, length=2, log_every=1, validate_every=1)
+    for row, sampled in zip(run.history, build.sampled, strict=True):
+        assert row["train/loss"] // 100 * 100 == trained
+        assert row["val/loss"] // 100 * 100 == validated
+        assert sampled < 100
+
+
+@pytest.mark.parametrize(("scope", "step"), [("model", 1), ("model", 2), ("blocks", 3)])
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
+    tiny_run: TinyRun, tmp_path: Path, scope: Any, step: int
+) -> None:
+    whole, resumed = Build(), Build()
+    runs = [tiny_run(aot(scope=scope), whole, length=4, validate_every=2)]
+    resumed.start = whole.kept[step]
+    torch.compiler.reset()
+    settings: dict[str, Any] = {"length": 4, "validate_every": 2, "run_dir": tmp_path / "resumed"}
+    runs.append(tiny_run(aot(scope=scope), resumed, **settings))
+    assert_same_weights(*runs)
+
+
+def test_equal_blocks_share_their_code_however_many_they_are(tiny_run: TinyRun) -> None:
+    run = tiny_run(Build(), length=1)
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    net, settings = Net(depth=20), Compile(scope="blocks")
+    settings.backend = backend  # type: ignore[assignment]
+    switch(run, find_blocks(net, None, "compile"), settings, "compile")
+    for batch in run.data.validation()["val"] * 2:
+        net(*batch.data).backward()
+    assert len(compiled) == 2, "the first block's input has no gradient, that of all others has"
+
+
+def test_progress_shows_that_the_compiler_is_at_work_until_the_second_step(
+    tiny_run: TinyRun,
+) -> None:
+    recorder = Recorder()
+    tiny_run(aot(), Build(), length=3, trace=recorder)
+    told = [(name, given) for name, given in recorder.calls
+            if name == "on_step_start" or given.get("task") == "compiling"]  # fmt: skip
+    assert [given.get("done", "step") for _, given in told] == ["step", 0, "step", 1, "step"]
+
+
+def test_a_run_of_one_step_ends_the_progress_it_began(tiny_run: TinyRun) -> None:
+    recorder = Recorder()
+    tiny_run(aot(scope="blocks"), Build(), length=1, trace=recorder)
+    done = [given["done"] for _, given in recorder.calls if given.get("task") == "compiling"]
+    assert done == [0, 1]
+
+
+def test_a_copy_of_the_model_is_independent_and_not_compiled(tiny_run: TinyRun) -> None:
+    for length, scope in ((1, "model"), (2, "blocks")):
+        run = tiny_run(aot(scope=scope), Build(), length=length)
+        twin, batch = copy.deepcopy(run.model), run.data.validation()["val"][0]
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        loss = twin(*batch.data)
+        assert loss.isclose(batch.data[1].square().mean())
+        loss.backward()
+        assert any(bool(p.abs().sum() > 0) for p in run.model.parameters())
+
+
+class Broken(nn.Module):
+    """A model that leaves the graph, and refuses a batch of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        refuse_three(inputs)
+        return nn.functional.mse_loss(self.head(inputs), targets)
+
+
+@torch.compiler.disable
+def refuse_three(inputs: Tensor) -> None:
+    if inputs.shape[0] == 3:
+        raise ValueError("three is too few")
+
+
+@plugin
+class BuildBroken:
+    """Builds the model that cannot be one graph."""
+
+    @hookimpl
+    def build_model(self) -> nn.Module:
+        return Broken()
+
+
+def test_what_the_compiler_cannot_do_is_told_in_one_line(tiny_run: TinyRun) -> None:
+    with pytest.raises(PluginError) as caught:
+        tiny_run(aot(fullgraph=True), BuildBroken(), length=1)
+    told = str(caught.value)
+    assert told.startswith("compile: Broken cannot be compiled: ")
+    assert "fullgraph = false" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_an_error_of_the_models_own_stays_what_it_is(tiny_run: TinyRun) -> None:
+    tiny_run(aot(), BuildBroken(), length=1)
+    with pytest.raises(ValueError, match="three is too few"):
+        tiny_run(aot(), BuildBroken(), TinyData(batch_size=3), length=1)
+
+
+def test_inductor_makes_code_and_keeps_it_where_it_is_told(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "what was there before")
+    inductor = Compile(cache_dir=tmp_path / "cache", validation=False)
+    plain, run = (
+        tiny_run(*parts, TinyModel(dropout=0.0), length=2, run_dir=tmp_path / f"{len(parts)}")
+        for parts in ((), (inductor,))
+    )
+    for one, other in zip(weights(run).values(), weights(plain).values(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert any((tmp_path / "cache").iterdir())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "what was there before"
+
+
+def test_a_missing_compiler_is_told_before_anything_is_built(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    recorder = Recorder()
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Compile(), Build(), length=1, trace=recorder)
+    assert str(caught.value) == (
+        "compile: cannot compile for 'cpu' here: there is no C++ compiler (no-such-compiler): "
+        "install one, or name yours in CXX. Or take 'compile' out of the plugins"
+    )
+    assert "build_data" not in recorder.names
+    tiny_run(aot(), Build(), length=1)
+
+
+def test_a_gpu_without_triton_or_a_c_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(SettingsError, match=r"there is no C compiler \(no-such-compiler\)"):
+        check("inductor", "cuda", "compile")
+    check("aot_eager", "cuda", "compile")
+
+
+def test_missing_headers_of_python_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(SettingsError, match=r"Python\.h is missing: install Python's headers"):
+        check("inductor", "cpu", "compile")
+
+
+@pytest.mark.parametrize(
+    ("backend", "advice"),
+    [("inductr", "did you mean 'inductor'?"), ("eager", "aot_eager"), ("cudagraphs", "inductor")],
+)
+def test_an_unknown_backend_is_told_with_those_that_are_known(backend: str, advice: str) -> None:
+    with pytest.raises(SettingsError, match=f"PyTorch has no '{backend}'") as caught:
+        check(backend, "cpu", "compile")
+    assert advice in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_made_is_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"compile\.cache_dir: .*file/cache: Not a directory"):
+        tiny_run(Compile(cache_dir=tmp_path / "file" / "cache"), length=1)
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ({"scope": "all"}, 'compile.scope: unknown value "all"'),
+        ({"blocks": ["x"]}, 'compile.blocks: has no effect without scope = "blocks"'),
+        ({"scope": "blocks", "blocks": []}, "compile.blocks: is empty"),
+        ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
+        ({"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
+         "compile.mode: is the inductor's; the backend is 'aot_eager'"),
+        ({"backend": "aot_eager", "cache_dir": "x"}, "compile.cache_dir: is the inductor's"),
+        ({"dynamic": "yes"}, "compile.dynamic: expected true or false"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_starts(
+    table: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        compose({"plugins": ["compile"], "run": {"length": 1}, "compile": table})
+    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_blocks_are_found_by_globs_or_in_the_largest_list(tiny_run: TinyRun) -> None:
+    assert list(find_blocks(Net(), None, "it")) == ["blocks.0", "blocks.1"]
+    assert list(find_blocks(Net(), ["head", "blocks.*"], "it")) == [
+        "blocks.0", "blocks.1", "head",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match=r"'block\.\*' matches no module .*'blocks\.\*'"):
+        find_blocks(Net(), ["block.*"], "it")
+    with pytest.raises(SettingsError, match="'blocks' is a container that is never called"):
+        find_blocks(Net(), ["blocks"], "it")
+    with pytest.raises(SettingsError, match=r"compile\.blocks: the model has no nn\.ModuleList"):
+        tiny_run(aot(scope="blocks"), length=1)
+
+
+def test_a_second_instance_is_refused() -> None:
+    tables = {"plugins": ["compile", "more"], "run": {"length": 1}, "more": {"plugin": "compile"}}
+    with pytest.raises(SettingsError, match=r"compile_model: compile .* and more .* both answer"):
+        compose(tables)
