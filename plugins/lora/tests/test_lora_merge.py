@@ -1,0 +1,203 @@
+"""A merged model has the names of the base, computes what the adapted one does, and is whole."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from fundamentallm import Run, SettingsError, StorageError, load_run, train
+from fundamentallm_lora import Lora
+from fundamentallm_lora.command import lora_merge
+from fundamentallm_lora.layer import LoraLinear
+from fundamentallm_lora.merging import merged_state, write
+
+MODEL = '''
+import torch
+from torch import nn
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import TinySamples
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tied = nn.Linear(8, 8)
+        self.twin = nn.Linear(8, 8, bias=False)
+        self.twin.weight = self.tied.weight
+        self.inner = nn.Linear(8, 8)
+        self.again = self.inner
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, inputs, targets):
+        hidden = self.again(self.inner(self.twin(self.tied(inputs))).relu())
+        return nn.functional.mse_loss(self.out(hidden), targets)
+
+@plugin
+class Net8:
+    """Data, model and optimizer."""
+
+    @hookimpl
+    def build_data(self, run): return TinySamples(4, run.device)
+
+    @hookimpl
+    def build_model(self): return Net()
+
+    @hookimpl
+    def build_optimizer(self, run): return torch.optim.SGD(run.model.parameters(), lr=0.1)
+'''
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "net8.py").write_text(MODEL)
+    tables: dict[str, Any] = {
+        "plugins": [str(tmp_path / "net8.py"), "lora", "checkpoint"],
+        "run": {"length": 3, "device": "cpu"},
+        "lora": {"rank": 2, "except_for": ["tied", "twin"], "train_also": ["out.bias"]},
+        "checkpoint": {"every": 1},
+    }
+    return train(tables, run_dir=tmp_path / "run")
+
+
+def merge(*words: object) -> str:
+    done = CliRunner().invoke(lora_merge, list(map(str, words)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def losses(model: nn.Module, run: Run) -> torch.Tensor:
+    batch = run.data.validation()["val"][0]
+    with torch.no_grad():
+        return model.eval()(*batch.data)
+
+
+def plain(run: Run) -> nn.Module:
+    return type(run.model)()
+
+
+def test_the_file_fits_the_model_without_adapters_which_then_computes_the_same(
+    run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged.safetensors"
+    assert merge(run.folder, out) == f"written: {out}\n"
+    with safe_open(out, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "pt"
+    model, found = plain(run), load_file(out)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert set(missing) == {"twin.weight", "inner.bias", "inner.weight"}
+    assert not unexpected
+    assert (losses(model, run) - losses(run.model, run)).abs() < 1e-6
+    assert not found["again.weight"].equal(run.model.inner.weight)
+
+
+def test_a_merged_file_is_a_base_and_the_same_model_again(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    merge(run.folder, out)
+    tables = {"plugins": [str(tmp_path / "net8.py"), "lora"], "run": {"length": 1},
+              "lora": {"base": str(out), "except_for": ["tied", "twin"]}}  # fmt: skip
+    again = train(tables, run_dir=tmp_path / "again")
+    with torch.no_grad():
+        for module in again.model.modules():
+            if isinstance(module, LoraLinear):
+                module.lora_b.zero_()
+    assert (losses(again.model, again) - losses(run.model, run)).abs() < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_merged_layer_computes_what_the_adapted_one_does(dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, dtype=dtype)
+    LoraLinear.adapt(layer, Lora(rank=4, alpha=3.0), torch.Generator())
+    assert isinstance(layer, LoraLinear)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(16, 64, dtype=dtype)
+    merged = nn.functional.linear(x, layer.merged(), layer.bias)
+    assert layer.merged().dtype == dtype
+    assert float((merged - layer(x)).detach().abs().max()) < limit
+    a, b, weight = (p.detach().double() for p in (layer.lora_a, layer.lora_b, layer.weight))
+    assert float((layer.merged().double() - (weight + 3.0 / 4 * b @ a)).abs().max()) < limit
+
+
+def test_at_names_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    outs = [tmp_path / name for name in ("first", "last", "latest")]
+    merge(run.folder, outs[0], "--at", "step-00000001")
+    merge(run.folder, outs[1], "--at", "step-00000003")
+    merge(run.folder, outs[2])
+    first, last, latest = (load_file(out)["again.weight"] for out in outs)
+    assert not first.equal(last)
+    assert last.equal(latest)
+
+
+def test_the_run_stays_as_it_was(run: Run, tmp_path: Path) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+
+    before = contents()
+    merge(run.folder, tmp_path / "merged.safetensors")
+    assert contents() == before
+
+
+def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    out.write_text("mine")
+    with pytest.raises(StorageError, match="is there already; --overwrite replaces it"):
+        merge(run.folder, out)
+    assert out.read_text() == "mine"
+    merge(run.folder, out, "--overwrite")
+    assert load_file(out)
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"missing/out: cannot be written: No such file"):
+        merge(run.folder, tmp_path / "missing" / "out")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StorageError, match="folder: cannot be written: Is a directory"):
+        merge(run.folder, tmp_path / "folder", "--overwrite")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_file_has_the_permissions_that_other_new_files_have(run: Run, tmp_path: Path) -> None:
+    out, other = tmp_path / "merged.safetensors", tmp_path / "other"
+    other.touch()
+    write(merged_state(run.model), out)
+    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+def test_a_run_without_adapters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net8.py").write_text(MODEL)
+    tables = {"plugins": [str(tmp_path / "net8.py"), "checkpoint"], "run": {"length": 1}}
+    run = train(tables, run_dir=tmp_path / "run")
+    with pytest.raises(SettingsError, match="no adapters: it was trained without 'lora'"):
+        merge(run.folder, tmp_path / "out")
+    with pytest.raises(SettingsError, match="is not a run folder"):
+        merge(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_are_read_from_the_checkpoint_without_the_base(run: Run) -> None:
+    assert load_run(run.folder).model.inner.lora_b.equal(run.model.inner.lora_b)
+
+
+def test_asking_for_help_imports_no_torch() -> None:
+    code = """
+import sys
+from fundamentallm_lora.command import lora_merge
+try:
+    lora_merge(["--help"])
+except SystemExit:
+    print(sorted({"torch", "numpy", "safetensors"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
