@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tokenizers
 
@@ -15,7 +17,7 @@ from fundamentallm_text.store import stamp_of
 from fundamentallm_text.vocabularies import UnknownCharacterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fundamentallm_text import Text
     from fundamentallm_text.files import Extent
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from fundamentallm_text.vocabularies import Vocabulary
 
 BPE_SIZE = 4096
+T = TypeVar("T")
 
 
 class TextReader:
@@ -103,7 +106,8 @@ class TextReader:
         separator = self.settings.separator
         groups = self._groups("learning the tokenizer", text, vocabularies.Pairs.errors)
         learned = (piece for group in groups for piece in group if piece != separator)
-        return vocabularies.learn_pairs(learned, _size(text, ""), vocab_size, separator)
+        size = _size(text, "")
+        return beside(lambda: vocabularies.learn_pairs(learned, size, vocab_size, separator))
 
     def _tokenize(self, text: list[Extent], content: Any, vocabulary: Vocabulary) -> Split:
         separator = self.settings.separator
@@ -136,6 +140,24 @@ class TextReader:
             yield group
             done += sum(len(piece.encode("utf-8", errors)) for piece in group)
             self.report(task, done, total)
+
+
+def beside(work: Callable[[], T]) -> T:
+    """Return what ``work`` returns, done by a thread of its own while this one waits.
+
+    Python handles signals in the main thread, and there only once a call of compiled code is over:
+    from here, it handles them at once, and the work can ask whether there was one.
+    """
+    done: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            done.set_exception(error)
+
+    Thread(target=do, name="fundamentallm-text", daemon=True).start()
+    return done.result()
 
 
 def _size(text: Sequence[Extent], separator: str) -> int:

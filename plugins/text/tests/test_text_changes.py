@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -174,19 +176,24 @@ def test_a_batch_size_of_nothing_is_an_error_that_says_so(changing_run: Changing
 
 @plugin
 class Terminates:
-    """Makes the run hear a signal while a task is at work."""
+    """Sends the process a signal while a task is at work, and waits until the run has heard it."""
 
     task: str
     """The task."""
 
     def __attrs_post_init__(self) -> None:
         self.heard: list[str] = []
+        self.signal: int | None = None
 
     @hookimpl
     def on_progress(self, run: Run, task: str) -> None:
         self.heard.append(task)
         if task == self.task:
-            run.signal = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
+            patience = time.monotonic() + 10
+            while run.signal is None and time.monotonic() < patience:
+                time.sleep(0.001)
+            self.signal = run.signal
 
     @hookimpl
     def on_train_start(self) -> None:
@@ -209,7 +216,7 @@ def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_nothing(
     terminates = Terminates(task=task)
     cache = tmp_path / "kept"
     run = changing_run(terminates, tokenizer=tokenizer, cache_dir=cache, max_bytes=3_500_000)
-    assert run.outcome == "interrupted"
+    assert (run.outcome, run.signal, terminates.signal) == ("interrupted", *2 * [signal.SIGTERM])
     assert terminates.heard[-1] == task
     assert terminates.heard.count(task) == 1
     assert not list(cache.glob("*.tmp"))
