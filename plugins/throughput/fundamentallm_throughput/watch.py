@@ -40,8 +40,7 @@ class Watch:
         """Begin with the steps, and with the first log period."""
         self.started = True
         self.first_step, self.first_tokens = run.progress.step, run.progress.tokens
-        if run.progress.step % self._every == self._turn:
-            run.hook = self._sampling
+        self._take_turn(run)
         self._begin_period(run)
 
     def step_ended(self, run: Run) -> None:
@@ -55,14 +54,13 @@ class Watch:
             self.sampled_steps += 1
             self.sampled_seconds += spent
             run.hook = self._plain
-        if run.hook is self._plain and run.progress.step % self._every == self._turn:
-            # The loop takes the hooks anew at the start of a step: these are for the next. Hooks
-            # that somebody else has put there, who traces some steps, stay.
-            run.hook = self._sampling
+        if run.progress.step % self._every == self._turn:
+            self._take_turn(run)
 
     def stop(self, run: Run) -> None:
         """Time nothing any more."""
-        run.hook = self._before
+        if run.hook is self._plain or run.hook is self._sampling:
+            run.hook = self._before
 
     def period(self, run: Run) -> dict[str, float]:
         """Return the rates and step times since the last call; empty if there was no step."""
@@ -84,6 +82,12 @@ class Watch:
     def _begin_period(self, run: Run) -> None:
         self._tokens, self._samples = run.progress.tokens, run.progress.samples
         self._ends = [self.clock.in_steps()]
+
+    def _take_turn(self, run: Run) -> None:
+        # The loop takes the hooks anew at the start of a step: these are for the next. Hooks that
+        # somebody else has put there, who traces some steps, stay.
+        if run.progress.step % self._every == self._turn and run.hook is self._plain:
+            run.hook = self._sampling
 
     def _around(self, phases: Container[str], plugin: str, hook: str, call: Call) -> Call:
         if plugin == self._name:

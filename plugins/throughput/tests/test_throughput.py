@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fundamentallm import HOOKS, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import (
     PluginContract,
+    Recorder,
     TinyModel,
     TinyRun,
     assert_same_weights,
@@ -406,6 +407,15 @@ def test_the_hooks_are_put_back_at_the_end(tiny_run: TinyRun):
 
     keeper = Keeper()
     assert tiny_run(keeper, Throughput()).hook is keeper.hook
+
+
+def test_hooks_that_somebody_else_puts_there_stay(tiny_run: TinyRun):
+    recorder = Recorder()
+    run = tiny_run(Throughput(sample_every=1), length=3, trace=recorder)
+    assert recorder.names.count("optimizer_step") == 3
+    assert recorder.names[-1] == "on_train_end"
+    assert read(run)["timed_steps"] == 0
+    assert all(measured(row).keys() == SPEEDS for row in run.history)
 
 
 def test_listing_it_twice_is_an_error_that_names_both(tiny_run: TinyRun):
