@@ -319,6 +319,25 @@ def test_one_bad_value_in_any_gradient_is_found(tiny_run: TinyRun, bad: float) -
     assert tiny_run(Guard(), Spoils(), length=4).progress.applied == 0
 
 
+def test_what_one_process_finds_all_processes_reject(tiny_run: TinyRun) -> None:
+    @plugin
+    class Second:
+        """Stands for another process, whose loss in step 3 is NaN."""
+
+        @hookimpl
+        def build_tokenizer(self, run: Run) -> None:
+            run.world_size = 2
+
+        @hookimpl
+        def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
+            if "guard/loss" in metrics and run.progress.step == 2:
+                return metrics | {"guard/loss": math.nan}
+            return metrics
+
+    run = tiny_run(Guard(), Second(), length=4)
+    assert (run.progress.step, run.progress.applied) == (4, 3)
+
+
 class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that hand a device value to the host."""
 

@@ -404,6 +404,7 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
+@settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, TOKENS), min_size=1, max_size=9), times=st.integers(1, 4))
 def test_parts_weigh_what_they_hold(form: str, lengths: list[int], times: int) -> None:
     data = FORMS[form](lengths)
@@ -485,7 +486,7 @@ class Bigram:
         return Net()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(0, TOKENS), min_size=2, max_size=7).filter(any), st.integers(1, 3))
 def test_padded_sentences_split_anyhow_have_the_gradient_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], rows: int
