@@ -1,0 +1,148 @@
+"""The batch size: the largest that fits into memory, and the one that trains fastest."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fundamentallm import Composed, OutOfMemoryError, SettingsError, setting_fields
+from fundamentallm_tuning.measuring import Trial, Wish, measure
+from fundamentallm_tuning.trial import answering, scratch
+from fundamentallm_tuning.units import duration, size
+
+ENOUGH = 0.98
+"""Of the highest speed: a larger batch for less than the rest is not worth its memory."""
+
+
+class Place(NamedTuple):
+    """Where the settings say how large a step is."""
+
+    data: str
+    batch_size: int
+    accumulates: str | None
+    microbatches: int
+
+    @classmethod
+    def of(cls, composed: Composed) -> Place:
+        """Find it; raise ``SettingsError`` if the data's plugin has no batch size."""
+        data = answering(composed, "build_data") or ""
+        batch_size = _whole(composed.plugins[data], "batch_size")
+        if batch_size is None:
+            known = ", ".join(setting_fields(type(composed.plugins[data]))) or "none"
+            raise SettingsError(
+                f"{data}: has no setting 'batch_size' that is a whole number, which is what this "
+                f"command changes; its settings: {known}"
+            )
+        name = answering(composed, "collect_batches")
+        count = _whole(composed.plugins[name], "microbatches") if name else None
+        return cls(data, batch_size, name if count else None, count or 1)
+
+    @property
+    def step_size(self) -> int:
+        """Samples in a step."""
+        return self.batch_size * self.microbatches
+
+    def sizes(self, low: int, high: int, *, keeps: bool) -> Sequence[int]:
+        """Return the batch sizes to choose from: for steps of the same size, its divisors."""
+        if not keeps:
+            return range(low, high + 1)
+        found = [n for n in range(low, min(high, self.step_size) + 1) if not self.step_size % n]
+        if not found:
+            raise SettingsError(
+                f"a step has {self.step_size} samples, {self.data}.batch_size times the "
+                f"micro-batches: no batch size from {low} to {high} divides that"
+            )
+        return found
+
+    def overrides(self, batch_size: int, *, keeps: bool) -> list[str]:
+        """Return settings for a trial. From the second micro-batch on gradients take memory too,
+        and beyond it nothing does."""
+        changed = [f"{self.data}.batch_size={batch_size}"]
+        count = self.step_size // batch_size if keeps else self.microbatches
+        if self.accumulates or count > 1:
+            changed.append(f"{self.accumulates or 'accumulate'}.microbatches={min(count, 2)}")
+        return changed
+
+    def setting(self, batch_size: int, *, keeps: bool) -> list[str]:
+        """Return the lines to paste."""
+        lines = [f"[{self.data}]", f"batch_size = {batch_size}"]
+        count = self.step_size // batch_size
+        if not keeps or (count == self.microbatches == 1):
+            return lines
+        missing = [] if self.accumulates else ['# "accumulate" has to be in the plugins list']
+        return [*lines, "", *missing, f"[{self.accumulates or 'accumulate'}]",
+                f"microbatches = {count}"]  # fmt: skip
+
+
+def find(
+    composed: Composed, wish: Wish, tell: Callable[[str], object], *, keeps_step_size: bool
+) -> None:
+    """Try sizes until it is known what to suggest, and ``tell`` every line as soon as it is."""
+    place, tried = Place.of(composed), dict[int, Trial]()
+    sizes = place.sizes(wish.low, wish.high, keeps=keeps_step_size)
+    tell(f"{'batch_size':>10}  {'tokens/s':>10}  {'step':>12}  {'peak memory':>12}")
+    with scratch() as folder:
+
+        def fits(batch_size: int) -> bool:
+            overrides = place.overrides(batch_size, keeps=keeps_step_size)
+            trial = tried[batch_size] = measure(wish, overrides, folder)
+            tell(_row(batch_size, trial))
+            if trial.code not in (0, OutOfMemoryError.exit_code) and len(tried) == 1:
+                raise trial.failure()
+            return not trial.code
+
+        largest = largest_that_fits(sizes, fits)
+    if largest is None:
+        raise OutOfMemoryError(f"not even {place.data}.batch_size = {sizes[0]} fits into memory: "
+                               f"{tried[sizes[0]].error}")  # fmt: skip
+    fastest = fastest_of({n: trial.speed for n, trial in tried.items() if not trial.code})
+    for line in ("", *_suggested(place, fastest, largest, at_the_end=largest == sizes[-1])):
+        tell(line)
+    for line in ("", *place.setting(fastest, keeps=keeps_step_size)):
+        tell(line)
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the largest of ``sizes``, which grow, that is known to fit; None if the first does
+    not. Doubles until one does not fit, then halves the distance, down to a sixteenth."""
+    at, beyond = -1, len(sizes)
+    while at + 1 < beyond:
+        reach = 2 * sizes[at] if at >= 0 else sizes[0]
+        following = bisect_left(sizes, reach, at + 1, len(sizes) - 1)
+        if fits(sizes[following]):
+            at = following
+        else:
+            beyond = following
+            break
+    while at >= 0 and beyond - at > 1 and sizes[beyond] - sizes[at] > sizes[at] // 16:
+        middle = (at + beyond) // 2
+        at, beyond = (middle, beyond) if fits(sizes[middle]) else (at, middle)
+    return sizes[at] if at >= 0 else None
+
+
+def fastest_of(speeds: Mapping[int, float]) -> int:
+    """Return the smallest batch size that is as good as the fastest."""
+    best = max(speeds.values())
+    return min(size for size, speed in speeds.items() if speed >= ENOUGH * best)
+
+
+def _suggested(place: Place, fastest: int, largest: int, *, at_the_end: bool) -> list[str]:
+    limit = "the largest that was to be tried" if at_the_end else "the largest that was found to fit"
+    return [f"fastest: {fastest} (the smallest within {1 - ENOUGH:.0%} of the highest speed)",
+            f"{limit}: {largest}; the settings have {place.batch_size}"]  # fmt: skip
+
+
+def _row(batch_size: int, trial: Trial) -> str:
+    if trial.code:
+        what = "does not fit" if trial.code == OutOfMemoryError.exit_code else "fails"
+        return f"{batch_size:>10}  {what}: {trial.error.splitlines()[0]}"
+    return (f"{batch_size:>10}  {trial.speed:>10,.0f}  {duration(trial.seconds):>12}  "
+            f"{size(trial.peak):>12}")  # fmt: skip
+
+
+def _whole(instance: Any, name: str) -> int | None:
+    """Return a setting of a plugin that is a whole number."""
+    value = getattr(instance, name, None)
+    there = name in setting_fields(type(instance))
+    return value if there and isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,147 @@
+"""The learning-rate range test: raise the rate step by step, and watch the loss.
+
+Smith, "Cyclical Learning Rates for Training Neural Networks" (2017, arXiv:1506.01186), section
+3.3; here the rate grows by the same factor in each step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fundamentallm import (
+    Composed,
+    FundamentalError,
+    NotFiniteError,
+    SettingsError,
+    field,
+    hookimpl,
+    plugin,
+    train,
+)
+from fundamentallm_tuning.rates import Curve, choose
+from fundamentallm_tuning.trial import answering, ended, lean, scratch, window_loss
+from fundamentallm_tuning.units import toml_float
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+RISE = 2.0
+"""A loss of so many times the first one is the end of the test,"""
+BOUNCE = 4.0
+"""and so is one of so many times the lowest."""
+MEMORY = 0.8
+"""How much of the running mean stays that is compared with these."""
+
+
+@plugin
+class RangeTest:
+    """Let the learning rate grow from ``low`` to ``high``, and stop when the loss diverges."""
+
+    low: float
+    high: float
+    steps: int
+
+    rates: list[float] = field(init=False, factory=list)
+    """What updates were made with,"""
+    losses: list[float] = field(init=False, factory=list)
+    """and the losses of the steps: the one after an update tells what came of it."""
+    bases: list[float] = field(init=False, factory=list)
+    diverged: bool = field(init=False, default=False)
+    _mean: float = field(init=False, default=0.0)
+    _lowest: float = field(init=False, default=math.inf)
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        """Refuse what no factor makes a learning rate of."""
+        self.bases = [float(base) for base in run.base_lrs]
+        if not self.bases[0] > 0:
+            raise SettingsError("the optimizer's learning rate is 0: the test needs one to scale")
+
+    @hookimpl
+    def lr_factor(self, run: Run) -> float:
+        """Return what makes the first group's rate that of this step."""
+        x = run.progress.step / max(self.steps - 1, 1)
+        rate: float = self.low * (self.high / self.low) ** x
+        return rate / self.bases[0]
+
+    @hookimpl
+    def judge_step(self, run: Run) -> str | None:
+        """Note the loss; reject the step in which it has diverged, and end the test."""
+        loss = window_loss(run)
+        self.losses.append(loss)
+        self._mean = MEMORY * self._mean + (1 - MEMORY) * loss
+        mean = self._mean / (1 - MEMORY ** len(self.losses))
+        self._lowest = min(self._lowest, mean)
+        bounds = (RISE * self.losses[0], BOUNCE * self._lowest)
+        self.diverged = not math.isfinite(loss) or (loss > 0 and mean > min(bounds))
+        if self.diverged:
+            run.stop("the loss has diverged")
+        return "the loss has diverged" if self.diverged else None
+
+    @hookimpl
+    def settle_step(self, run: Run) -> None:
+        """Note the rate of the update; a step that others have rejected had that of the last."""
+        self.rates.append(run.progress.lr)
+
+    def curve(self) -> Curve:
+        """Return the loss after each rate, as far as it is a number."""
+        pairs = zip(self.rates, self.losses[1:], strict=False)
+        kept = [(rate, loss) for rate, loss in pairs if math.isfinite(loss) and rate > 0]
+        return Curve([rate for rate, _ in kept], [loss for _, loss in kept])
+
+
+def measure(composed: Composed, low: float, high: float, steps: int) -> RangeTest:
+    """Run the test in a temporary folder."""
+    test = RangeTest(low=low, high=high, steps=steps)
+    with scratch() as folder:
+        ended(train(lean(composed, steps, test), run_dir=folder / "run"))
+    return test
+
+
+def told(composed: Composed, test: RangeTest) -> list[str]:
+    """Return the report of a test: curve, suggestion, and the setting to paste.
+
+    Raises ``NotFiniteError`` if there was nothing but divergence, ``FundamentalError`` if the loss
+    never fell.
+    """
+    curve = test.curve()
+    done, low, high = len(test.losses), toml_float(test.low), toml_float(test.high)
+    if test.diverged and len(curve.losses) < 5:  # noqa: PLR2004
+        raise NotFiniteError(
+            f"the loss was {', '.join(f'{loss:.4g}' for loss in test.losses)}: it diverges at "
+            f"once. If the first of these is no number, the model or the data has a mistake, which "
+            f"'fundamentallm check' helps to find; else try a smaller --min than {low}"
+        )
+    found = choose(curve)
+    if found is None:
+        raise FundamentalError(
+            f"the loss never fell clearly between {low} and {high}, in {done} steps: it began at "
+            f"{test.losses[0]:.4g} and was {min(test.losses):.4g} at best. Try a larger --max or "
+            f"more --steps, or 'fundamentallm check --overfit-one-batch' to see if it can fall"
+        )
+    lines = [*curve.drawn(found.steepest), "", _end(test, done, high), *found.told(), ""]
+    return [*lines, *_setting(composed, test, found.steepest)]
+
+
+def _end(test: RangeTest, done: int, high: str) -> str:
+    if test.diverged:
+        return f"the loss diverged at {test.rates[-2]:.1e}, after {done} of {test.steps} steps"
+    return f"the loss did not diverge up to {high}, in {done} steps"
+
+
+def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
+    name = answering(composed, "build_optimizer") or ""
+    stated = getattr(composed.plugins[name], "lr", None)
+    several = sorted(set(test.bases))
+    lines = []
+    if len(several) > 1:
+        shown = ", ".join(f"{base:.3g}" for base in several)
+        lines = [f"# The parameter groups have learning rates of their own ({shown}), which were all "
+                 f"scaled by the same factor,",
+                 f"# for this one {rate / test.bases[0]:.3g}: scale those that are stated too."]  # fmt: skip
+    if not isinstance(stated, int | float) or not stated > 0:
+        return [*lines, f"# {name} has no setting lr; the first parameter group's learning rate:",
+                f"# {toml_float(rate)}"]  # fmt: skip
+    # What the plugin makes of its setting may be another number.
+    return [*lines, f"[{name}]", f"lr = {toml_float(rate * stated / test.bases[0])}"]
