@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import (
 from fundamentallm import SettingsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from fundamentallm_activation_checkpointing import ActivationCheckpointing
@@ -39,9 +43,33 @@ def recompute(
     for name, block in chosen:
         _check(name, block, plugin)
     for _, block in chosen:
-        # A partial of a bound method, since a closure would stay bound to this very block when
-        # somebody copies the model.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+        # A partial, since a closure would stay bound to this very block when somebody copies the
+        # model.
+        block.forward = partial(_run, block, block.forward, options)
+
+
+def _run(
+    block: nn.Module, forward: Callable[..., Any], options: dict[str, Any], /,
+    *inputs: Any, **named: Any,
+) -> Any:  # fmt: skip
+    # Without gradients nothing is kept anyway; compilers mind being told to recompute then.
+    if torch.compiler.is_compiling() and not _has_gradients(block, (inputs, named)):
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options, **named)
+
+
+def _has_gradients(block: nn.Module, given: Any) -> bool:
+    """Whether there will be a backward pass through the block."""
+    tensors = [*block.parameters(), *_tensors(given)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    if isinstance(given, dict):
+        given = tuple(given.values())
+    if isinstance(given, tuple | list):
+        return [tensor for one in given for tensor in _tensors(one)]
+    return [given] if isinstance(given, Tensor) else []
 
 
 def choose(context: object, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:

@@ -243,6 +243,29 @@ def test_a_model_compiled_after_it_computes_the_same_gradients(
     assert run.history[-1]["val/loss"] == pytest.approx(plain[0].history[-1]["val/loss"])
 
 
+@pytest.mark.parametrize("settings", [{}, {"mode": "selective"}])
+def test_compiled_blocks_without_gradients_are_left_to_the_compiler(
+    settings: dict[str, Any],
+) -> None:
+    grads = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        net = model(settings)
+        for module in (net.embed, net.blocks[0]):
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+        for block in net.blocks:
+            if compiled:
+                block.compile(backend="aot_eager")
+        x = net.embed(((INPUTS + 1) * 15).long())
+        torch.manual_seed(0)
+        for block in net.blocks:
+            x = block(x)
+        x.square().mean().backward()
+        grads.append([p.grad for p in net.blocks.parameters() if p.requires_grad])
+    torch.testing.assert_close(*grads)
+
+
 @torch.library.custom_op("fundamentallm_tests::scaled_dot_product_and_dropout", mutates_args=())
 def attend(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """Stands for the fused kernels of GPUs, which draw their dropout themselves."""
