@@ -51,9 +51,10 @@ def publish(home: Path, packed: Packed, draft: Manifest, report: Report | None =
             _fill(work, packed, draft, report)
             _name(work, target)
     except OSError as error:
+        state = "are untouched" if home.is_dir() else "were deleted, by whomever"
         raise NotSavedError(
             f"the checkpoint of step {draft.step} could not be saved: {error.filename}:"
-            f" {error.strerror}. Earlier checkpoints in {home} are untouched."
+            f" {error.strerror}. Earlier checkpoints in {home} {state}."
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64
 _PAGE = 2**12
 _ROOM = 2**16
+_PORTABLE = 1  # cudaHostRegisterPortable: for all devices, whichever is the current one
 _CHUNK = 2**23
 _WORTH = 2**24  # a smaller memory is there at once
 
@@ -105,7 +106,7 @@ class Arena:
             pages[start : start + _CHUNK : _PAGE] = 0
         if self._pinned:
             # The allocator of pinned tensors would round the size up to a power of two.
-            failed = _runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+            failed = _runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE)
             self._registered = not int(failed)
         return memory
 

@@ -71,12 +71,10 @@ def read(path: Path, seal: Seal | None = None) -> dict[str, Tensor]:
         try:
             found = _read(source)
         except ValueError as error:
-            if seal is None or source.seal() == seal:
-                raise ValueError(f"is not a sound safetensors file: {error}") from error
-        else:
-            if seal is None or source.seal() == seal:
-                return found
-        raise ValueError("was changed after it was written (its sha256 differs)")
+            raise ValueError(f"is not a sound safetensors file: {error}") from error
+        if seal is not None and source.seal() != seal:
+            raise ValueError("was changed after it was written (its sha256 differs)")
+        return found
 
 
 def size(tensors: dict[str, Tensor]) -> int:

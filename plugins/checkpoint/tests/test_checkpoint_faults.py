@@ -69,7 +69,7 @@ def link(path: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (flip, "was changed after it was written"),
+    (flip, "was changed after it was written|is not a sound safetensors file"),
     (cut, "bytes instead of"),
     (Path.unlink, "cannot be read: No such file"),
     (swap, "was changed after it was written|bytes instead of"),

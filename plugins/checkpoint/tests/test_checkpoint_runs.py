@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +27,7 @@ from fundamentallm.testing import (
     TinyOptimizer,
     TinyRun,
     assert_same_weights,
+    compose_tiny,
 )  # fmt: skip
 from fundamentallm_checkpoint import Checkpoint
 
@@ -117,20 +116,6 @@ def test_a_signal_is_saved_whatever_the_settings_say(tiny_run: TinyRun) -> None:
     assert saved(run) == [3]
 
 
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from fundamentallm import train
-from fundamentallm.testing import compose_tiny
-from test_checkpoint_runs import Checkpoint, Ends, KillsSaving, TWO
-composed = compose_tiny(Checkpoint(every=TWO, asynchronous={beside}), {victim}, length=9)
-train(composed, run_dir=Path({folder!r}))
-"""
-
-
 @plugin
 class KillsSaving:
     """Ends the process in the middle of the ``nth`` save."""
@@ -147,16 +132,18 @@ class KillsSaving:
 
 @pytest.mark.parametrize(
     ("victim", "beside"),
-    [("Ends(at=7, by=9)", True), ("Ends(at=7, by=9)", False), ("KillsSaving(nth=25)", False)],
+    [(Ends(at=7, by=9), True), (Ends(at=7, by=9), False), (KillsSaving(nth=25), False)],
 )
 def test_a_killed_run_resumes_bit_identical(
-    victim: str, beside: bool, tiny_run: TinyRun, tmp_path: Path
+    victim: object, beside: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), victim=victim,
-                         beside=beside)  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    child = os.fork()
+    if child == 0:
+        kept = Checkpoint(every=TWO, asynchronous=beside)
+        train(compose_tiny(kept, victim, length=9), run_dir=folder)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     before = saved(folder / "checkpoints")
     resumed = tiny_run(Checkpoint(every=TWO), length=9, run_dir=folder)
     assert before and before[-1] < 9

@@ -1,0 +1,397 @@
+"""Saving beside the steps: what is saved, who waits for it, and who hears of it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fundamentallm import Period, StorageError, field, hookimpl, plugin, train
+from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm_checkpoint import Checkpoint, choice, contents, files
+from fundamentallm_checkpoint.choice import Wish
+from fundamentallm_checkpoint.retention import Rules
+from fundamentallm_checkpoint.staging import Arena
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fundamentallm import Run
+
+THREAD = "checkpoint"
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def flying() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+
+
+class Gate(files.System):
+    """System calls of which the writing thread's wait until the gate is open."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+
+    def write(self, number: int, data: memoryview) -> int:
+        if threading.current_thread().name == THREAD:
+            assert self.opened.wait(timeout=30)
+        return super().write(number, data)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate()
+    monkeypatch.setattr(files, "system", made)
+    yield made
+    made.opened.set()
+    for thread in flying():
+        thread.join()
+
+
+@plugin
+class Opens:
+    """Opens the gate at the end of a step, and waits until what waited there is done."""
+
+    at: int
+    gate: Any = field(init=False, default=None)
+    seen: list[list[int]] = field(init=False, factory=list)
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.at:
+            self.seen.append(saved(run.folder / "checkpoints"))
+            self.gate.opened.set()
+            for thread in flying():
+                thread.join()
+
+
+def opens(at: int, gate: Gate) -> Opens:
+    made = Opens(at=at)
+    made.gate = gate
+    return made
+
+
+def test_the_steps_go_on_while_a_save_is_written_and_it_is_of_its_own_step_alone(
+    gate: Gate, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    kept = Checkpoint(every=Period(3), keep_last=9)
+    opening = opens(5, gate)
+    run = tiny_run(kept, opening, length=7, run_dir=tmp_path / "beside")
+    assert opening.seen == [[]]
+    assert saved(run.folder / "checkpoints") == [3, 6, 7]
+    within = Checkpoint(every=Period(3), keep_last=9, asynchronous=False)
+    plain = tiny_run(within, length=7, run_dir=tmp_path / "within")
+    assert_same_weights(run, plain)
+    for step in (3, 6, 7):
+        for name in ("model.safetensors", "optimizer.safetensors", "state.safetensors"):
+            place = Path("checkpoints") / f"step-{step:08d}" / name
+            assert (run.folder / place).read_bytes() == (plain.folder / place).read_bytes()
+
+
+def test_a_resumed_run_ends_bit_identical_from_a_copy_that_waited(
+    gate: Gate, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    tiny_run(Checkpoint(every=Period(3), save_final=False), opens(5, gate), length=5)
+    resumed = tiny_run(Checkpoint(every=Period(3)), length=9)
+    assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
+
+
+def test_only_the_last_save_is_written_by_the_thread_that_trains(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    class Noted(files.System):
+        def write(self, number: int, data: memoryview) -> int:
+            _, _, place = str(Path(f"/proc/self/fd/{number}").readlink()).rpartition("checkpoints/")
+            calls.append((place[:13], threading.current_thread() is threading.main_thread()))
+            return super().write(number, data)
+
+    monkeypatch.setattr(files, "system", Noted())
+    tiny_run(Checkpoint(every=Period(2)), length=5)
+    by = {name: {main for place, main in calls if place == name} for name, _ in calls}
+    expected = {".tmp-00000002": {False}, ".tmp-00000004": {False}, ".tmp-00000005": {True}}
+    assert {name: who for name, who in by.items() if name in expected} == expected
+
+
+def test_the_run_hears_of_a_save_in_its_own_thread_once_it_is_durable(
+    gate: Gate, tiny_run: TinyRun
+) -> None:
+    heard: list[tuple[str, int, bool, bool]] = []
+
+    @plugin
+    class Hears:
+        @hookimpl
+        def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
+            main = threading.current_thread() is threading.main_thread()
+            heard.append((folder.name, run.progress.step, main, (folder / "manifest.json").exists()))
+
+    trace = Recorder()
+    tiny_run(Checkpoint(every=Period(3)), Hears(), opens(5, gate), length=7, trace=trace)
+    assert heard[0] == ("step-00000003", 5, True, True)
+    assert heard[1][0] == "step-00000006"
+    assert heard[2] == ("step-00000007", 7, True, True)
+    names = [name for name in trace.names if name in ("on_checkpoint_saved", "on_train_end")]
+    assert names == ["on_checkpoint_saved"] * 3 + ["on_train_end"]
+
+
+class Refuses(files.System):
+    """A disk that takes nothing of the steps from ``step`` on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def write(self, number: int, data: memoryview) -> int:
+        place = str(Path(f"/proc/self/fd/{number}").readlink())
+        _, found, rest = place.partition(".tmp-")
+        if found and rest[:8].isdecimal() and int(rest[:8]) >= self.step:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return super().write(number, data)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
+    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "system", Refuses(4))
+    with pytest.raises(StorageError) as caught:
+        tiny_run(Checkpoint(every=Period(2), asynchronous=beside), length=99)
+    assert caught.value.exit_code == 5
+    home = tmp_path / "run" / "checkpoints"
+    assert f"the checkpoint of step 4 could not be saved: {home}/.tmp-00000004-" in str(caught.value)
+    assert "/model.safetensors: Disk quota exceeded" in str(caught.value)
+    assert saved(home) == [2]
+    assert not list(home.glob(".tmp-*"))
+    monkeypatch.setattr(files, "system", files.System())
+    resumed = tiny_run(Checkpoint(every=Period(2)), length=6)
+    assert_same_weights(resumed, tiny_run(length=6, run_dir=tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_run_that_is_told_to_goes_on_without_the_save(
+    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "system", Refuses(4))
+    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
+    run = tiny_run(kept, length=7)
+    assert run.outcome == "finished"
+    assert saved(run.folder / "checkpoints") == [2]
+    told = [record.getMessage() for record in caplog.records if "The run goes on" in record.getMessage()]
+    assert [text.split()[4] for text in told] == ["4", "6", "7"]
+    assert_same_weights(run, tiny_run(length=7, run_dir=tmp_path / "plain"))
+
+
+def test_a_save_that_is_due_while_one_is_written_waits_for_it(
+    gate: Gate, tiny_run: TinyRun
+) -> None:
+    threading.Timer(0.3, gate.opened.set).start()
+    run = tiny_run(Checkpoint(every=Period(1), keep_last=9), length=4)
+    assert saved(run.folder / "checkpoints") == [1, 2, 3, 4]
+
+
+def test_a_save_that_is_due_while_one_is_written_is_left_out_if_told_so(
+    gate: Gate, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Checkpoint(every=Period(2), keep_last=9, when_busy="skip")
+    run = tiny_run(kept, opens(7, gate), length=9)
+    assert saved(run.folder / "checkpoints") == [2, 8, 9]
+    told = [r.getMessage() for r in caplog.records if "still being written" in r.getMessage()]
+    assert told == [f"step {step} is not saved: step 2 is still being written" for step in (4, 6)]
+
+
+def test_a_milestone_is_never_left_out(gate: Gate, tiny_run: TinyRun) -> None:
+    threading.Timer(0.3, gate.opened.set).start()
+    kept = Checkpoint(every=Period(2), keep_every=Period(3), when_busy="skip", keep_last=9)
+    run = tiny_run(kept, length=4)
+    assert saved(run.folder / "checkpoints") == [2, 3, 4]
+
+
+def test_a_run_that_fails_waits_for_the_save_that_is_under_way(
+    gate: Gate, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @plugin
+    class Fails:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 3:
+                threading.Timer(0.3, gate.opened.set).start()
+                raise ValueError("no more")
+
+    caplog.set_level("INFO")
+    with pytest.raises(Exception, match="no more"):
+        tiny_run(Checkpoint(every=Period(2)), Fails(), length=9)
+    home = tmp_path / "run" / "checkpoints"
+    assert saved(home) == [2]
+    assert f"saved {home}/step-00000002" in caplog.text
+    resumed = tiny_run(Checkpoint(every=Period(2)), length=5)
+    assert_same_weights(resumed, tiny_run(length=5, run_dir=tmp_path / "whole"))
+
+
+@plugin
+class GoesBack:
+    """Asks once, at the end of a step, to go back to a checkpoint."""
+
+    at: int
+    to: str
+    once: bool = field(init=False, default=True)
+    gate: Any = field(init=False, default=None)
+    came_to: list[int] = field(init=False, factory=list)
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step == self.at and self.once:
+            self.once = False
+            run.rewind(self.to)
+            if self.gate is not None:
+                threading.Timer(0.3, self.gate.opened.set).start()
+
+    @hookimpl
+    def on_rewind(self, run: Run, left: int) -> None:
+        assert left == self.at
+        self.came_to.append(run.progress.step)
+
+
+def test_going_back_to_the_latest_waits_for_the_one_that_is_being_written(
+    gate: Gate, tiny_run: TinyRun
+) -> None:
+    back = GoesBack(at=5, to="latest")
+    back.gate = gate
+    run = tiny_run(Checkpoint(every=Period(4), keep_last=9), back, length=8)
+    assert back.came_to == [4]
+    assert saved(run.folder / "checkpoints") == [4, 8]
+
+
+@pytest.mark.parametrize("to", ["step-00000002", "step-2"])
+def test_going_back_sets_the_void_checkpoints_aside(
+    to: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    kept = Checkpoint(every=Period(2), keep_last=9, save_final=False)
+    back = GoesBack(at=7, to=to)
+    run = tiny_run(kept, back, length=7)
+    home = run.folder / "checkpoints"
+    assert back.came_to == [2]
+    (aside,) = home.glob("superseded-*")
+    assert saved(aside) == [4, 6]
+    assert saved(home) == [2, 4, 6]
+    plain = choice.load([home], Wish(name="step-4", rules=Rules(keep_last=1)))
+    void = choice.load([aside], Wish(name="step-4", rules=Rules(keep_last=1)))
+    assert plain is not None
+    assert void is not None
+    samples = [one.snapshot["progress"]["samples"] for one in (void, plain)]
+    assert samples == [16, 36], "the data goes on behind what was read"
+
+
+def test_of_what_was_set_aside_by_going_back_only_the_last_stays(tiny_run: TinyRun) -> None:
+    @plugin
+    class Twice:
+        asked: list[int] = field(init=False, factory=list)
+
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 5 and len(self.asked) < 2:
+                self.asked.append(5)
+                run.rewind("step-2")
+
+    run = tiny_run(Checkpoint(every=Period(2), keep_last=9), Twice(), length=6)
+    assert len(list((run.folder / "checkpoints").glob("superseded-*"))) == 1
+    assert saved(run.folder / "checkpoints") == [2, 4, 6]
+
+
+def test_a_run_killed_after_going_back_resumes_bit_identical(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    @plugin
+    class Ends:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 4 and not back.once:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = tiny_run(
+        Checkpoint(every=Period(2)), GoesBack(at=5, to="step-2"), length=8, run_dir=tmp_path / "whole"
+    )
+    back = GoesBack(at=5, to="step-2")
+    part = tiny_run(Checkpoint(every=Period(2)), back, Ends(), length=8)
+    assert (part.outcome, part.progress.step) == ("interrupted", 4)
+    resumed = tiny_run(Checkpoint(every=Period(2)), length=8)
+    assert_same_weights(resumed, whole)
+    assert resumed.progress.samples == whole.progress.samples
+
+
+class Kills(files.System):
+    """Ends the process at the ``nth`` system call of the thread that writes."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "left" and threading.current_thread().name == THREAD:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("nth", [1, 9, 17, 24, 26, 40, 55, 69, 77])
+def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
+    nth: int, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    step = mmap.mmap(-1, 8)
+
+    @plugin
+    class Tells:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            step[0] = run.progress.step
+            time.sleep(0.002)
+
+    child = os.fork()
+    if child == 0:
+        files.system = Kills(nth)
+        run = compose_tiny(Checkpoint(every=Period(2)), Tells(), length=9)
+        train(run, run_dir=tmp_path / "run")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    before = saved(tmp_path / "run" / "checkpoints")
+    begun = (step[0] - 1) // 2 * 2  # the last step whose save has waited for the one before
+    assert (before or [0])[-1] >= begun - 2
+    resumed = tiny_run(Checkpoint(every=Period(2)), length=9)
+    assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_saved() -> None:
+    shared = torch.randn(300, 40)
+    model = {"a": shared, "tied": shared, "b": torch.randn(7).to(torch.bfloat16), "c": torch.ones(())}
+    moments = {"a": {"exp_avg": torch.randn(300, 40).t(), "step": torch.tensor(3.0)}}
+    packed = contents.pack({"model": model, "optimizer": moments})
+    arena = Arena()
+    copies = [arena.copy(packed), arena.copy(packed)]
+    first, second = ([t.data_ptr() for part in c.parts.values() for t in part.values()] for c in copies)
+    assert first == second
+    weights = copies[0].parts["model.safetensors"]
+    assert weights["a"] is weights["tied"]
+    assert arena.copy(packed).size == packed.size
+    tensors = [t for part in copies[0].parts.values() for t in part.values()]
+    end = max(t.data_ptr() + t.nbytes for t in tensors)
+    assert end - min(first) <= packed.size + 64 * len(tensors)
+
+
+def test_a_copy_does_not_change_with_its_original() -> None:
+    weight = torch.ones(5)
+    packed = Arena().copy(contents.pack({"model": {"w": weight}, "optimizer": {}}))
+    weight.zero_()
+    assert packed.parts["model.safetensors"]["w"].tolist() == [1.0] * 5

@@ -1,0 +1,215 @@
+"""Settings that are not those of the checkpoint: told, and refused where the run would be another."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fundamentallm import Period, SettingsError, field, hookimpl, plugin, table
+from fundamentallm.testing import Recorder, TinyData, TinyModel, TinyRun
+from fundamentallm_checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from fundamentallm import Data, Run
+
+TWO = Period(2)
+
+
+@table
+class Inner:
+    depth: int = 1
+    """How deep."""
+    pace: Period = Period(3)
+    """How fast."""
+
+
+@plugin
+class Layers(TinyModel):
+    """A model with settings of all kinds, of which two are free."""
+
+    free = ("dropout", "notes")
+
+    width: int = 4
+    """How wide."""
+    shape: Inner = Inner()
+    """A table of its own."""
+    names: list[str] = field(factory=list)
+    """A list."""
+    notes: str | None = None
+    """What nothing depends on."""
+    given: Any = None
+    """An object that was given in Python."""
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
+    return {r.getMessage(): r.levelno for r in caplog.records if "→" in r.getMessage()}
+
+
+def test_what_is_safe_to_change_is_told_line_by_line(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_run(Checkpoint(every=TWO), Layers(), length=4)
+    caplog.set_level(logging.INFO)
+    changed = Layers(dropout=0.5, notes="more")
+    tiny_run(Checkpoint(every=Period(3), keep_best=1), changed, length=6, log_every=1)
+    assert lines(caplog) == dict.fromkeys(
+        [
+            'checkpoint.every: "2 steps" → "3 steps"',
+            "checkpoint.keep_best: 0 → 1",
+            "layers.dropout: 0.1 → 0.5",
+            'layers.notes: (not set) → "more"',
+            'run.length: "4 steps" → "6 steps"',
+            'run.log_every: "2 steps" → "1 step"',
+        ],
+        logging.INFO,
+    )
+
+
+def test_nothing_is_told_where_nothing_has_changed(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(2):  # the objects are others, and elsewhere in memory
+        tiny_run(Checkpoint(every=TWO), Layers(given=object()), length=4)
+    assert lines(caplog) == {}
+
+
+CHANGES = [
+    ("layers.width: 4 → 5", {"width": 5}),
+    ("layers.shape.depth: 1 → 2", {"shape": Inner(depth=2)}),
+    ('layers.shape.pace: "3 steps" → "4 steps"', {"shape": Inner(pace=Period(4))}),
+    ('layers.names: [] → ["a"]', {"names": ["a"]}),
+]
+
+
+@pytest.mark.parametrize(("told", "changed"), CHANGES, ids=[told for told, _ in CHANGES])
+def test_another_model_is_refused_and_how_to_go_on_all_the_same_is_told(
+    told: str, changed: dict[str, Any], tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(Checkpoint(every=TWO), Layers(), length=4)
+    before, trace = (run.folder / "settings.toml").read_text(), Recorder()
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Checkpoint(every=TWO), Layers(**changed), length=6, trace=trace)
+    key = told.partition(":")[0]
+    assert caught.value.problems[0] == told
+    assert f"--set 'checkpoint.allow_changes=[\"{key}\"]'" in caught.value.problems[-1]
+    assert "on_train_start" not in trace.names
+    assert (run.folder / "settings.toml").read_text() == before
+    allowing = Checkpoint(every=TWO, allow_changes=[key])
+    assert tiny_run(allowing, Layers(**changed), length=6).progress.step == 6
+    assert lines(caplog)[told] == logging.WARNING
+
+
+def test_another_seed_is_refused_and_every_refusal_is_in_one_message(tiny_run: TinyRun) -> None:
+    tiny_run(Checkpoint(every=TWO), Layers(), length=4)
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Checkpoint(every=TWO), Layers(width=9), length=6, seed=7)
+    assert caught.value.problems[:2] == ["layers.width: 4 → 9", "run.seed: 1337 → 7"]
+    assert '["layers.width", "run.seed"]' in caught.value.problems[-1]
+
+
+def test_patterns_allow_many_changes_at_once(tiny_run: TinyRun) -> None:
+    tiny_run(Checkpoint(every=TWO), Layers(), length=4)
+    allowing = Checkpoint(every=TWO, allow_changes=["layers.*", "run.seed"])
+    changed = Layers(width=9, names=["b"], shape=Inner(depth=7))
+    assert tiny_run(allowing, changed, length=6, seed=7).progress.step == 6
+
+
+def test_a_model_of_another_class_is_refused(tiny_run: TinyRun) -> None:
+    def layers(base: type) -> Any:
+        return plugin(type("Layers", (base,), {"__module__": __name__, "__doc__": "Another."}))()
+
+    tiny_run(Checkpoint(every=TWO), Layers(), length=4)
+    with pytest.raises(SettingsError, match=r"layers\.class: .*Layers.* → .*Another"):
+        other = layers(Layers)
+        type(other).__qualname__ = "Another"
+        tiny_run(Checkpoint(every=TWO), other, length=6)
+
+
+def test_a_plugin_that_adapts_the_model_must_stay(tiny_run: TinyRun) -> None:
+    @plugin
+    class Freezes:
+        """Freezes some."""
+
+        rank: int = 4
+        """How many."""
+
+        @hookimpl
+        def adapt_model(self, run: Run) -> None:
+            pass
+
+    tiny_run(Checkpoint(every=TWO), Freezes(), length=4)
+    with pytest.raises(SettingsError, match=r"freezes\.rank: 4 → \(not set\)"):
+        tiny_run(Checkpoint(every=TWO), length=6)
+
+
+def test_what_only_looks_may_come_and_go(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    @plugin
+    class Looks:
+        """Looks on."""
+
+        often: int = 4
+        """How often."""
+
+        @hookimpl
+        def on_log(self) -> None:
+            pass
+
+    caplog.set_level(logging.INFO)
+    tiny_run(Checkpoint(every=TWO), Looks(), length=4)
+    tiny_run(Checkpoint(every=TWO), length=5)
+    tiny_run(Checkpoint(every=TWO), Looks(), length=6)
+    told = [text for text in lines(caplog) if text.startswith("plugins")]
+    assert len(told) == 2
+
+
+def test_other_data_are_refused(tiny_run: TinyRun) -> None:
+    def data(fingerprint: str) -> Any:
+        class Other(TinyData):
+            """Data of another content under the same settings."""
+
+            @hookimpl
+            def build_data(self, run: Run) -> Data:
+                made = super().build_data(run)
+                made.fingerprint = fingerprint  # type: ignore[misc]
+                return made
+
+        return Other()
+
+    tiny_run(Checkpoint(every=TWO), data("a" * 40), length=4)
+    with pytest.raises(SettingsError, match=rf"^data: {'a' * 12} → {'b' * 12}\n.*\[\"data\"\]"):
+        tiny_run(Checkpoint(every=TWO), data("b" * 40), length=6)
+    allowing = Checkpoint(every=TWO, allow_changes=["data"])
+    assert tiny_run(allowing, data("b" * 40), length=6).progress.step == 6
+
+
+def test_a_setting_that_a_later_version_of_a_plugin_has_besides_changes_nothing(
+    tiny_run: TinyRun,
+) -> None:
+    def version(number: int) -> Any:
+        body: dict[str, Any] = {"__annotations__": {"old": "int"}, "old": 1, "__module__": __name__,
+                                "__qualname__": "Grows", "__doc__": "Grows."}  # fmt: skip
+        if number == 2:
+            body["__annotations__"] |= {"new": "str", "more": "float"}
+            body |= {"new": "as before", "more": 0.5}
+        return plugin(type("Grows", (TinyModel,), body))
+
+    tiny_run(Checkpoint(every=TWO), version(1)(), length=4)
+    assert tiny_run(Checkpoint(every=TWO), version(2)(), length=6).progress.step == 6
+    tiny_run(Checkpoint(every=TWO), version(2)(), length=6)
+    with pytest.raises(SettingsError, match=re.escape('grows.new: "as before" → "otherwise"')):
+        tiny_run(Checkpoint(every=TWO), version(2)(new="otherwise"), length=8)
+
+
+def test_the_settings_that_allow_changes_are_no_change(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tiny_run(Checkpoint(every=TWO), length=4)
+    tiny_run(Checkpoint(every=TWO, allow_changes=["run.seed"]), length=4)
+    assert lines(caplog) == {}

@@ -1,0 +1,196 @@
+"""Disks that are full or refuse to be written, and folders that come and go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fundamentallm import Period, StorageError, hookimpl, plugin, train
+from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm_checkpoint import Checkpoint, files
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+TWO = Period(2)
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def settle() -> None:
+    """Wait until what is being saved is."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
+class Disk(files.System):
+    """A disk with so many bytes free, or one that does not tell."""
+
+    def __init__(self, free: int, blocks: int = 10**9) -> None:
+        self.free, self.blocks = free, blocks
+
+    def statvfs(self, _: Path) -> Any:
+        return SimpleNamespace(f_bavail=self.free, f_frsize=1, f_blocks=self.blocks)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "system", Disk(free=300))
+    trace = Recorder()
+    with pytest.raises(StorageError, match=r"no checkpoint can be saved: .*/run/checkpoints: No space"):
+        tiny_run(Checkpoint(every=TWO), length=4, trace=trace)
+    assert "on_step_start" not in trace.names
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_disk_that_may_be_too_small_for_the_moments_is_a_warning(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "system", Disk(free=2**16 + 1500))
+    tiny_run(Checkpoint(every=Period(9), save_final=False), length=1)
+    assert "with the optimizer's state, a checkpoint may not fit" in caplog.text
+
+
+def test_a_disk_that_does_not_tell_its_room_is_tried(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "system", Disk(free=0, blocks=0))
+    assert saved(tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints") == [2, 4]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_save_without_room_is_not_begun(
+    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @plugin
+    class Fills:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 3:
+                settle()
+                monkeypatch.setattr(files, "system", Full())
+
+    class Full(Disk):
+        def __init__(self) -> None:
+            super().__init__(free=20_000)
+
+        def write(self, *_: object) -> int:
+            raise AssertionError("nothing is to be written")
+
+    with pytest.raises(StorageError, match=r"step 4 .*bytes are needed, and 20,000 are free. Earlier"):
+        tiny_run(Checkpoint(every=TWO, asynchronous=beside), Fills(), length=4)
+    assert saved(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_a_folder_that_takes_no_files_is_told_before_the_first_step(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadOnly(files.System):
+        def mkdir(self, path: Path) -> None:
+            if ".tmp-" in path.name:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            super().mkdir(path)
+
+    monkeypatch.setattr(files, "system", ReadOnly())
+    trace = Recorder()
+    with pytest.raises(StorageError, match=r"checkpoints/\.tmp-probe-.*: Read-only file system"):
+        tiny_run(Checkpoint(every=TWO), length=4, trace=trace)
+    assert "on_step_start" not in trace.names
+
+
+def test_a_finished_run_needs_no_room(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_run(Checkpoint(every=TWO), length=4)
+    monkeypatch.setattr(files, "system", Disk(free=0))
+    assert tiny_run(Checkpoint(every=TWO), length=4).outcome == "finished"
+
+
+def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids: list[str] = []
+
+    @plugin
+    class Deletes:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 5:
+                settle()
+                ids.append((run.folder / "run-id").read_text())
+                shutil.rmtree(run.folder)
+
+    tiny_run(Checkpoint(every=TWO), Deletes(), length=7)
+    assert "run-id was deleted while the run went on; it is made again" in caplog.text
+    assert (tmp_path / "run" / "run-id").read_text() == ids[0]
+    assert saved(tmp_path / "run" / "checkpoints") == [6, 7]
+    resumed = tiny_run(Checkpoint(every=TWO), length=9)
+    assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
+
+
+def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_again(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    class Kills(files.System):
+        def rename(self, path: Path, target: Path) -> None:
+            super().rename(path, target)
+            if target.name.startswith(".old-"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @plugin
+    class Ends:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    # Ended before its validation, step 4 is saved once more where the run goes on.
+    how = {"length": 6, "validate_every": 2}
+    assert tiny_run(Checkpoint(every=TWO), Ends(), **how).outcome == "interrupted"
+    child = os.fork()
+    if child == 0:
+        files.system = Kills()
+        train(compose_tiny(Checkpoint(every=TWO), **how), run_dir=tmp_path / "run")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    home = tmp_path / "run" / "checkpoints"
+    assert saved(home) == [2]
+    trace = Recorder()
+    resumed = tiny_run(Checkpoint(every=TWO), trace=trace, **how)
+    assert trace.names.count("on_step_start") == 2
+    assert_same_weights(resumed, tiny_run(run_dir=tmp_path / "whole", **how))
+    assert not list(home.glob(".*"))
+
+
+def test_the_folders_of_instances_that_are_no_longer_listed_are_seen_to(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    tables = {"checkpoint": {"every": 2, "keep_last": 9},
+              "archive": {"plugin": "checkpoint", "every": 3, "keep_last": 9}}  # fmt: skip
+    tiny_run("checkpoint", "archive", settings=tables, length=6)
+
+    @plugin
+    class Asks:
+        @hookimpl
+        def on_run_start(self, run: Run) -> None:
+            run.wanted_checkpoint = "step-2"
+
+    home = tmp_path / "run" / "checkpoints"
+    run = tiny_run("checkpoint", Asks(), settings={"checkpoint": tables["checkpoint"]}, length=4)
+    assert run.progress.step == 4
+    assert saved(home) == [2, 4]
+    assert saved(home / "archive") == []
+    (aside,) = (home / "archive").glob("superseded-*")
+    assert saved(aside) == [3, 6]
