@@ -165,6 +165,38 @@ def test_the_first_module_is_that_in_which_the_numbers_become_infinite(tiny_run:
     assert str(caught.value).endswith("first module with a non-finite output: middle.1 (Squared)")
 
 
+def test_what_chance_has_brought_is_found_again(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    @plugin
+    class Unlucky:
+        """A network that draws an infinity in half of its steps."""
+
+        @hookimpl
+        def build_model(self) -> nn.Module:
+            class Draw(nn.Module):
+                def forward(self, loss: Tensor) -> Tensor:
+                    return loss / torch.randint(2, ())
+
+            class Net(nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.linear = nn.Linear(8, 1)
+                    self.draw = Draw()
+
+                def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+                    loss = nn.functional.mse_loss(self.linear(inputs), targets)
+                    return self.draw(loss) if self.training else loss
+
+            return Net()
+
+    with pytest.raises(NotFiniteError):  # what is put back draws the same again
+        tiny_run(Guard(max_skips=3), Unlucky(), length=40)
+    assert caplog.text.count("the step is skipped") >= 3
+    assert "draw (Draw)" in caplog.text
+    assert "when the window is run again" not in caplog.text
+
+
 def test_of_several_microbatches_the_message_names_the_one_to_blame(tiny_run: TinyRun) -> None:
     table = {"accumulate": {"microbatches": 3}}
     with pytest.raises(NotFiniteError, match=r"micro-batch 2 of 3: 4 samples from index 16 in"):
@@ -231,6 +263,24 @@ def test_only_so_many_steps_in_a_row_are_skipped(tiny_run: TinyRun, tmp_path: An
     assert tiny_run(Guard(max_skips=2), Poisoned(at=bad), length=8).progress.applied == 4
     with pytest.raises(NotFiniteError, match=r"^step 4: .*index 12.*; the 2 steps before it were"):
         tiny_run(Guard(max_skips=2), Poisoned(at=[4, 8, 12]), run_dir=tmp_path / "other")
+
+
+def test_a_resumed_run_counts_on(tiny_run: TinyRun) -> None:
+    @plugin
+    class Stops:
+        """Stops the run after step 3."""
+
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 3:
+                run.stop("enough for now")
+
+    bad = [4, 8, 12]
+    tiny_run("checkpoint", Guard(max_skips=2), Poisoned(at=bad), Stops(), length=8)
+    guard = Guard(max_skips=2)
+    with pytest.raises(NotFiniteError, match=r"^step 4: .*the 2 steps before it were"):
+        tiny_run("checkpoint", guard, Poisoned(at=bad), length=8)
+    assert guard.skipped == 2
 
 
 def test_the_skipped_steps_are_counted_in_the_rows(tiny_run: TinyRun) -> None:

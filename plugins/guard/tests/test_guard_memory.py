@@ -258,9 +258,11 @@ def test_a_skipped_step_is_as_if_its_data_had_not_been_there(
     assert guard.skipped == 1
 
 
-def test_a_large_sample_at_either_end_of_a_window_can_be_skipped(tiny_run: TinyRun) -> None:
-    run = tiny_run("accumulate", Guard(oom="skip", nonfinite="stop"), Small(rows=3),
+def test_a_window_that_begins_with_a_large_sample_can_be_skipped(tiny_run: TinyRun) -> None:
+    small = Small(rows=3)
+    run = tiny_run("accumulate", Guard(oom="skip", nonfinite="stop"), small,
                    settings=accumulating(3), length=4)  # fmt: skip
+    assert small.seen == [4, 4, 4, 4], "the rest of a rejected window is not computed"
     assert (run.progress.applied, run.progress.step) == (0, 4)
     assert (len(run.window), len(run.losses), run.progress.microbatches) == (3, 3, 12)
 
