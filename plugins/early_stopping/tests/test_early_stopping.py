@@ -204,6 +204,22 @@ def test_a_metric_of_the_rows_is_watched_too_and_the_last_step_is_validated(
     assert "val/loss" in run.history[-1]
 
 
+@pytest.mark.parametrize("resumed_at", [3, 4, 5])
+def test_a_run_killed_before_or_after_that_last_step_ends_with_it_all_the_same(
+    tiny_run: TinyRun, resumed_at: int
+) -> None:
+    def score() -> list[object]:
+        return [Validations(values=[4, 3, 3, 3, 2]),
+                EarlyStopping(monitor="train/score", patience=2)]  # fmt: skip
+
+    memory = Memory()
+    whole = tiny_run(*score(), memory, length=9, log_every=1)
+    resumed = tiny_run(*score(), remembering(memory.kept[resumed_at]), length=9, log_every=1)
+    assert resumed.progress.step == whole.progress.step == 5
+    assert known(resumed) == known(whole)
+    assert_same_weights(resumed, whole)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_metric_that_is_not_finite_stops_the_run_and_is_never_the_best(
     tiny_run: TinyRun, value: float
