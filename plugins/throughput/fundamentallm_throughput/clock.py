@@ -45,13 +45,17 @@ class Clock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
-        self.seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-        """By phase and plugin, less what is inside."""
         self.between = 0.0
         """What the calls between steps took, all in all."""
+        self._taken: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0])
         self._phase = ""
         self._inside = 0.0
         self._since = 0.0
+
+    @property
+    def seconds(self) -> dict[tuple[str, str], float]:
+        """By phase and plugin: what the calls took, less those inside of them."""
+        return {key: taken[0] for key, taken in self._taken.items()}
 
     def in_steps(self) -> float:
         """Return the seconds until now, from wherever, that no call between steps took."""
@@ -59,23 +63,35 @@ class Clock:
 
     def timed(self, plugin: str, hook: str, call: Call) -> Call:
         """Return ``call``, timed."""
-        own = PHASE_OF[hook]
-        now = self.now
+        own, now = PHASE_OF[hook], self.now
+        between = own in BETWEEN
+        taken = self._taken[own, plugin]
 
+        # Some of these are called in every step: the usual case, in few words, comes first.
         def timer(**given: Any) -> Any:
-            outer, inside = self._phase, self._inside
-            phase = own if outer in ("", "micro-batch") else outer
-            self._phase, self._inside = phase, 0.0
-            start = now()
-            if not outer:
-                self._since = start
+            if self._phase:
+                return self._nested(own, plugin, call, given)
+            self._phase, self._inside = own, 0.0
+            self._since = start = now()
             try:
                 return call(**given)
             finally:
                 spent = now() - start
-                self.seconds[phase, plugin] += spent - self._inside
-                self._phase, self._inside = outer, inside + spent
-                if not outer and phase in BETWEEN:
+                self._phase = ""
+                taken[0] += spent - self._inside
+                if between:
                     self.between += spent
 
         return timer
+
+    def _nested(self, own: str, plugin: str, call: Call, given: dict[str, Any]) -> Any:
+        outer, inside = self._phase, self._inside
+        phase = own if outer == "micro-batch" else outer
+        self._phase, self._inside = phase, 0.0
+        start = self.now()
+        try:
+            return call(**given)
+        finally:
+            spent = self.now() - start
+            self._taken[phase, plugin][0] += spent - self._inside
+            self._phase, self._inside = outer, inside + spent

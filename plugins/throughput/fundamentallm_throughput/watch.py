@@ -27,9 +27,9 @@ class Watch:
         self.clock = Clock()
         self.began = self.clock.now()
         self.sampled_steps = 0
-        self.sampled_seconds = self.step_seconds = 0.0
+        self.sampled_seconds = self._earlier = 0.0
         self.started = False
-        self._ends: list[float] = []
+        self._ends: list[float] = [0.0]
         self._before = run.hook
         self._name, self._every, self._turn = name, every, 1 % every
         self._plain = run.bind(partial(self._around, BETWEEN))
@@ -47,15 +47,18 @@ class Watch:
         """Note how long the step took, and choose whether the next is timed inside."""
         # Not the run's own seconds: they go on while it validates and saves.
         end = self.clock.now() - self.clock.between
-        spent = end - self._ends[-1]
         self._ends.append(end)
-        self.step_seconds += spent
         if run.hook is self._sampling:
             self.sampled_steps += 1
-            self.sampled_seconds += spent
+            self.sampled_seconds += end - self._ends[-2]
             run.hook = self._plain
         if run.progress.step % self._every == self._turn:
             self._take_turn(run)
+
+    @property
+    def step_seconds(self) -> float:
+        """What the steps have taken so far, all together."""
+        return self._earlier + self._ends[-1] - self._ends[0]
 
     def stop(self, run: Run) -> None:
         """Time nothing any more."""
@@ -80,6 +83,7 @@ class Watch:
         }
 
     def _begin_period(self, run: Run) -> None:
+        self._earlier = self.step_seconds
         self._tokens, self._samples = run.progress.tokens, run.progress.samples
         self._ends = [self.clock.in_steps()]
 
