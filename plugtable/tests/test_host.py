@@ -181,6 +181,77 @@ def test_events_named_by_the_host_are_heard_to_the_end():
     assert heard == [1]
 
 
+def wrapping(name, *, before=None, after=None, observer=False):
+    """Return a plugin whose wrapper of ``taste`` notes what passes, and may raise before or after."""
+    seen = []
+
+    def taste(self, dish):
+        seen.append(("in", dish))
+        if before:
+            raise before
+        try:
+            answer = yield
+        except ValueError as error:
+            return f"{name} survived {error}"
+        if after:
+            raise after
+        return f"{name}({answer})"
+
+    space = {"taste": hookimpl(wrapper=True)(taste), "observer": observer, "seen": seen}
+    return plugtable.plugin(type(name, (), space))()
+
+
+def test_wrappers_surround_the_answer_the_first_listed_outermost_as_in_pluggy():
+    plugins = (wrapping("One"), wrapping("Two"), Pepper())
+    assert frozen(*plugins).taste(dish="soup") == "One(Two(fire))"
+    made = composed(*plugins)
+    assert plugtable.register(made.host, made, {}).hook.taste(dish="soup") == "One(Two(fire))"
+
+
+def test_a_wrapper_may_answer_for_an_error_or_let_it_pass():
+    @plugtable.plugin
+    class Spills:
+        error: BaseException = None
+
+        @hookimpl
+        def taste(self):
+            raise self.error
+
+    assert frozen(wrapping("One"), Spills(error=ValueError("heat"))).taste(dish="soup") == "One survived heat"
+    for error in (KeyError("spoon"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            frozen(wrapping("One"), Spills(error=error)).taste(dish="soup")
+
+
+def test_a_wrapper_that_raises_ends_the_call_unless_it_observes(caplog):
+    for words in ({"before": KeyError("spoon")}, {"after": KeyError("spoon")}):
+        with pytest.raises(KeyError):
+            frozen(wrapping("One", **words), Pepper()).taste(dish="soup")
+        watching = wrapping("Watching", observer=True, **words)
+        hooks = frozen(watching, Pepper(), wrapping("Two"))
+        assert hooks.taste(dish="soup") == "Two(fire)"
+        assert hooks.taste(dish="soup") == "Two(fire)"
+        assert watching.seen == [("in", "soup")]
+        assert "watching failed and is muted from now on" in caplog.text
+
+
+def test_an_observer_s_wrapper_that_works_is_a_wrapper_like_any_other():
+    assert frozen(wrapping("One", observer=True), Pepper()).taste(dish="soup") == "One(fire)"
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_wrapper_that_does_not_yield_once_is_told(times):
+    @plugtable.plugin
+    class Odd:
+        @hookimpl(wrapper=True)
+        def taste(self):
+            for _ in range(times):
+                yield
+
+    with pytest.raises(RuntimeError, match="odd: a wrapper (did not yield|yielded twice)"):
+        frozen(Odd(), Pepper()).taste(dish="soup")
+
+
 def test_every_call_can_be_timed_around():
     seen = []
 

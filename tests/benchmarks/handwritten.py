@@ -3,11 +3,14 @@
 It does the work of a run with a dozen plugins: warmup and cosine, clipping, weight decay on
 matrices alone, losses that stay on the device until a row is due, rows in ``metrics.jsonl``, lines
 in ``train.log`` and on the terminal, checkpoints in two rhythms, samples. Nothing of it can be
-chosen, and so nothing of it costs a call.
+chosen, and so nothing of it costs a call. ``train_fully`` does what the features of a long run add:
+bf16, a look at whether the gradients are finite, averaged weights, times of the steps, collection of
+garbage at set times.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -28,6 +31,7 @@ LR, DECAY_TO, WARMUP = 1e-3, 0.1, 10
 BETAS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.99), 0.1, 1.0
 LOG_EVERY = 50
 NEVER = 10**9
+EMA_DECAY, COLLECT_EVERY = 0.999, 1000
 SAVE_EVERY = ARCHIVE_EVERY = SAMPLE_EVERY = POEM_EVERY = NEVER
 
 log = logging.getLogger("handwritten")
@@ -94,6 +98,66 @@ def train(
             if step % SAMPLE_EVERY == 0 or step % POEM_EVERY == 0:
                 raise AssertionError("no measurement is that long")
     log.info("finished after %.1f s", seconds)
+    return history
+
+
+def train_fully(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], steps: int, folder: Path
+) -> list[dict[str, float]]:
+    """Train ``model`` with all that a careful user lists; return the rows of metrics."""
+    open_log(folder / "train.log")
+    model.train()
+    parameters = list(model.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+    optimizer = make_optimizer(parameters)
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    times: list[float] = []
+    history: list[dict[str, float]] = []
+    step = tokens = skipped = 0
+    gc.disable()
+    with (folder / "metrics.jsonl").open("a") as rows:
+        while step < steps:
+            started = time.perf_counter()
+            inputs, targets = next(batches)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(inputs, targets)
+            loss.backward()
+            # Not the norm of the clipping: that may overflow though every gradient is finite.
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+            finite = all(map(math.isfinite, torch.stack([loss.detach(), largest]).tolist()))
+            lr = lr_at(step, steps)
+            if finite:
+                norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                torch._foreach_lerp_(averages, parameters, 1 - EMA_DECAY)
+                losses.append(loss.detach())
+                norms.append(norm)
+            else:
+                skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens += targets.numel()
+            times.append(time.perf_counter() - started)
+            if step % COLLECT_EVERY == 0:
+                gc.collect(1)
+            if step % LOG_EVERY == 0 or step == steps:
+                numbers = torch.stack(losses + norms).tolist()
+                means = fmean(numbers[: len(losses)]), fmean(numbers[len(losses) :])
+                row = {"train/loss": means[0], "optim/grad_norm": means[1], "optim/lr": lr,
+                       "train/tokens": float(tokens), "guard/skipped": float(skipped),
+                       "perf/step_ms_median": 1e3 * sorted(times)[len(times) // 2]}  # fmt: skip
+                for kept in (losses, norms, times):
+                    kept.clear()
+                write_row(rows, step, steps, row)
+                history.append({"step": step, **row})
+            if step % SAVE_EVERY == 0 or step % ARCHIVE_EVERY == 0:
+                save(model, optimizer, step, folder)
+    gc.enable()
+    log.info("finished")
     return history
 
 

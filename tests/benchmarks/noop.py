@@ -55,6 +55,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# What a careful user of a long run lists besides.
+CARE = {
+    "amp": {}, "guard": {}, "ema": {"decay": handwritten.EMA_DECAY}, "throughput": {"table": False},
+    "early_stopping": {"monitor": "train/loss"}, "validation": {}, "crash_report": {},
+    "gc": {"every": handwritten.COLLECT_EVERY},
+}  # fmt: skip
+FULLY = {"plugins": [*PLUGINS, *EIGHT, *CARE], **CARE}
+
+
 class Model(nn.Module):
     """One small linear layer, and a loss."""
 
@@ -148,7 +157,21 @@ def by_hand(marks: Marks) -> tuple[Model, list[dict[str, float]]]:
         return model, handwritten.train(model, batches(prepared(), marks), STEPS, folder)
 
 
-LOOPS: dict[str, Callable[[Marks], object]] = {"run": by_run, "handwritten": by_hand}
+def fully_by_run(marks: Marks) -> Run:
+    """Train with fundamentallm and everything that a careful user lists."""
+    return by_run(marks, FULLY)
+
+
+def fully_by_hand(marks: Marks) -> list[dict[str, float]]:
+    """Train with the handwritten loop that has all of that."""
+    with quiet() as folder:
+        return handwritten.train_fully(Model(), batches(prepared(), marks), STEPS, folder)
+
+
+LOOPS: dict[str, Callable[[Marks], object]] = {
+    "run": by_run, "handwritten": by_hand,
+    "fully_run": fully_by_run, "fully_handwritten": fully_by_hand,
+}  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ def freeze(host: Host, registry: PluginManager, around: Around | None = None) ->
 
     An exclusive hook returns its answer, any other the list of the answers. A plugin that declares
     ``observer = True`` is muted with a warning once it has raised. ``around(plugin, hook, call)``
-    may put a call of its own in place of each plugin's, to trace or time it; a hook that wrappers
-    surround is one call to it, with ``""`` for the plugin.
+    may put a call of its own in place of each plugin's, to trace or time it; where wrappers
+    surround an answer, also in place of the whole, with ``""`` for the plugin.
     """
     frozen = _Freezing(host, registry, around or (lambda _plugin, _hook, call: call))
     return SimpleNamespace(**{hook: frozen.caller(hook) for hook in host.hook_names})
@@ -53,18 +53,20 @@ class _Freezing:
 
     def caller(self, hook: str) -> Call:
         caller = getattr(self.registry.hook, hook)
-        impls = caller.get_hookimpls()
-        if any(impl.wrapper or impl.hookwrapper for impl in impls):
-            return self.around("", hook, caller)  # wrappers are pluggy's business
+        spec, impls = caller.spec.argnames, caller.get_hookimpls()
         # pluggy calls the last one registered first.
-        calls = [self.around(impl.plugin_name, hook, self.bound(impl, caller.spec.argnames))
-                 for impl in reversed(impls)]  # fmt: skip
+        calls = [self.around(impl.plugin_name, hook, self.bound(impl, spec))
+                 for impl in reversed(impls) if not impl.wrapper]  # fmt: skip
         kind = self.host.kind(hook)
         if not calls:
             return cast("Call", Nothing())
-        if kind == "exclusive" or (len(calls) == 1 and kind != "vote"):
-            return calls[0]
-        return _each(calls, to_the_end=hook in self.host.to_the_end)
+        if kind != "exclusive" and (len(calls) > 1 or kind == "vote"):
+            return _each(calls, to_the_end=hook in self.host.to_the_end)
+        call = calls[0]
+        for impl in (impl for impl in impls if impl.wrapper):  # the last one is the outermost
+            observes = getattr(impl.plugin, "observer", False)
+            call = self.observed(call, impl, spec) if observes else _surrounded(call, impl, spec)
+        return call if call is calls[0] else self.around("", hook, call)
 
     def bound(self, impl: HookImpl, spec: tuple[str, ...]) -> Call:
         call, names, plugin = cast("Call", impl.function), impl.argnames, impl.plugin_name
@@ -72,7 +74,7 @@ class _Freezing:
         unwanted = [name for name in spec if name not in names]
         if not unwanted and not observes:
             return call
-        muted, host = self.muted, self.host
+        muted = self.muted
 
         def select(**given: Any) -> Any:
             if observes and plugin in muted:
@@ -82,13 +84,72 @@ class _Freezing:
             try:
                 return call(**given)
             except Exception as error:
-                if not observes or isinstance(error, host.fatal):
+                if not observes:
                     raise
-                muted.add(plugin)
-                text = "%s failed and is muted from now on: %r"
-                logging.getLogger(host.name).warning(text, plugin, error, exc_info=error)
+                self.mute(plugin, error)
 
         return select
+
+    def observed(self, call: Call, impl: HookImpl, spec: tuple[str, ...]) -> Call:
+        """Put an observer's wrapper around a call: if it raises, the call is made without it."""
+        plugin, function = impl.plugin_name, cast("Call", impl.function)
+        wanted = [name for name in spec if name in impl.argnames]
+
+        def observe(**given: Any) -> Any:
+            if plugin in self.muted:
+                return call(**given)
+            steps = function(**{name: given[name] for name in wanted})
+            try:
+                next(steps)
+            except Exception as error:  # noqa: BLE001 - what it is, is told
+                self.mute(plugin, error)
+            answer = call(**given)
+            try:
+                steps.send(answer)
+            except StopIteration as stop:
+                # Muted before it began, it has nothing to return.
+                return answer if plugin in self.muted else stop.value
+            except Exception as error:  # noqa: BLE001 - what it is, is told
+                self.mute(plugin, error)
+            return answer
+
+        return observe
+
+    def mute(self, plugin: str, error: Exception) -> None:
+        """Leave an observer out from now on; raise what even an observer may raise."""
+        if isinstance(error, self.host.fatal):
+            raise error
+        self.muted.add(plugin)
+        text = "%s failed and is muted from now on: %r"
+        logging.getLogger(self.host.name).warning(text, plugin, error, exc_info=error)
+
+
+def _surrounded(call: Call, impl: HookImpl, spec: tuple[str, ...]) -> Call:
+    """Put a wrapper around a call: a generator that yields once, for the answer."""
+    function, unwanted = cast("Call", impl.function), [n for n in spec if n not in impl.argnames]
+
+    def surround(**given: Any) -> Any:
+        wanted = dict(given)
+        for name in unwanted:
+            del wanted[name]
+        steps = function(**wanted)
+        try:
+            next(steps)
+        except StopIteration:
+            raise RuntimeError(f"{impl.plugin_name}: a wrapper did not yield") from None
+        try:
+            answer = call(**given)
+        except BaseException as error:  # noqa: BLE001 - the wrapper's to leave with, or to answer
+            resume, sent = steps.throw, error
+        else:
+            resume, sent = steps.send, answer
+        try:
+            resume(sent)
+        except StopIteration as stop:
+            return stop.value
+        raise RuntimeError(f"{impl.plugin_name}: a wrapper yielded twice")
+
+    return surround
 
 
 def _each(calls: list[Call], to_the_end: bool) -> Callable[..., list[Any]]:
