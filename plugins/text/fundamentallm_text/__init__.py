@@ -89,6 +89,9 @@ class Text:
     cache_dir: Path | None = None
     """Where tokens are kept for the next run; by default fundamentallm/text in the user's cache."""
 
+    # What may be set anew while a run goes on; all else is read at its start.
+    changeable = ("batch_size", "context_length")
+
     _corpus: Any = field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:

@@ -222,3 +222,10 @@ def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_nothing(
     assert not list(cache.glob("*.tmp"))
     (tmp_path / "verse.txt").write_text(VERSE)
     assert changing_run(tokenizer=tokenizer, cache_dir=cache).outcome == "finished"
+
+
+def test_it_says_what_may_change(changing_run: ChangingRun) -> None:
+    """A plugin that lets settings follow schedules asks the class."""
+    changes = Changes(at={"1": dict.fromkeys(Text.changeable, 3)})
+    changing_run(changes)
+    assert [tuple(batch.data[0].shape) for batch in changes.read[:2]] == [(4, 8), (3, 3)]
