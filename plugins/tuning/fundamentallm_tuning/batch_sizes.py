@@ -13,6 +13,8 @@ from fundamentallm_tuning.units import duration, size
 
 ENOUGH = 0.98
 """Of the highest speed: a larger batch for less than the rest is not worth its memory."""
+ACCUMULATE = "accumulate"
+"""The plugin to list where a step needs several micro-batches, and nothing listed makes them."""
 
 
 class Place(NamedTuple):
@@ -55,14 +57,21 @@ class Place(NamedTuple):
             )
         return found
 
-    def overrides(self, batch_size: int, *, keeps: bool) -> list[str]:
-        """Return settings for a trial. From the second micro-batch on gradients take memory too,
-        and beyond it nothing does."""
-        changed = [f"{self.data}.batch_size={batch_size}"]
-        count = self.step_size // batch_size if keeps else self.microbatches
+    def choice(
+        self, made: Mapping[str, Sequence[str]], batch_size: int, *, keeps: bool
+    ) -> Mapping[str, Sequence[str]]:
+        """Return the choice ``made`` on the command line, with what a trial changes."""
+        overrides = [*made["overrides"], f"{self.data}.batch_size={batch_size}"]
+        add, count = list(made["add"]), self.microbatches
+        if keeps:
+            count = self.step_size // batch_size
+        if not self.accumulates and count > 1:
+            add.append(ACCUMULATE)
         if self.accumulates or count > 1:
-            changed.append(f"{self.accumulates or 'accumulate'}.microbatches={min(count, 2)}")
-        return changed
+            # From the second on, a micro-batch has the gradients beside it in memory; a third
+            # would add nothing but time.
+            overrides.append(f"{self.accumulates or ACCUMULATE}.microbatches={min(count, 2)}")
+        return {**made, "overrides": overrides, "add": add}
 
     def setting(self, batch_size: int, *, keeps: bool) -> list[str]:
         """Return the lines to paste."""
@@ -70,8 +79,8 @@ class Place(NamedTuple):
         count = self.step_size // batch_size
         if not keeps or (count == self.microbatches == 1):
             return lines
-        missing = [] if self.accumulates else ['# "accumulate" has to be in the plugins list']
-        return [*lines, "", *missing, f"[{self.accumulates or 'accumulate'}]",
+        missing = [] if self.accumulates else [f'# "{ACCUMULATE}" has to be in the plugins list']
+        return [*lines, "", *missing, f"[{self.accumulates or ACCUMULATE}]",
                 f"microbatches = {count}"]  # fmt: skip
 
 
@@ -85,8 +94,8 @@ def find(
     with scratch() as folder:
 
         def fits(batch_size: int) -> bool:
-            overrides = place.overrides(batch_size, keeps=keeps_step_size)
-            trial = tried[batch_size] = measure(wish, overrides, folder)
+            choice = place.choice(wish.choice, batch_size, keeps=keeps_step_size)
+            trial = tried[batch_size] = measure(wish, choice, folder)
             tell(_row(batch_size, trial))
             if trial.code not in (0, OutOfMemoryError.exit_code) and len(tried) == 1:
                 raise trial.failure()
@@ -128,7 +137,7 @@ def fastest_of(speeds: Mapping[int, float]) -> int:
 
 
 def _suggested(place: Place, fastest: int, largest: int, *, at_the_end: bool) -> list[str]:
-    limit = "the largest that was to be tried" if at_the_end else "the largest that was found to fit"
+    limit = "the largest that was to be tried" if at_the_end else "the largest found to fit"
     return [f"fastest: {fastest} (the smallest within {1 - ENOUGH:.0%} of the highest speed)",
             f"{limit}: {largest}; the settings have {place.batch_size}"]  # fmt: skip
 

@@ -59,7 +59,8 @@ def _of_tensor(tensor: Tensor) -> str:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    found = hashlib.sha256(flat.view(torch.uint8).numpy())
+    content: Any = flat.view(torch.uint8).numpy()
+    found = hashlib.sha256(content)
     return f"{tensor.dtype} {list(tensor.shape)} {found.hexdigest()}"
 
 

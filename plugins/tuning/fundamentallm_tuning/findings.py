@@ -42,9 +42,10 @@ def all_of(probe: Probe) -> Iterator[str]:
 def _model(probe: Probe) -> Iterator[str]:
     counts = probe.counts
     frozen = counts["parameters"] - counts["trained"]
-    yield line("model", f"{counted(counts['parameters'], 'parameter')} in "
-                        f"{counted(counts['tensors'], 'tensor')}, {' and '.join(probe.dtypes)}, on "
-                        f"{probe.device}; {f'{frozen:,} frozen' if frozen else 'none frozen'}")  # fmt: skip
+    kept = f"{frozen:,} of them frozen" if frozen else "none frozen"
+    tensors = counted(counts["tensors"], "tensor")
+    found = f"{counted(counts['parameters'], 'parameter')} in {tensors}, {kept}"
+    yield line("model", f"{found}; {' and '.join(probe.dtypes)}, on {probe.device}")
 
 
 def _steps(probe: Probe) -> Iterator[str]:
@@ -58,7 +59,7 @@ def _steps(probe: Probe) -> Iterator[str]:
 
 
 def _chance(probe: Probe) -> str:
-    if not probe.vocab_size or probe.vocab_size < 2:  # noqa: PLR2004 - nothing to guess
+    if not probe.vocab_size or probe.vocab_size < 2:
         return ""
     guess, first = math.log(probe.vocab_size), probe.losses[0]
     text = f"; guessing among {counted(probe.vocab_size, 'token')} has {guess:.4g}"

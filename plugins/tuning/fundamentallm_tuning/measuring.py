@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fundamentallm import (
@@ -24,7 +25,6 @@ from fundamentallm import (
     field,
     hookimpl,
     plugin,
-    train,
 )
 from fundamentallm_tuning.trial import catch_up, ended, lean, peak_memory
 
@@ -83,11 +83,10 @@ class Stopwatch:
             self.tokens += run.progress.tokens - run.progress.before[1]
 
 
-def measure(wish: Wish, overrides: Sequence[str], scratch: Path) -> Trial:
-    """Run a trial in a process of its own and wait for it."""
+def measure(wish: Wish, choice: Mapping[str, Sequence[str]], scratch: Path) -> Trial:
+    """Run a trial with this ``choice`` in a process of its own, and wait for it."""
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        choice = {**wish.choice, "overrides": [*wish.choice["overrides"], *overrides]}
         request = {"settings": wish.settings, "choice": choice, "steps": wish.steps}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: a module in the user's folder must not stand in for one of ours.
@@ -106,14 +105,17 @@ def measure(wish: Wish, overrides: Sequence[str], scratch: Path) -> Trial:
 
 def run_trial(request: Mapping[str, Any], folder: Path) -> Trial:
     """Make the steps of a trial in this process."""
+    from fundamentallm import train  # and torch, which who waits for a trial does not need
+
     watch = Stopwatch()
     try:
         composed = compose(request["settings"], **request["choice"])
         run = ended(train(lean(composed, request["steps"], watch), run_dir=folder / "run"))
     except FundamentalError as error:
         return Trial(error.exit_code, str(error))
-    total, count = sum(watch.seconds), len(watch.seconds)
-    return Trial(0, "", total / count, watch.tokens / total, peak_memory(run.device))
+    # The median: a step that something else on the machine held up says nothing of the size.
+    seconds, count = median(watch.seconds), len(watch.seconds)
+    return Trial(0, "", seconds, watch.tokens / count / seconds, peak_memory(run.device))
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ class OneWindow:
 
     @hookimpl
     def judge_step(self, run: Run) -> str | None:
-        """Look at the loss; there is nothing to do for a step once it is near zero, or no number."""
+        """Look at the loss; reject the step where it is near zero, or no number: it is the last."""
         self.losses.append(window_loss(run))
         if len(self.losses) % max(self.steps // 10, 1) == 1 % max(self.steps // 10, 1):
             self.tell(f"step {len(self.losses):>6}  loss {self.losses[-1]:.4g}")
@@ -116,5 +116,5 @@ def advice(losses: list[float]) -> str:
         return f"It was at {lowest:.4g} and rose again: try a smaller learning rate."
     if last < 0.9 * losses[-max(len(losses) // 5, 1)]:
         return "It is still falling: try more --steps, a larger learning rate or a smaller batch."
-    return ("It has come to a halt: the model may be too small for the batch, equal inputs may have "
-            "different targets, or the loss may have a floor (label smoothing, weight decay).")  # fmt: skip
+    return ("It has come to a halt: the model may be too small for the batch, equal inputs may "
+            "have different targets, or the loss may have a floor (label smoothing).")  # fmt: skip

@@ -107,7 +107,7 @@ def told(composed: Composed, test: RangeTest) -> list[str]:
     """
     curve = test.curve()
     done, low, high = len(test.losses), toml_float(test.low), toml_float(test.high)
-    if test.diverged and len(curve.losses) < 5:  # noqa: PLR2004
+    if test.diverged and len(curve.losses) < 5:
         raise NotFiniteError(
             f"the loss was {', '.join(f'{loss:.4g}' for loss in test.losses)}: it diverges at "
             f"once. If the first of these is no number, the model or the data has a mistake, which "
@@ -137,9 +137,11 @@ def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
     lines = []
     if len(several) > 1:
         shown = ", ".join(f"{base:.3g}" for base in several)
-        lines = [f"# The parameter groups have learning rates of their own ({shown}), which were all "
-                 f"scaled by the same factor,",
-                 f"# for this one {rate / test.bases[0]:.3g}: scale those that are stated too."]  # fmt: skip
+        factor = f"{rate / test.bases[0]:.3g}"
+        lines = [
+            f"# The groups' learning rates ({shown}) were all scaled alike, for this one",
+            f"# by {factor}: scale those that are stated in their own right by it too.",
+        ]
     if not isinstance(stated, int | float) or not stated > 0:
         return [*lines, f"# {name} has no setting lr; the first parameter group's learning rate:",
                 f"# {toml_float(rate)}"]  # fmt: skip

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from fundamentallm_tuning.units import toml_float
 
-REACH = 3
-"""How many neighbours on each side a loss is averaged with."""
+REACH = 1 / 20
+"""With how much of the curve on each side a loss is averaged."""
 
 
 class Choice(NamedTuple):
@@ -24,10 +24,10 @@ class Choice(NamedTuple):
 
     def told(self) -> list[str]:
         """Tell them."""
+        tenth = toml_float(self.lowest / 10)
         return [
-            f"it falls fastest at {self.steepest:.1e}, which is suggested below",
-            f"it is lowest, {self.loss:.4g}, at {self.lowest:.1e}; a tenth of that is "
-            f"{toml_float(self.lowest / 10)}",
+            f"it falls fastest at {toml_float(self.steepest)}, which is suggested below",
+            f"it is lowest, {self.loss:.4g}, at {toml_float(self.lowest)}; its tenth is {tenth}",
         ]
 
 
@@ -37,12 +37,17 @@ class Curve(NamedTuple):
     rates: list[float]
     losses: list[float]
 
+    @property
+    def reach(self) -> int:
+        """How many neighbours on each side a loss is averaged with."""
+        return max(round(REACH * len(self.losses)), 1)
+
     def smoothed(self) -> list[float]:
         """Return each loss averaged with its neighbours, the nearer the more: this has no lag,
         unlike a running mean, which would move all that is read from it to larger rates."""
-        found, count = [], len(self.losses)
+        found, count = list[float](), len(self.losses)
         for at in range(count):
-            reach = min(REACH, at, count - 1 - at)  # symmetric at the ends too
+            reach = min(self.reach, at, count - 1 - at)  # symmetric at the ends too
             near = range(-reach, reach + 1)
             weights = [reach + 1 - abs(offset) for offset in near]
             parts = [w * self.losses[at + o] for w, o in zip(weights, near, strict=True)]
@@ -75,14 +80,16 @@ class Curve(NamedTuple):
 def choose(curve: Curve) -> Choice | None:
     """Return the rates that a curve suggests; None where the loss does not fall clearly."""
     smooth = curve.smoothed()
-    if len(smooth) < 5:  # noqa: PLR2004 - no slope to speak of
+    inner = range(curve.reach, len(smooth) - curve.reach)  # beyond are those with less to average
+    if len(inner) < 3:  # no slope to speak of
         return None
-    bottom = min(range(len(smooth)), key=smooth.__getitem__)
+    bottom = min(inner, key=smooth.__getitem__)
     # Noise alone has a lowest point too.
     noise = median(abs(a - b) for a, b in zip(curve.losses, smooth, strict=True))
-    if bottom < 2 or max(smooth[:bottom]) - smooth[bottom] <= max(2 * noise, 1e-3 * abs(smooth[0])):  # noqa: PLR2004
+    fall = max(smooth[inner[0] : bottom + 1]) - smooth[bottom]
+    if bottom == inner[0] or fall <= max(2 * noise, 1e-3 * abs(smooth[0])):
         return None
-    slopes = {at: smooth[at + 1] - smooth[at - 1] for at in range(1, bottom)}
+    slopes = {at: smooth[at + 1] - smooth[at - 1] for at in range(inner[0], bottom)}
     steepest = min(slopes, key=slopes.__getitem__)
     return Choice(curve.rates[steepest], curve.rates[bottom], smooth[bottom])
 

@@ -1,0 +1,461 @@
+"""The commands, on tiny real runs: what they say, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import tomli
+from click.testing import CliRunner, Result
+
+from fundamentallm import (
+    DataError,
+    FundamentalError,
+    NotFiniteError,
+    OutOfMemoryError,
+    SettingsError,
+    StorageError,
+    compose,
+    find_plugins,
+    hook_methods,
+)
+from fundamentallm_tuning.command import batch_size_finder, check, lr_finder
+from fundamentallm_tuning.measuring import run_trial
+from fundamentallm_tuning.range_test import measure
+from fundamentallm_tuning.trial import follows, lean, shapes_steps
+
+PARTS = '''
+import os, signal, time
+from pathlib import Path
+from typing import Literal
+import torch
+from torch import nn
+from fundamentallm import DataError, field, hookimpl, plugin
+from fundamentallm.testing import TinySamples
+
+@plugin
+class Parts:
+    """A tiny data source, model and optimizer, with a flaw if wanted."""
+
+    flaw: str = ""
+    batch_size: int = 4
+    lr: float = 0.01
+    limit: int = 1000
+    marker: Path | None = None
+
+    @hookimpl
+    def build_data(self, run):
+        if self.batch_size > self.limit and self.flaw == "memory":
+            raise MemoryError("no more")
+        if self.batch_size > self.limit and self.flaw == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.batch_size > self.limit and self.flaw == "data":
+            raise DataError("too few samples")
+        return TinySamples(self.batch_size, run.device)
+
+    @hookimpl
+    def build_model(self):
+        return Net(self.flaw)
+
+    @hookimpl
+    def build_optimizer(self, run):
+        return torch.optim.SGD(list(run.model.parameters())[: 2 if self.flaw == "few" else None], lr=self.lr)
+
+    @hookimpl
+    def on_train_start(self, run):
+        if self.flaw == "restores wrong" and run.progress.step:
+            with torch.no_grad():
+                run.model.out.weight.add_(1)
+
+    @hookimpl
+    def on_step_start(self, run):
+        if self.flaw == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+        if self.flaw == "slow":
+            self.marker.write_text(str(os.getpid()))
+            time.sleep(60)
+
+
+class Net(nn.Module):
+    def __init__(self, flaw):
+        super().__init__()
+        self.flaw = flaw
+        self.hidden = nn.Linear(8, 16)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(16, 1)
+        if flaw == "unused":
+            self.spare = nn.Linear(3, 3)
+        if flaw == "fails":
+            raise RuntimeError("no such shape")
+
+    def forward(self, inputs, targets):
+        out = self.out(self.dropout(torch.tanh(self.hidden(inputs))))
+        loss = nn.functional.mse_loss(out, targets)
+        if self.flaw == "no number":
+            loss = loss * float("nan")
+        return loss * 0 + 1 if self.flaw == "flat" else loss
+'''
+
+SETTINGS = """
+plugins = ["./parts.py", "checkpoint", "jsonl", "console", "progress", "mlflow"]
+[run]
+length = 1000
+validate_every = 100
+device = "cpu"
+folder = "runs"
+[checkpoint]
+every = 50
+folder = "elsewhere"
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to call commands in, and another for what is temporary."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "here" / "parts.py").write_text(PARTS)
+    (tmp_path / "here" / "run.toml").write_text(SETTINGS)
+    return tmp_path
+
+
+def left(place: Path) -> set[str]:
+    """Return what is in the folders that was not there at first."""
+    found = {str(path.relative_to(place)) for path in place.rglob("*")}
+    foreign = ("__pycache__", "torchinductor_")  # Python's, and torch's own
+    return {name for name in found if not any(word in name for word in foreign)} - {
+        "here", "temporary", "here/parts.py", "here/run.toml",
+    }  # fmt: skip
+
+
+def call(command: object, *words: object, flaw: str = "") -> Result:
+    chosen = ["--set", f"parts.flaw={flaw}"] if flaw else []
+    return CliRunner().invoke(command, ["run.toml", *chosen, *map(str, words)])
+
+
+def said(result: Result) -> str:
+    assert result.exit_code == 0, result.exception or result.output
+    return result.output
+
+
+def test_check_says_what_it_found_and_leaves_nothing_behind(place: Path) -> None:
+    text = said(call(check))
+    for expected in (
+        "parts, checkpoint",
+        "left out, since they only follow a run: jsonl, console, progress, mlflow",
+        "161 parameters in 4 tensors, none frozen; float32, on cpu",
+        "4 samples, 4 tokens, in 1 micro-batch",
+        "val/loss ",
+        "parameters 644 bytes, gradients 644 bytes; the peak of the process ",
+        "1,000 steps of ",
+        "10 validations of ",
+        "20 saves of ",
+        "from the checkpoint of step 2: weights, optimizer, plugins and random state are bit for",
+        "nothing wrong was found\n",
+    ):
+        assert expected in text
+    assert left(place) == set()
+
+
+def test_check_without_checkpoints_restores_from_memory(place: Path) -> None:
+    for words in (["--no-plugin", "checkpoint"], ["--set", "checkpoint.contents=model"]):
+        text = said(call(check, *words))
+        assert "from a copy in memory, for there is no checkpoint to resume from" in text
+        assert "nothing wrong was found" in text
+    assert left(place) == set()
+
+
+def test_check_makes_as_many_steps_as_wanted_but_no_more_than_the_run_has(place: Path) -> None:
+    assert "checkpoint of step 5" in said(call(check, "--steps", 5))
+    assert "checkpoint of step 1:" in said(call(check, "--set", "run.length=1"))
+
+
+def test_check_tells_which_parameters_get_no_gradient_or_are_in_no_optimizer(place: Path) -> None:
+    text = said(call(check, flaw="unused"))
+    assert "note: no gradient reaches 2 trained tensors: spare.weight, spare.bias" in text
+    assert "nothing wrong was found, but see the notes" in text
+    text = said(call(check, flaw="few"))
+    assert "note: the optimizer does not have 2 trained tensors: out.weight, out.bias" in text
+
+
+def test_check_of_a_language_model_compares_its_loss_with_guessing(place: Path) -> None:
+    (place / "here" / "text.txt").write_text("the cat sat on the mat. " * 60)
+    (place / "here" / "run.toml").write_text("""
+plugins = ["text", "gpt", "adamw", "accumulate", "lr_schedule", "early_stopping", "guard", "ema"]
+run = { length = "1e6 tokens", device = "cpu" }
+text = { path = "text.txt", cache_dir = "cache", context_length = 8, batch_size = 2 }
+gpt = { num_layers = 1, num_heads = 1, d_model = 8 }
+accumulate = { microbatches = 3 }
+lr_schedule = { warmup = "1000 tokens" }
+""")
+    text = said(call(check))
+    assert "6 samples, 48 tokens, in 3 micro-batches" in text
+    assert "guessing among 11 tokens has 2.398" in text
+    assert "20,834 steps" in text
+    assert "left out, since they only follow a run: early_stopping" in text
+    assert "nothing wrong was found" in text
+    text = said(call(lr_finder, "--steps", 20))
+    assert "[adamw]\nlr = " in text
+    assert "the loss on one batch fell" in said(
+        call(check, "--overfit-one-batch", "--set", "adamw.lr=0.1")
+    )
+    assert left(place) <= {"here/text.txt", "here/cache"} | {
+        str(path.relative_to(place)) for path in (place / "here" / "cache").rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flaw", "kind", "complaint"),
+    [
+        ("no number", NotFiniteError, "train/loss is nan"),
+        ("fails", FundamentalError, "plugin 'parts' .* failed in build_model: .*no such shape"),
+        ("restores wrong", StorageError, r"from the checkpoint of step 2, .*: model\.out\.weight$"),
+        ("memory", OutOfMemoryError, "out of memory: no more"),
+    ],
+)
+def test_check_ends_with_the_error_of_the_run(
+    place: Path, flaw: str, kind: type[FundamentalError], complaint: str
+) -> None:
+    result = call(check, "--set", "parts.limit=3", flaw=flaw)
+    assert isinstance(result.exception, kind)
+    with pytest.raises(kind, match=complaint):
+        raise result.exception
+    assert "nothing wrong" not in result.output
+    assert left(place) == set()
+
+
+def test_check_tells_what_it_found_before_the_error(place: Path) -> None:
+    text = call(check, flaw="no number").output
+    assert "161 parameters" in text
+    assert "loss       nan, nan" in text
+
+
+@pytest.mark.parametrize("command", [check, lr_finder, batch_size_finder])
+def test_settings_that_do_not_compose_are_told_with_all_their_mistakes(
+    place: Path, command: object
+) -> None:
+    result = call(command, "--set", "parts.lrr=1", "--set", "run.lenght=2")
+    assert isinstance(result.exception, SettingsError)
+    assert "unknown setting (did you mean 'lr'?)" in str(result.exception)
+    assert "unknown setting (did you mean 'length'?)" in str(result.exception)
+    result = CliRunner().invoke(command, ["no-such.toml"])
+    assert "no-such.toml: No such file" in str(result.exception)
+    assert left(place) == set()
+
+
+def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place: Path) -> None:
+    words = ("--overfit-one-batch", "--plugin", "lr_schedule", "--set", "lr_schedule.warmup=1.0",
+             "--set", "parts.lr=0.3")  # fmt: skip
+    assert "updates: this model can learn from this data" in said(call(check, *words))
+    assert left(place) == set()
+
+
+@pytest.mark.parametrize(
+    ("flaw", "words", "kind", "complaint"),
+    [
+        ("flat", [], FundamentalError, "is 1 after 20 steps; it began at 1, .* hardly falls"),
+        ("no number", [], NotFiniteError, "step 1: the loss on one batch is nan"),
+        ("x", ["--set", "parts.lr=1e30"], NotFiniteError, "try a smaller learning rate"),
+    ],
+)
+def test_a_batch_that_cannot_be_learned_is_told_with_what_to_look_at(
+    place: Path, flaw: str, words: list[str], kind: type[FundamentalError], complaint: str
+) -> None:
+    result = call(check, "--overfit-one-batch", "--steps", 20, *words, flaw=flaw)
+    with pytest.raises(kind, match=complaint) as caught:
+        raise result.exception or AssertionError(result.output)
+    assert caught.type is kind
+    assert left(place) == set()
+
+
+def test_the_rate_grows_by_the_same_factor_whatever_schedules_say(place: Path) -> None:
+    composed = compose(
+        "run.toml", add=["lr_schedule"], overrides=["lr_schedule.warmup=500", "run.max_time='1 hour'"]
+    )
+    test = measure(composed, 1e-5, 1e-3, 21)
+    assert test.rates == pytest.approx([1e-5 * 10 ** (k / 10) for k in range(21)], rel=1e-12)
+    assert len(test.losses) == 21
+    assert left(place) == set()
+
+
+def test_lr_finder_prints_a_setting_to_paste_that_trains(place: Path) -> None:
+    text = said(call(lr_finder, "--max", 10, "--set", "parts.batch_size=64"))
+    pasted = tomli.loads(text[text.index("[parts]") :])
+    assert 1e-4 < pasted["parts"]["lr"] < 2
+    assert "it falls fastest at" in text
+    assert "the loss diverged at" in text
+    assert text.count("│") == 12
+    assert left(place) == set()
+
+
+def test_the_setting_to_paste_scales_what_the_plugin_makes_of_it(place: Path) -> None:
+    code = PARTS.replace("lr=self.lr)", "lr=self.lr * 100)")
+    words = ("--set", "parts.batch_size=64")
+    plain = said(call(lr_finder, *words))
+    (place / "here" / "parts.py").write_text(code)
+    scaled = said(call(lr_finder, *words))
+    rates = [tomli.loads(t[t.index("[parts]") :])["parts"]["lr"] for t in (plain, scaled)]
+    assert rates[1] == pytest.approx(rates[0] / 100)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "words", "kind", "complaint"),
+    [
+        ("no number", [], NotFiniteError, "the loss was nan: it diverges at once"),
+        ("x", ["--min", "1e4", "--max", "1e5"], NotFiniteError, "try a smaller --min than 1.0e4"),
+        ("flat", [], FundamentalError, "never fell clearly between 1.0e-6 and 1.0e0, in 100 steps"),
+        ("x", ["--max", "1e-5"], FundamentalError, "never fell clearly"),
+    ],
+)
+def test_a_range_that_suggests_nothing_is_an_error_that_says_why(
+    place: Path, flaw: str, words: list[str], kind: type[FundamentalError], complaint: str
+) -> None:
+    result = call(lr_finder, *words, flaw=flaw)
+    with pytest.raises(kind, match=complaint):
+        raise result.exception or AssertionError(result.output)
+    assert left(place) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "complaint"),
+    [
+        (lr_finder, ["--min", "1", "--max", "0.1"], "--min 1 is not below --max 0.1"),
+        (lr_finder, ["--min", "0"], "0.0 is not in the range"),
+        (lr_finder, ["--max", "nan"], "--max nan"),
+        (lr_finder, ["--steps", "3"], "3 is not in the range"),
+        (batch_size_finder, ["--min", "9", "--max", "8"], "--min 9 is above --max 8"),
+        (batch_size_finder, ["--max", "2.5"], "'2.5' is not a valid integer"),
+        (check, ["--steps", "0"], "0 is not in the range"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    place: Path, command: object, words: list[str], complaint: str
+) -> None:
+    result = call(command, *words)
+    assert result.exit_code == 2
+    assert complaint in result.output
+
+
+def test_batch_size_finder_finds_what_fits_where_processes_are_killed(place: Path) -> None:
+    text = said(call(batch_size_finder, "--min", 5, "--max", 6, "--set", "parts.limit=5", flaw="killed"))
+    rows = [line.split() for line in text.splitlines()[1:3]]
+    assert [row[0] for row in rows] == ["5", "6"]
+    assert "does not fit: its process was killed" in text
+    assert "the largest found to fit: 5; the settings have 4" in text
+    assert tomli.loads(text[text.index("[parts]") :])["parts"]["batch_size"] == 5
+    assert left(place) == set()
+
+
+def test_batch_size_finder_keeps_the_size_of_a_step(place: Path) -> None:
+    words = ("--keep-step-size", "--min", 6, "--plugin", "accumulate", "--set", "parts.batch_size=6",
+             "--set", "accumulate.microbatches=1")  # fmt: skip
+    text = said(call(batch_size_finder, *words))
+    pasted = tomli.loads(text[text.index("[parts]") :])
+    assert pasted == {"parts": {"batch_size": 6}}
+    result = call(batch_size_finder, *words, "--max", 7, "--set", "parts.batch_size=8", "--min", 5)
+    assert "a step has 8 samples" in str(result.exception)
+    assert left(place) == set()
+
+
+@pytest.mark.parametrize(
+    ("flaw", "kind", "complaint"),
+    [
+        ("memory", OutOfMemoryError, "not even parts.batch_size = 4 fits into memory: out of memory"),
+        ("data", DataError, "too few samples"),
+    ],
+)
+def test_batch_size_finder_gives_up_where_the_smallest_fails(
+    place: Path, flaw: str, kind: type[FundamentalError], complaint: str
+) -> None:
+    result = call(batch_size_finder, "--min", 4, "--set", "parts.limit=3", flaw=flaw)
+    with pytest.raises(kind, match=complaint):
+        raise result.exception or AssertionError(result.output)
+    assert left(place) == set()
+
+
+def test_data_without_a_batch_size_is_refused_with_the_settings_that_it_has(place: Path) -> None:
+    (place / "here" / "parts.py").write_text(PARTS.replace("batch_size: int = 4", "batch_size = 4"))
+    result = call(batch_size_finder)
+    assert isinstance(result.exception, SettingsError)
+    assert "parts: has no setting 'batch_size'" in str(result.exception)
+    assert "its settings: flaw, lr, limit, marker" in str(result.exception)
+
+
+def test_a_trial_measures_speed_and_memory(place: Path) -> None:
+    choice = {"overrides": ["parts.batch_size=8"], "add": [], "remove": []}
+    trial = run_trial({"settings": "run.toml", "choice": choice, "steps": 4}, place / "temporary")
+    assert trial.code == 0
+    assert trial.speed == pytest.approx(8 / trial.seconds)
+    assert trial.peak > 10 << 20
+
+
+@pytest.mark.parametrize("words", [[check], [check, "--overfit-one-batch"], [lr_finder]])
+def test_a_signal_ends_a_trial_and_leaves_nothing_behind(place: Path, words: list[object]) -> None:
+    result = call(*words, flaw="interrupted")
+    assert result.exit_code == 130
+    assert "nothing wrong" not in result.output
+    assert left(place) == set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_ends_the_trial_of_a_batch_size_and_its_process(place: Path) -> None:
+    marker = place / "here" / "marker"
+    words = [sys.executable, "-m", "fundamentallm", "batch-size-finder", "run.toml",
+             "--set", "parts.flaw=slow", "--set", f"parts.marker={marker}"]  # fmt: skip
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while not (marker.is_file() and marker.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        child = int(marker.read_text())
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    marker.unlink()
+    assert left(place) == set()
+
+
+def test_help_and_loading_the_commands_import_no_torch(place: Path) -> None:
+    code = (
+        "import sys; from fundamentallm_tuning import command, batch_sizes\n"
+        "for one in (command.check, command.lr_finder, command.batch_size_finder):\n"
+        "    one(['--help'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'numpy', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_of_the_known_plugins_the_right_ones_take_part() -> None:
+    classes = {name: found[0].load() for name, found in find_plugins().items()}
+    made = {name: cls.__new__(cls) for name, cls in classes.items()}
+    lean_ones = {name for name, one in made.items() if shapes_steps(one)}
+    out = {name for name, one in made.items() if follows(one)}
+    assert {"text", "gpt", "adamw", "amp", "grad_clip", "accumulate", "freeze", "lora", "compile",
+            "deterministic", "muon"} & made.keys() <= lean_ones  # fmt: skip
+    assert not lean_ones & {"lr_schedule", "schedules", "guard", "ema", "checkpoint", "mlflow",
+                            "early_stopping", "validation", "console", "sample"}  # fmt: skip
+    assert {"mlflow", "console", "jsonl", "progress", "early_stopping", "sample"} & made.keys() <= out
+    assert not out & {"checkpoint", "guard", "ema", "lr_schedule", "validation", "text", "gpt"}
+
+
+def test_a_lean_trial_answers_validation_only_where_nobody_does(place: Path) -> None:
+    composed = lean(compose("run.toml"), 3, object())
+    validating = [name for name, one in composed.plugins.items()
+                  if "validate" in {hook for hook, _, _ in hook_methods(type(one))}]  # fmt: skip
+    assert validating == ["fundamentallm-tuning-validation"]
+    own = "\n    @hookimpl\n    def validate(self): return {}\n\n\nclass Net"
+    (place / "here" / "parts.py").write_text(PARTS.replace("\n\n\nclass Net", own))
+    assert "fundamentallm-tuning-validation" not in lean(compose("run.toml"), 3, object()).plugins
