@@ -76,7 +76,7 @@ class Checkpoint:
         """Finish what a process that was killed had begun. Training it is: not just loading."""
         from fundamentallm_checkpoint import identity, leftovers
 
-        self._trains = True
+        self._trains, self._record = True, None
         self.run_id = identity.known(run.folder)
         if self.run_id:
             leftovers.recover(self.home(run))

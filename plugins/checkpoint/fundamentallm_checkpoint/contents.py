@@ -84,9 +84,12 @@ def pack(snapshot: Snapshot, trained: Collection[str] | None = None, kind: str =
 def size(run: Run, kind: str = ALL) -> int:
     """Return the bytes of a checkpoint of the run as it stands; before the first step, most
     optimizers have yet to make their state."""
-    weights, _ = _flatten_model(dict(run.model.state_dict()))
-    moments, _ = _flatten_optimizer({str(n): s for n, s in enumerate(run.optimizer.state.values())})
-    return tensors.size(weights) + (tensors.size(moments) if kind == ALL else 0)
+    # Not the state dict: where a model is in parts, that is a matter for all processes.
+    kept = [*run.model.parameters(), *run.model.buffers()]
+    if kind == ALL:
+        kept += [value for state in run.optimizer.state.values() for value in state.values()
+                 if isinstance(value, torch.Tensor)]  # fmt: skip
+    return sum(tensor.nbytes for tensor in kept)
 
 
 def write(folder: Path, packed: Packed, report: Report | None = None) -> Contents:

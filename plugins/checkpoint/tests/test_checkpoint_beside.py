@@ -218,6 +218,16 @@ def test_a_milestone_is_never_left_out(gate: Gate, tiny_run: TinyRun) -> None:
     assert saved(run.folder / "checkpoints") == [2, 3, 4]
 
 
+def test_the_best_are_told_by_the_one_that_is_being_written_too(
+    gate: Gate, tiny_run: TinyRun
+) -> None:
+    kept = Checkpoint(every=Period(99), keep_best=1, mode="max", save_final=False)
+    run = tiny_run(kept, opens(7, gate), length=8, validate_every=2)
+    losses = [row["val/loss"] for row in run.history if "val/loss" in row]
+    assert losses == sorted(losses, reverse=True), "the test needs a run that gets better"
+    assert saved(run.folder / "checkpoints") == [2]
+
+
 def test_a_run_that_fails_waits_for_the_save_that_is_under_way(
     gate: Gate, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from fundamentallm import Period, StorageError, hookimpl, plugin, train
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
@@ -159,6 +160,7 @@ def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_aga
     # Ended before its validation, step 4 is saved once more where the run goes on.
     how = {"length": 6, "validate_every": 2}
     assert tiny_run(Checkpoint(every=TWO), Ends(), **how).outcome == "interrupted"
+    torch.set_num_threads(1)  # what other threads hold is lost to a child
     child = os.fork()
     if child == 0:
         files.system = Kills()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from fundamentallm import (
     Period,
@@ -138,6 +139,7 @@ def test_a_killed_run_resumes_bit_identical(
     victim: object, beside: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
+    torch.set_num_threads(1)  # what other threads hold is lost to a child
     child = os.fork()
     if child == 0:
         kept = Checkpoint(every=TWO, asynchronous=beside)
