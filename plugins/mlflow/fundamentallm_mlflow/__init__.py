@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import uuid
+from typing import TYPE_CHECKING, Any, Literal
 
-from fundamentallm import field, gt, hookimpl, plugin
+from fundamentallm import PluginError, StorageError, field, ge, gt, hookimpl, plugin
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fundamentallm import Outcome, Run
     from fundamentallm_mlflow.journal import Journal
     from fundamentallm_mlflow.shipper import Shipper
+    from fundamentallm_mlflow.thinning import Thinning
 
 log = logging.getLogger("fundamentallm")
 
@@ -40,10 +42,26 @@ class Mlflow:
     """Name of the MLflow run; by default that of the run."""
     tags: dict[str, str] = field(factory=dict)
     """Tags of your own."""
+    resume: Literal["auto", "same", "fork", "new"] = "auto"
+    """Which MLflow run a continued run folder writes into: the same; a new one with the history up
+    to there and a tag that says where it comes from; or a new and empty one. ``auto`` forks where
+    an older checkpoint was asked for or settings have changed, and else stays in the same."""
+    on_start_failure: Literal["error", "journal"] = "error"
+    """What happens if the store cannot be used at the start: the run ends with an error, or it
+    writes its journal until the store is there."""
     start_seconds: float = field(default=30.0, validator=gt(0))
-    """How long the store may take to open before the run ends with an error."""
+    """How long the store may take to open, and then to take the run's description."""
     end_seconds: float = field(default=60.0, validator=gt(0))
     """How long the end of the run waits for the store to take the last rows."""
+    waiting_mb: float = field(default=256.0, validator=gt(0))
+    """How much may wait for a store that is away. Above half of it training rows are thinned;
+    validations are kept in any case."""
+    system_seconds: float = field(default=10.0, validator=ge(0))
+    """How often to look at CPU, memory and GPUs; 0 is never."""
+    upload_checkpoints: bool = False
+    """Whether the files of checkpoints are copied into the store, and not only their places."""
+    plot: bool = True
+    """Whether a picture of the losses is made at the end."""
 
     def __attrs_post_init__(self) -> None:
         if not self.experiment.strip():
@@ -51,52 +69,140 @@ class Mlflow:
         # Not settings, not state: what lives as long as the process.
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None
+        self._thinning: Thinning | None = None
+        self._validated = False
+        self._shown = ""
 
     @hookimpl
-    def on_train_start(self, run: Run) -> None:
-        """Open the store, and make the MLflow run or continue that of the run folder."""
-        from fundamentallm_mlflow.facts import parameters, records, tags
-        from fundamentallm_mlflow.journal import Journal
-        from fundamentallm_mlflow.shipper import Shipper, masked
+    def on_run_start(self, run: Run) -> None:
+        """Begin to open the store, which takes seconds, while data and model are built."""
+        from fundamentallm_mlflow.places import chosen
+        from fundamentallm_mlflow.shipper import Shipper
 
         if run.rank:
             return
-        folder = run.folder.resolve() / "mlflow"
-        self._journal = Journal(folder / "journal.jsonl")
-        self._journal.append("start")
-        uri = absolute(self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        request = {
-            "uri": uri,
-            "place": masked(uri),
-            "time": time.time_ns() // 1_000_000,
-            "experiment": self.experiment,
-            "name": self.run_name or run.name,
-            "parameters": parameters(run, self),
-            "tags": tags(run, self.tags),
-            "records": records(run),
-            "end_seconds": self.end_seconds,
-            "parent": os.getpid(),
-        }
-        self._shipper = Shipper(folder, request, self.start_seconds)
-        log.info("mlflow: run %s in %s", self._shipper.run_id, masked(uri))
+        request = self.request(run.folder, chosen(self.tracking_uri))
+        try:
+            self._shipper = Shipper(self._folder(run), request)
+        except OSError as error:
+            raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        """Make the MLflow run in the store, or continue that of the run folder."""
+        from fundamentallm_mlflow.facts import start_of
+        from fundamentallm_mlflow.journal import Journal
+        from fundamentallm_mlflow.thinning import Thinning
+
+        shipper, folder = self._shipper, self._folder(run)
+        if shipper is None:
+            return
+        if run.rank:  # only now is it known that another process logs for all
+            self._drop_shipper()
+            return
+        self._check(answer := shipper.open())
+        try:
+            self._journal = journal = Journal(folder / "journal.jsonl")
+            start = journal.append("start", id=uuid.uuid4().hex, **start_of(run, self))
+        except OSError as error:
+            path = folder / "journal.jsonl"
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+        self._thinning = Thinning(folder, int(self.waiting_mb * 1e6))
+        if "error" in answer:
+            shipper.go_on()
+            return
+        answer = shipper.attach()
+        if "error" in answer and self.on_start_failure == "error":
+            journal.drop(start)
+        self._check(answer)
+        self._show(run, answer)
+
+    @hookimpl
+    def on_validation_end(self, run: Run) -> None:
+        """Mark the coming row as one that is never left out."""
+        self._validated = True
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
         """Append the row to the journal."""
-        self._append("metrics", step=run.progress.step, metrics=metrics)
+        journal, thinning, shipper = self._journal, self._thinning, self._shipper
+        if journal is None or thinning is None or shipper is None:
+            return
+        if thinning.passes(journal.size, validated=self._validated):
+            self._append("metrics", step=run.progress.step, metrics=metrics)
+        self._validated = False
+        shipper.listen()
+
+    @hookimpl
+    def on_rewind(self, run: Run, left: int) -> None:
+        """Tell that the steps that were left are void."""
+        self._append("rewind", step=run.progress.step, left=left)
+
+    @hookimpl
+    def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
+        """Tell of a checkpoint, which becomes a logged model with the metrics of its step."""
+        digits = folder.name.rpartition("-")[2]
+        step = int(digits) if digits.isdecimal() else run.progress.step
+        self._append("checkpoint", step=step, folder=str(folder.resolve()))
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """Set the end state, and wait for the store to take what is left."""
+        shipper = self._shipper
+        if shipper is None:
+            return
+        if self._thinning is None:  # the run ended before its start was told
+            self._drop_shipper()
+            return
         error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
         self._append("end", outcome=outcome, error=error)
-        left = self._shipper.finish(self.end_seconds) if self._shipper is not None else None
-        if left is not None:
-            log.warning("mlflow: %s; the rows are in %s, and continuing the run ships them",
-                        left, run.folder / "mlflow")  # fmt: skip
         if self._journal is not None:
             self._journal.close()
-        self._journal = self._shipper = None
+        left = shipper.finish(self.end_seconds)
+        if left is not None:
+            log.warning("mlflow: %s; the rows are in %s: continuing the run ships them, or: "
+                        "fundamentallm mlflow sync %s",
+                        left, self._folder(run), run.folder)  # fmt: skip
+        elif self._shown:
+            log.info("mlflow: %s", self._shown)
+        self._journal = self._shipper = self._thinning = None
+
+    def request(self, folder: Path, uri: str) -> dict[str, Any]:
+        """Return what the shipping process is told about the run in ``folder``."""
+        from fundamentallm_mlflow.places import masked
+
+        return {
+            "uri": uri,
+            "place": masked(uri),
+            "experiment": self.experiment,
+            "run_folder": str(folder.resolve()),
+            "strict": self.on_start_failure == "error",
+            "start_seconds": self.start_seconds,
+            "end_seconds": self.end_seconds,
+            "system_seconds": self.system_seconds,
+            "plot": self.plot,
+            "parent": os.getpid(),
+        }
+
+    def _check(self, answer: dict[str, Any]) -> None:
+        """End the run because of a store that cannot be used, or warn of it."""
+        if "error" not in answer or self._shipper is None:
+            return
+        said = self._shipper.why(answer["error"])
+        if self.on_start_failure == "error":
+            self._drop_shipper()
+            raise PluginError(said)
+        log.warning("%s; the rows wait in the journal", said)
+
+    def _show(self, run: Run, answer: dict[str, Any]) -> None:
+        from fundamentallm_mlflow.places import charts, chosen, is_server, masked
+
+        uri = chosen(self.tracking_uri)
+        if "run_id" not in answer:
+            return
+        how = "" if is_server(uri) else f" (once 'fundamentallm ui {run.folder}' runs)"
+        self._shown = f"charts: {charts(uri, answer['experiment_id'])}{how}"
+        log.info("mlflow: run %s in %s; %s", answer["run_id"], masked(uri), self._shown)
 
     def _append(self, kind: str, **facts: Any) -> None:
         if self._journal is None:
@@ -109,12 +215,14 @@ class Mlflow:
             self._journal.close()
             self._journal = None
 
+    def _drop_shipper(self) -> None:
+        if self._shipper is not None:
+            self._shipper.kill()
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = self._shipper = self._thinning = None
 
-def absolute(uri: str | None) -> str:
-    """Return the URI of the store such that it means the same in every folder."""
-    if uri is None:
-        uri = "sqlite:///mlflow.db"
-    scheme, separator, path = uri.partition(":///")
-    if scheme == "sqlite" and separator and path and not path.startswith((":memory:", "file:")):
-        return f"sqlite:///{Path.cwd() / path}"
-    return uri
+    def _folder(self, run: Run) -> Path:
+        """Return where this instance keeps its files: each has its own."""
+        name = next(name for name, instance in run.plugins.items() if instance is self)
+        return run.folder.resolve() / name

@@ -1,19 +1,36 @@
-"""What MLflow is told about a run besides its metrics: parameters, tags, description."""
+"""What MLflow is told about a run besides its metrics: parameters, tags, data, description."""
 
 from __future__ import annotations
 
 import getpass
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, setting_fields
 
 if TYPE_CHECKING:
     from fundamentallm import Run
+    from fundamentallm_mlflow import Mlflow
 
 _FOLDERS = ("name", "folder")
+_LONGEST_DIGEST = 36
+
+
+def start_of(run: Run, own: Mlflow) -> dict[str, Any]:
+    """Return what the ``start`` row says of a run."""
+    settings = parameters(run, own)
+    return {
+        "step": run.progress.step,
+        "resume": own.resume,
+        "chosen": run.wanted_checkpoint not in (None, "latest"),
+        "name": own.run_name or run.name,
+        "parameters": settings,
+        "tags": tags(run, own.tags, settings),
+        "dataset": dataset(run),
+        "records": records(run),
+        "upload": own.upload_checkpoints,
+    }
 
 
 def parameters(run: Run, own: object) -> dict[str, str]:
@@ -27,10 +44,26 @@ def parameters(run: Run, own: object) -> dict[str, str]:
         if instance is not own and not getattr(instance, "observer", False)
     }
     flat = {key: value for name, table in tables.items() for key, value in _flat(name, table)}
+    flat["model.parameters"] = str(sum(parameter.numel() for parameter in run.parameters))
     return {key: value for key, value in flat.items() if key.partition(".")[2] not in _FOLDERS}
 
 
-def tags(run: Run, chosen: dict[str, str]) -> dict[str, str]:
+def dataset(run: Run) -> dict[str, Any]:
+    """Return name, digest and size of the data; ``tokens`` are those of one epoch."""
+    builder = next((name for name, one in run.plugins.items() if hasattr(one, "build_data")), "")
+    samples, context = run.data.epoch_samples, getattr(run.data, "context_length", None)
+    tokens = samples * context if samples and context else None
+    profile = {"samples": samples, "context_length": context, "tokens": tokens,
+               "vocab_size": getattr(run.data, "vocab_size", None)}  # fmt: skip
+    return {
+        "name": builder or type(run.data).__name__,
+        "digest": run.data.fingerprint[:_LONGEST_DIGEST],
+        "source": dict(run.tables.get(builder, {})) | {"fingerprint": run.data.fingerprint},
+        "profile": {key: value for key, value in profile.items() if value is not None},
+    }
+
+
+def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
     """Return the user's tags, and those that tell where the run came from."""
     record = run.folder / "environment.json"
     environment = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -46,8 +79,8 @@ def tags(run: Run, chosen: dict[str, str]) -> dict[str, str]:
         "device": run.device,
         "world_size": run.world_size,
         "run_folder": str(run.folder.resolve()),
-        "data.fingerprint": run.data.fingerprint,
-        "settings.sha256": _digest(run.folder / "settings.toml"),
+        # Not of settings.toml: two runs that differ in name and loggers only have the same.
+        "settings.sha256": _digest(settings),
     }
     found |= {f"version.{k}": v for k, v in environment.get("versions", {}).items()}
     found |= {f"plugin.{k}": v for k, v in environment.get("plugins", {}).items()}
@@ -77,11 +110,17 @@ def _text(value: Any) -> str:
 
 
 def _note(run: Run) -> str:
-    return f"Run folder: `{run.folder.resolve()}`\n\nContinue: `fundamentallm resume {run.folder}`"
+    folder = run.folder.resolve()
+    lines = [
+        f"**{run.name}**: {run.settings.length} with {', '.join(run.plugins)}.",
+        f"Run folder: `{folder}`",
+        f"Continue: `fundamentallm resume {folder}`",
+    ]
+    return "\n\n".join(lines)
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+def _digest(settings: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _user() -> str | None:

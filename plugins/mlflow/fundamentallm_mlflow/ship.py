@@ -1,15 +1,18 @@
 """The process that ships: ``python -m fundamentallm_mlflow.ship FOLDER``.
 
-It reads a request from its standard input, opens the store, answers with one line of JSON, and then
-ships what the journal in FOLDER holds until the training process ends it or dies. Exit codes: 0 all
-is shipped · 1 the store did not open · 3 the store took no more.
+It reads a request from its standard input and opens the store, while the training process builds
+data and model. A second line tells that the journal in FOLDER has the start; from then on it ships
+what the journal holds, until the training process ends or dies. It answers in lines of JSON. Exit
+codes: 0 all is shipped · 1 the store did not open · 3 the store took no more.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -17,72 +20,73 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm_mlflow.journal import JournalReader, Marks
+from fundamentallm_mlflow.work import Work
 
 if TYPE_CHECKING:
-    from fundamentallm_mlflow.store import Point, Store
+    from collections.abc import Callable
 
 POLL_SECONDS = 1.0
 LONGEST_PAUSE = 30.0
-ENOUGH = 900  # metrics in one batch, if no row holds more; MLflow takes a thousand
 
 log = logging.getLogger("ship")
 
 
-class Shipment:
-    """What lies between the journal and the store."""
+class Answers:
+    """The way back to the training process, which may be gone."""
 
-    def __init__(self, journal: Path, store: Store) -> None:
-        self._reader = JournalReader(journal)
-        self._store = store
-        self._shipped = store.offset
-        self._marks = Marks()
-        self._rest: list[Point] = []
-        self.last: dict[str, Any] = {}
-        """The last ``start`` or ``end`` row."""
+    def __init__(self) -> None:
+        # Whatever a library prints belongs into the log, not into the answers.
+        self._pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
 
-    def ship(self) -> None:
-        """Send all that is in the journal by now. Raises what the store raises; the next call
-        goes on with what was not taken."""
-        while self._rest or self._load():
-            self._store.take(self._rest)
-            self._rest = []
-            self._store.keep(self._reader.offset)
-
-    def _load(self) -> bool:
-        for row in self._reader.rows():
-            if row["kind"] != "metrics":
-                self.last = row
-                continue
-            news = self._marks.news(row)
-            if self._reader.offset > self._shipped:
-                self._rest += [(k, v, row["time"], row["step"]) for k, v in news.items()]
-            if len(self._rest) >= ENOUGH:
-                break
-        return bool(self._rest)
-
-
-def ship(shipment: Shipment, store: Store, parent: int, patience: float) -> int:
-    """Ship until the training process is gone and all is in the store, or ``patience`` seconds
-    after that; return the exit code."""
-    pause, gone_at = 0.0, None
-    while True:
-        gone = _gone(parent, POLL_SECONDS + pause)
-        if gone and gone_at is None:
-            gone_at, pause = time.monotonic(), 0.0
+    def tell(self, **facts: Any) -> None:
+        """Send a line."""
         try:
-            shipment.ship()
-            if gone:
-                store.end(shipment.last)
+            self._pipe.write(json.dumps(facts) + "\n")
+            self._pipe.flush()
+        except OSError:
+            log.warning("the training process is gone already")
+
+
+class Loop:
+    """Ships until the training process is gone and all is in the store."""
+
+    def __init__(self, work: Work, answers: Answers, request: dict[str, Any]) -> None:
+        self._work, self._answers = work, answers
+        self._parent, self._patience = request["parent"], request["end_seconds"]
+        self._pause = 0.0
+        self._gone_at: float | None = None
+        self.away = False
+        """Whether the store took nothing the last time, which has been told."""
+
+    def run(self) -> int:
+        """Ship, and give up ``end_seconds`` after the training is gone; return the exit code."""
+        while True:
+            if self._gone_at is None and _gone(self._parent, POLL_SECONDS + self._pause):
+                self._gone_at, self._pause = time.monotonic(), 0.0
+            elif self._gone_at is not None:
+                time.sleep(min(self._pause, self._patience))
+            if self._attempt() and self._gone_at is not None:
                 return 0
-            pause = 0.0
-        except Exception:
-            log.exception("the store takes nothing")
-            if gone_at is not None and time.monotonic() - gone_at >= patience:
+            if self._gone_at is not None and time.monotonic() - self._gone_at >= self._patience:
                 return 3
-            pause = min(LONGEST_PAUSE, 2 * pause + 1)
-            if gone:
-                time.sleep(min(pause, patience))
+
+    def _attempt(self) -> bool:
+        try:
+            self._work.measure()
+            self._work.ship()
+            if self._gone_at is not None:
+                self._work.end()
+        except Exception as error:
+            log.exception("the store takes nothing")
+            if not self.away:
+                self._answers.tell(state="away", why=reason(error))
+            self.away, self._pause = True, min(LONGEST_PAUSE, 2 * self._pause + 1)
+            return False
+        if self.away:
+            self._answers.tell(state="back", **self._work.attach())
+        self.away, self._pause = False, 0.0
+        return True
 
 
 def main() -> int:
@@ -90,23 +94,68 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the training process hears them, and ends this one
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    # Whatever a library prints belongs into the log, not into the answer.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    folder = Path(sys.argv[1])
+    answers, folder = Answers(), Path(sys.argv[1])
     request = json.loads(sys.stdin.buffer.readline())
-    try:
-        from fundamentallm_mlflow.store import Store
+    with (folder / ".lock").open("a") as lock:
+        return _serve(Work(request, folder), answers, request, lock.fileno())
 
-        store = Store(request, folder)
-    except Exception as error:
-        log.exception("the store did not open")
-        _answer(answers, {"error": _reason(error)})
+
+def _serve(work: Work, answers: Answers, request: dict[str, Any], lock: int) -> int:
+    def opened() -> dict[str, Any]:
+        _take(lock, request["start_seconds"])
+        work.open()
+        return {"opened": True}
+
+    is_open = _answered(opened, answers)
+    if request["strict"] and not is_open:
         return 1
-    _answer(answers, {"run_id": store.run_id})
+    if not sys.stdin.buffer.readline():
+        return 0  # nothing was built, so there is nothing to tell of
+    is_attached = is_open and _answered(work.attach, answers)
+    if request["strict"] and not is_attached:
+        return 1
     os.nice(5)  # from here on the training comes first
-    shipment = Shipment(folder / "journal.jsonl", store)
-    return ship(shipment, store, request["parent"], request["end_seconds"])
+    loop = Loop(work, answers, request)
+    loop.away = not is_attached
+    return loop.run()
+
+
+def _answered(part: Callable[[], dict[str, Any]], answers: Answers) -> bool:
+    try:
+        facts = part()
+    except Exception as error:
+        log.exception("the store cannot be used")
+        answers.tell(error=reason(error))
+        return False
+    answers.tell(**facts)
+    return True
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, with what to do where that is known."""
+    lines = str(error).strip().splitlines()
+    text = (lines[0] if lines else type(error).__name__)[:500]
+    schema = re.search(r"found version (\w+), but expected (\w+)", text)
+    if schema:
+        from mlflow.version import VERSION
+
+        return (f"the database has schema {schema[1]}, and this mlflow {VERSION} knows "
+                f"{schema[2]}: install the mlflow that made it, or, if it is the older one, "
+                "back it up and run 'mlflow db upgrade'")  # fmt: skip
+    return text
+
+
+def _take(lock: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError("another process still ships this run") from None
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _gone(parent: int, seconds: float) -> bool:
@@ -114,19 +163,6 @@ def _gone(parent: int, seconds: float) -> bool:
     closed, _, _ = select.select([0], [], [], seconds)
     # Where it died, a worker process that it forked may still hold the other end of the input.
     return bool(closed) or os.getppid() != parent
-
-
-def _answer(answers: Any, facts: dict[str, Any]) -> None:
-    try:
-        answers.write(json.dumps(facts) + "\n")
-        answers.close()
-    except OSError:
-        log.warning("the training process is gone already")
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:500]
 
 
 if __name__ == "__main__":

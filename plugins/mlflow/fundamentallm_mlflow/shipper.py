@@ -3,103 +3,135 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 import select
 import subprocess
 import sys
 import time
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from fundamentallm import PluginError
-
 if TYPE_CHECKING:
     from pathlib import Path
 
 # A dead server must not block a call for minutes, and nothing is to be sent to anyone else.
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _ALWAYS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
+log = logging.getLogger("fundamentallm")
+
 
 class Shipper:
-    """A running ``ship`` process. Making one waits until the store is open.
+    """A running ``ship`` process, which begins to open the store at once.
 
-    Raises ``PluginError`` if the store does not open within ``patience`` seconds. The process
-    learns of the end, or of the death of this process, from its standard input's end.
+    It learns of the end, or of the death of this process, from its standard input's end.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], patience: float) -> None:
-        with (folder / "ship.log").open("ab") as log:
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self._folder, self._place, self._uri = folder, request["place"], request["uri"]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "ship.log").open("ab") as details:
             self._process = subprocess.Popen(
                 # -P: a file mlflow.py in the folder of the command is not MLflow.
                 [sys.executable, "-P", "-m", "fundamentallm_mlflow.ship", str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=details,
                 env=_ENVIRONMENT | dict(os.environ) | _ALWAYS,
                 start_new_session=True,  # Ctrl-C is for the training process
             )
-        answer = self._ask(request, patience)
-        if "error" in answer:
-            self._kill()
-            store, details = request["place"], folder / "ship.log"
-            said = answer["error"].replace(request["uri"], store)
-            raise PluginError(
-                f"mlflow: the store {store} cannot be used: {said} (details: {details})"
-            )
-        self.run_id: str = answer["run_id"]
+        self._pipe = cast("IO[bytes]", self._process.stdout).fileno()
+        os.set_blocking(self._pipe, False)
+        self._read = b""
+        self._since = time.monotonic()
+        self._patience = float(request["start_seconds"])
+        self._say(request)
 
-    def finish(self, patience: float) -> str | None:
-        """Let the process ship the rest and end; return what went wrong, if anything did."""
+    def open(self) -> dict[str, Any]:
+        """Wait for the store, as long as it may take from its start; return the answer."""
+        return self._answer(self._since + self._patience)
+
+    def attach(self) -> dict[str, Any]:
+        """Let it ship the journal, and wait for the MLflow run; return the answer."""
+        began = time.monotonic()
+        self._say({})
+        return self._answer(began + self._patience)
+
+    def go_on(self) -> None:
+        """Let it ship the journal as soon as the store opens, and do not wait for that."""
+        self._say({})
+
+    def listen(self) -> None:
+        """Pass on what it says about the store, if it says anything. Does not wait."""
+        if self._pipe < 0:
+            return
+        try:
+            part = os.read(self._pipe, 65536)
+        except BlockingIOError:
+            return
+        if part:
+            *lines, self._read = (self._read + part).split(b"\n")
+            for line in lines:
+                self._pass_on(json.loads(line))
+        else:
+            self._pipe = -1
+            if self._process.poll() != 0:
+                log.warning("mlflow: the shipping process ended: the rows wait in %s", self._folder)
+
+    def finish(self, patience: float | None) -> str | None:
+        """Let the process ship the rest and end; return what went wrong, if anything did. None
+        waits as long as rows arrive."""
         cast("IO[bytes]", self._process.stdin).close()
         try:
             # The process itself gives up after ``patience``: let it say so.
-            code = self._process.wait(patience + 10)
+            code = self._process.wait(None if patience is None else patience + 10)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.kill()
             return "the store did not take the last rows in time"
         return {0: None, 3: "the store did not take the last rows in time"}.get(
             code, f"the shipping process ended with code {code}"
         )
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the process at once."""
         self._process.kill()
+        os.set_blocking(cast("IO[bytes]", self._process.stdout).fileno(), True)
         self._process.communicate()
 
-    def _ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        to, answers = (cast("IO[bytes]", p) for p in (self._process.stdin, self._process.stdout))
-        died = {"error": "the shipping process did not start"}
+    def why(self, error: str) -> str:
+        """Return a sentence on what does not work, with the store's name and no password."""
+        said = error.replace(self._uri, self._place)
+        return (f"mlflow: the store {self._place} cannot be used: {said} "
+                f"(details: {self._folder / 'ship.log'})")  # fmt: skip
+
+    def _pass_on(self, news: dict[str, Any]) -> None:
+        if news.get("state") == "away":
+            log.warning("%s; the rows wait in %s", self.why(news["why"]), self._folder)
+        elif news.get("state") == "back":
+            log.warning("mlflow: the store %s is back", self._place)
+
+    def _say(self, facts: dict[str, Any]) -> None:
+        to = cast("IO[bytes]", self._process.stdin)
         try:
-            to.write((json.dumps(request) + "\n").encode())
+            to.write((json.dumps(facts) + "\n").encode())
             to.flush()
         except BrokenPipeError:
-            return died
-        line = _first_line(answers.fileno(), patience)
-        answers.close()
-        if line is None:
-            return {"error": f"it did not open within {patience:g} seconds"}
-        return cast("dict[str, Any]", json.loads(line)) if line else died
+            log.debug("mlflow: the shipping process hears nothing")  # its answers' end tells
 
-
-def masked(uri: str) -> str:
-    """Return a URI without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", uri)
-
-
-def _first_line(pipe: int, patience: float) -> bytes | None:
-    """Read up to the first line's end or the pipe's; None if neither comes in time."""
-    until = time.monotonic() + patience
-    line = b""
-    while not line.endswith(b"\n"):
-        ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            return None
-        part = os.read(pipe, 65536)
-        if not part:
-            break
-        line += part
-    return line
+    def _answer(self, until: float) -> dict[str, Any]:
+        """Read the next answer, or make up one that says that there is none."""
+        while b"\n" not in self._read:
+            left = until - time.monotonic()
+            ready, _, _ = select.select([self._pipe], [], [], max(0.0, left))
+            if not ready:
+                return {"error": f"it did not open within {self._patience:g} seconds"}
+            part = os.read(self._pipe, 65536)
+            if not part:
+                return {"error": "the shipping process did not start"}
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return cast("dict[str, Any]", json.loads(line))

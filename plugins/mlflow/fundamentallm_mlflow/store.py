@@ -13,119 +13,151 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.entities import Run as MlflowRun
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from mlflow.entities import Run as MlflowRun
 
 # Key, value, milliseconds since 1970, step.
 Point: TypeAlias = tuple[str, float, int, int]
 
 METRICS_PER_BATCH = 1000
 ENTRIES_PER_BATCH = 100
+LONGEST_PARAMETER, LONGEST_TAG = 6000, 8000
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
+START_TAG = "fundamentallm.start"
 
 log = logging.getLogger("ship")
 
 
 class Store:
-    """One MLflow run: made for the run folder, or found again by what ``run.json`` there says."""
+    """An open store with the experiment, which is made if it is not there."""
 
-    def __init__(self, request: Mapping[str, Any], folder: Path) -> None:
-        self._note = folder / "run.json"
-        self._place = {"uri": request["place"], "experiment": request["experiment"]}
-        with locked(request["uri"]):
-            self._client = MlflowClient(request["uri"], registry_uri=request["uri"])
-            experiment = self._experiment(request)
-        known = self._known()
-        self.offset = known["offset"] if known else 0
-        self.run_id = known["run_id"] if known else self._new_run(experiment, request)
-        self.keep(self.offset)
-        self._describe(request)
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        with locked(uri):
+            self.client = MlflowClient(uri, registry_uri=uri)
+            self.experiment_id = self._experiment(experiment)
 
-    def take(self, points: Sequence[Point]) -> None:
+    def has(self, run_id: str) -> bool:
+        """Tell whether a run is there and was not deleted."""
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
+    def run_for(self, start: Mapping[str, Any]) -> str:
+        """Return the run that was made for a ``start`` row, now or by a call that got no answer."""
+        query = f"tags.`{START_TAG}` = '{start['id']}'"
+        found = self.client.search_runs([self.experiment_id], query, max_results=1)
+        run = found[0] if found else self.client.create_run(
+            self.experiment_id, start["time"], {START_TAG: start["id"]}, run_name=start["name"]
+        )  # fmt: skip
+        return str(run.info.run_id)
+
+    def describe(self, run_id: str, start: Mapping[str, Any], extra: Mapping[str, str]) -> None:
+        """Log parameters, tags, data and files; of a continued run, what is new or has changed."""
+        run = self.client.get_run(run_id)
+        wanted = {safe(k): v[:LONGEST_PARAMETER] for k, v in start["parameters"].items()}
+        tags = start["tags"] | _changes(run, wanted) | dict(extra)
+        fresh = [Param(k, v) for k, v in wanted.items() if k not in run.data.params]
+        for part in _parts(fresh):
+            self.client.log_batch(run_id, params=part, synchronous=True)
+        for part in _parts([RunTag(safe(k), v[:LONGEST_TAG]) for k, v in tags.items()]):
+            self.client.log_batch(run_id, tags=part, synchronous=True)
+        for key in {"outcome", "error"} & set(run.data.tags):
+            self.client.delete_tag(run_id, key)
+        self.client.log_inputs(run_id, [DatasetInput(_dataset(start["dataset"]))])
+        for path in start["records"]:
+            if Path(path).is_file():
+                self.client.log_artifact(run_id, path)
+        self.client.update_run(run_id, status="RUNNING")
+
+    def take(self, run_id: str, points: Sequence[Point]) -> None:
         """Log metrics. A batch that MLflow refuses for what it is, it refuses whole: halve it
         until the bad one is alone, and leave that out."""
         for first in range(0, len(points), METRICS_PER_BATCH):
             batch = points[first : first + METRICS_PER_BATCH]
-            try:
-                self._client.log_batch(self.run_id, [_metric(*p) for p in batch], synchronous=True)
-            except MlflowException as error:
-                if error.error_code != "INVALID_PARAMETER_VALUE":
-                    raise
-                if len(batch) == 1:
-                    log.warning("left out %s: %s", batch[0], error)
-                    continue
-                self.take(batch[: len(batch) // 2])
-                self.take(batch[len(batch) // 2 :])
+            metrics = [_metric(*point) for point in batch]
+            if self.offers(self.client.log_batch, run_id, metrics, synchronous=True):
+                continue
+            if not self.has(run_id):
+                raise LookupError(f"the run {run_id} was deleted there: restore it")
+            if len(batch) == 1:
+                log.warning("left out %s: see the line before", batch[0])
+                continue
+            self.take(run_id, batch[: len(batch) // 2])
+            self.take(run_id, batch[len(batch) // 2 :])
 
-    def keep(self, offset: int) -> None:
-        """Note how far into the journal the store is."""
-        beside = self._note.with_suffix(".new")
-        beside.write_text(json.dumps(self._place | {"run_id": self.run_id, "offset": offset}))
-        beside.replace(self._note)
+    def offers(self, call: Callable[..., Any], *given: Any, **named: Any) -> bool:
+        """Make a call; False if the store refuses it for what it is, and always would."""
+        try:
+            call(*given, **named)
+        except MlflowException as error:
+            status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+            if status not in (400, 413):
+                raise
+            log.warning("refused: %s", _first_line(error))
+            return False
+        return True
 
-    def end(self, last: Mapping[str, Any]) -> None:
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set some tags."""
+        for key, value in tags.items():
+            self.offers(self.client.set_tag, run_id, safe(key), str(value)[:LONGEST_TAG])
+
+    def end(self, run_id: str, last: Mapping[str, Any]) -> None:
         """Set the end state by the last ``start`` or ``end`` row of the journal."""
         outcome = last.get("outcome") or "killed"
         error = last.get("error")
         if outcome == "killed":
             error = "the training process ended without a word (kill -9, out of memory, power)"
-        self._client.set_tag(self.run_id, "outcome", outcome)
-        if error:
-            self._client.set_tag(self.run_id, "error", error)
-        self._client.set_terminated(self.run_id, STATUS.get(outcome, "FAILED"), last.get("time"))
+        self.tag(run_id, {"outcome": outcome} | ({"error": error} if error else {}))
+        self.client.set_terminated(run_id, STATUS.get(outcome, "FAILED"), last.get("time"))
 
-    def _experiment(self, request: Mapping[str, Any]) -> str:
-        name = request["experiment"]
-        found = self._client.get_experiment_by_name(name)
+    def add_model(self, run_id: str, row: Mapping[str, Any], points: Sequence[Point]) -> None:
+        """Log a checkpoint as a model: where it is, and the metrics of its step."""
+        folder = Path(row["folder"])
+        name = re.sub(r"[^\w-]", "_", folder.name, flags=re.ASCII)
+        query = f"name = '{name}' AND source_run_id = '{run_id}'"
+        if self.client.search_logged_models([self.experiment_id], query, max_results=1):
+            return  # it had been logged before an answer got lost
+        facts = {"path": row["folder"], "step": str(row["step"])}
+        model = self.client.create_logged_model(
+            self.experiment_id, name, run_id, facts, facts, "checkpoint"
+        )
+        for key, value, milliseconds, step in points:
+            self.offers(
+                self.client.log_metric, run_id, safe(key), value, milliseconds, step,
+                synchronous=True, model_id=model.model_id,
+            )  # fmt: skip
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, row["step"])])
+
+    def add_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Log a file or a folder, if it is still there."""
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), folder)
+        elif path.is_file():
+            self.client.log_artifact(run_id, str(path), folder)
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self._client.create_experiment(name, _artifacts(request["uri"], name))
+                return self.client.create_experiment(name, _artifacts(self.uri, name))
             except MlflowException as error:  # somebody else made it just now
-                found = self._client.get_experiment_by_name(name)
+                found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise error from None
         if found.lifecycle_stage != "active":
             raise ValueError(f"the experiment {name!r} was deleted there: restore it, or set "
                              "mlflow.experiment to another name")  # fmt: skip
         return str(found.experiment_id)
-
-    def _known(self) -> dict[str, Any] | None:
-        try:
-            known: dict[str, Any] = json.loads(self._note.read_text())
-        except FileNotFoundError:
-            return None
-        if {key: known[key] for key in self._place} != self._place:
-            return None
-        try:
-            found = self._client.get_run(known["run_id"])
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        return known if found.info.lifecycle_stage == "active" else None
-
-    def _new_run(self, experiment: str, request: Mapping[str, Any]) -> str:
-        run = self._client.create_run(experiment, request["time"], run_name=request["name"])
-        return str(run.info.run_id)
-
-    def _describe(self, request: Mapping[str, Any]) -> None:
-        """Log parameters, tags and files; of a continued run, what is new or has changed."""
-        run = self._client.get_run(self.run_id)
-        wanted = {safe(key): value for key, value in request["parameters"].items()}
-        tags = {safe(key): value for key, value in request["tags"].items()} | _changes(run, wanted)
-        fresh = [Param(k, v) for k, v in wanted.items() if k not in run.data.params]
-        for part in _parts(fresh):
-            self._client.log_batch(self.run_id, params=part, synchronous=True)
-        for part in _parts([RunTag(k, v) for k, v in tags.items()]):
-            self._client.log_batch(self.run_id, tags=part, synchronous=True)
-        for key in {"outcome", "error"} & set(run.data.tags):
-            self._client.delete_tag(self.run_id, key)
-        for path in request["records"]:
-            self._client.log_artifact(self.run_id, path)
-        self._client.update_run(self.run_id, status="RUNNING")
 
 
 @contextlib.contextmanager
@@ -159,6 +191,12 @@ def _metric(key: str, value: float, milliseconds: int, step: int) -> Metric:
     return Metric(safe(key), value if math.isfinite(value) else math.nan, milliseconds, step)
 
 
+def _dataset(facts: Mapping[str, Any]) -> Dataset:
+    profile = json.dumps(facts["profile"]) if facts["profile"] else None
+    return Dataset(facts["name"], facts["digest"], "local", json.dumps(facts["source"]),
+                   profile=profile)  # fmt: skip
+
+
 def _changes(run: MlflowRun, wanted: Mapping[str, str]) -> dict[str, str]:
     """Tell in a tag what MLflow refuses to change in the parameters."""
     kept = run.data.params
@@ -169,6 +207,10 @@ def _changes(run: MlflowRun, wanted: Mapping[str, str]) -> dict[str, str]:
 def _parts(entries: list[Any]) -> Iterator[list[Any]]:
     for first in range(0, len(entries), ENTRIES_PER_BATCH):
         yield entries[first : first + ENTRIES_PER_BATCH]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
 def _artifacts(uri: str, experiment: str) -> str | None:

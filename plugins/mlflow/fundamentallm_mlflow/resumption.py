@@ -1,0 +1,53 @@
+"""Which MLflow run a process that continues a run folder writes into."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from fundamentallm_mlflow.journal import JournalReader, Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Way: TypeAlias = Literal["same", "fork", "new"]
+
+# How long a run is, how often one looks and how fast it goes make no other run of it.
+FREE = ("run.length", "run.validate_every", "run.log_every", "run.max_time", "run.device",
+        "run.validate_first")  # fmt: skip
+
+
+def way(journal: Path, offset: int, start: Mapping[str, Any]) -> tuple[Way, str]:
+    """Return how the ``start`` row at ``offset`` continues the last run, and why."""
+    if start["resume"] != "auto":
+        return start["resume"], f'resume = "{start["resume"]}"'
+    newest = newest_checkpoint(journal, offset)
+    if start["chosen"] and start["step"] < newest:
+        return "fork", f"continued from step {start['step']}, though step {newest} was saved"
+    before = previous_start(journal, offset)
+    changed = changes(before["parameters"], start["parameters"]) if before else []
+    binding = [line for name, line in changed if not any(fnmatchcase(name, p) for p in FREE)]
+    return ("fork", "; ".join(binding)) if binding else ("same", "")
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the settings that differ, each with a line that says how."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [(n, f"{n}: {old.get(n, 'not set')} -> {new.get(n, 'not set')}") for n in names]
+
+
+def previous_start(journal: Path, offset: int) -> dict[str, Any] | None:
+    """Return the last ``start`` row before ``offset``."""
+    found = None
+    for _, row in JournalReader(journal, stop=offset).rows():
+        found = row if row["kind"] == "start" else found
+    return found
+
+
+def newest_checkpoint(journal: Path, offset: int) -> int:
+    """Return the step of the newest checkpoint that the run had before ``offset``; -1 if none."""
+    before = Timeline(journal, offset - 1)
+    steps = [row["step"] for at, row in JournalReader(journal, stop=offset).rows()
+             if row["kind"] == "checkpoint" and before.counts(at, row["step"])]  # fmt: skip
+    return max(steps, default=-1)
