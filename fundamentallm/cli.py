@@ -54,7 +54,8 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
     run = launch(composed, run_dir=folder, at=at)
     click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
     if run.outcome == "interrupted":
-        click.echo(f"resume with: fundamentallm resume {folder}", err=True)
+        if (folder / "settings.toml").exists():  # else nothing was built yet
+            click.echo(f"resume with: fundamentallm resume {folder}", err=True)
         sys.exit(128 + (run.signal or 0))
 
 

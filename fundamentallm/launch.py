@@ -97,7 +97,7 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     run.device = device
     registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
-    run.bind = partial(freeze, HOST, registry)
+    run.bind = partial(freeze, HOST, registry, muted=set[str]())
     run.hook = run.bind()
     return run, registry
 
@@ -174,9 +174,9 @@ def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
     except FundamentalError:
         raise
     except Exception as error:
-        # What torch says of a CPU is a plain RuntimeError.
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if full or "can't allocate memory" in str(error):
+        # What torch says of a CPU or of MPS is a plain RuntimeError.
+        said = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
+        if said or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
         blamed = blame(error, registry, brought)
         if blamed is None:

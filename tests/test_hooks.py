@@ -265,6 +265,24 @@ def test_bound_anew_the_hooks_can_be_timed_for_each_plugin(tiny_run):
     assert ("core", "forward") in seen
 
 
+def test_an_observer_stays_muted_when_the_hooks_are_bound_anew(tiny_run, caplog):
+    heard = []
+
+    @plugin
+    class Broken:
+        observer = True
+
+        @hookimpl
+        def on_step_end(self, run):
+            heard.append(run.progress.step)
+            run.hook = run.bind()
+            raise ValueError("no more")
+
+    tiny_run(Broken())
+    assert heard == [1]
+    assert caplog.text.count("broken failed and is muted") == 1
+
+
 def test_the_first_validation_may_come_before_the_first_step(tiny_run):
     run = tiny_run(length=2, validate_first=True)
     assert run.history[0]["step"] == 0

@@ -34,6 +34,7 @@ def plugin(cls: C) -> C:
     - ``before`` / ``after``: names of plugins that its edits come before or after.
     - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them.
     - ``has_epochs``: whether the data it builds has epochs; a property may answer by the settings.
+    - ``changeable``: settings that may be given another value while a run goes on.
     - ``speaks_for_all``: exclusive hooks that one instance answers for all instances of the class.
     """
     # Equality by value would make pluggy take two equal instances for one.

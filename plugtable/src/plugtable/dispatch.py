@@ -32,15 +32,20 @@ class Nothing(tuple[()]):
         return []
 
 
-def freeze(host: Host, registry: PluginManager, around: Around | None = None) -> Any:
+def freeze(
+    host: Host, registry: PluginManager, around: Around | None = None, *,
+    muted: set[str] | None = None,
+) -> Any:  # fmt: skip
     """Return an object with one callable per hook, which takes what the hook specifies.
 
     An exclusive hook returns its answer, any other the list of the answers. A plugin that declares
     ``observer = True`` is muted with a warning once it has raised. ``around(plugin, hook, call)``
     may put a call of its own in place of each plugin's, to trace or time it; where wrappers
-    surround an answer, also in place of the whole, with ``""`` for the plugin.
+    surround an answer, also in place of the whole, with ``""`` for the plugin. ``muted`` are the
+    observers that have been muted, shared by all that one has frozen with it.
     """
-    frozen = _Freezing(host, registry, around or (lambda _plugin, _hook, call: call))
+    around = around or (lambda _plugin, _hook, call: call)
+    frozen = _Freezing(host, registry, around, set() if muted is None else muted)
     return SimpleNamespace(**{hook: frozen.caller(hook) for hook in host.hook_names})
 
 
@@ -49,7 +54,7 @@ class _Freezing:
     host: Host
     registry: PluginManager
     around: Around
-    muted: set[str] = attrs.field(factory=set)
+    muted: set[str]
 
     def caller(self, hook: str) -> Call:
         caller = getattr(self.registry.hook, hook)

@@ -1,0 +1,122 @@
+"""The command ``compare``: what differs between runs, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fundamentallm import SettingsError
+from fundamentallm_runs.curves import AXES, Axis, curve, drawn, write
+from fundamentallm_runs.record import Record, read
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+ABSENT = "-"
+
+
+@attrs.frozen(kw_only=True)
+class Look:
+    """What to show of the runs."""
+
+    metrics: tuple[str, ...]
+    metric: str | None
+    axis: Axis
+    smooth: float
+    output: Path | None
+
+
+@click.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.option("--metric", "metrics", multiple=True, help="Metrics to tabulate; may be repeated.")
+@click.option("--curve", "metric", help="The metric to draw. [default: val/loss or train/loss]")
+@click.option("--x", "axis", type=click.Choice(AXES), default="step", show_default=True)
+@click.option("--smooth", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+              help="From 0 to below 1.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
+              help="Also write a .png, .svg or .html file.")  # fmt: skip
+def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
+    """Compare RUNS: settings that differ, last and best metrics, and curves."""
+    look, records = Look(**chosen), [read(folder) for folder in runs]
+    names = _names(records)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(_settings(records, names))
+    console.print(_metrics(records, names, look.metrics))
+    metric = look.metric or _usual(records)
+    curves = [made for one in records if (made := curve(one, metric, look.axis, look.smooth))]
+    if not curves:
+        raise _unknown(metric, records)
+    click.echo(drawn(curves, metric, look.axis))
+    if look.output is not None:
+        write(look.output, curves, metric, look.axis)
+        click.echo(f"written: {look.output}")
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting as its dotted name and its value, as text."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            written = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + name, written
+
+
+def differences(records: list[Record]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, each with its value in every one."""
+    settings = [dict(flat(record.settings)) for record in records]
+    names = dict.fromkeys(name for one in settings for name in one)
+    values = {name: [one.get(name, ABSENT) for one in settings] for name in names}
+    return {name: row for name, row in values.items() if len(set(row)) > 1}
+
+
+def _names(records: list[Record]) -> list[str]:
+    names = [record.name for record in records]
+    return names if len(set(names)) == len(names) else [str(record.folder) for record in records]
+
+
+def _settings(records: list[Record], names: list[str]) -> Table:
+    table = Table("setting", *names, box=None, pad_edge=False, header_style="bold")
+    for name, values in differences(records).items():
+        table.add_row(name, *values)
+    if not table.row_count:
+        table.add_row("all settings are the same")
+    return table
+
+
+def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -> Table:
+    table = Table("metric", *names, box=None, pad_edge=False, header_style="bold")
+    table.add_row("state", *(record.state for record in records))
+    steps = [record.rows[-1].step if record.rows else 0 for record in records]
+    table.add_row("step", *map(str, steps))
+    known = _known(records)
+    for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
+        if metric not in known:
+            raise _unknown(metric, records)
+        table.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
+        bests = [record.best(metric) for record in records]
+        told = [f"{best[1]:.6g} (step {best[0]})" if best else ABSENT for best in bests]
+        table.add_row(f"{metric} best", *told)
+    return table
+
+
+def _unknown(metric: str, records: list[Record]) -> SettingsError:
+    known = ", ".join(_known(records))
+    return SettingsError(f"{metric}: none of the runs has logged it; known: {known}")
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.6g}"
+
+
+def _known(records: list[Record]) -> list[str]:
+    return sorted({name for record in records for row in record.rows for name in row.metrics})
+
+
+def _usual(records: list[Record]) -> str:
+    known = _known(records)
+    return next((name for name in ("val/loss", "train/loss") if name in known), "train/loss")

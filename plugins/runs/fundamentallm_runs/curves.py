@@ -1,0 +1,108 @@
+"""Curves of several runs in one picture: in the terminal, or as PNG, SVG or HTML."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import attrs
+
+from fundamentallm import SettingsError, StorageError
+from fundamentallm_runs.record import Record
+
+Axis: TypeAlias = Literal["step", "tokens", "time"]
+AXES = ("step", "tokens", "time")
+LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first row"}
+POINTS = 2000
+SUFFIXES = (".png", ".svg", ".html")
+
+
+@attrs.frozen
+class Curve:
+    """The values of one metric in one run."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | None:
+    """Return the curve of a metric, or None if the run has none of it.
+
+    ``smoothing``, from 0 to below 1, is the weight of what came before in an exponential moving
+    average whose start is corrected (Kingma and Ba, *Adam*, 2015, section 3).
+    """
+    series = [(row, value) for row, value in record.series(metric) if value == value]  # noqa: PLR0124
+    if not series:
+        return None
+    first = record.rows[0].time
+    x = [row.time - first if axis == "time" else float(getattr(row, axis)) for row, _ in series]
+    y = smoothed([value for _, value in series], smoothing)
+    every = -(-len(x) // POINTS)  # more points than a picture has columns are only slow
+    kept = sorted({*range(0, len(x), every), len(x) - 1})
+    return Curve(record.name, [x[i] for i in kept], [y[i] for i in kept])
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """Return the corrected exponential moving average of values."""
+    if not weight:
+        return values
+    mean, left, found = 0.0, 1.0, []
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        left *= weight
+        found.append(mean / (1 - left))
+    return found
+
+
+def drawn(curves: list[Curve], metric: str, axis: Axis, size: tuple[int, int] = (96, 24)) -> str:
+    """Return the curves as text, in colours of a terminal."""
+    import plotext
+
+    figure = plotext.figure
+    figure.clear()  # there is one figure in a process
+    figure.plot_size(*size)
+    figure.title(metric)
+    figure.label(LABELS[axis], "x")
+    for one in curves:
+        signal = figure.signal(one.x, one.y)
+        signal.label(one.name)
+        if len(one.x) > 1:
+            signal.lines()
+        figure.draw(signal)
+    return str(figure.build())
+
+
+def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
+    """Write the curves to a picture, whose form is the suffix of its name."""
+    if path.suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise SettingsError(f"{path}: unknown form of a picture {path.suffix!r}; known: {known}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        wanted = "pip install 'fundamentallm-runs[pictures]'"
+        raise SettingsError(f"{path}: pictures need matplotlib: {wanted}") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for one in curves:
+        axes.plot(one.x, one.y, label=one.name, linewidth=1.2)
+    axes.set(xlabel=LABELS[axis], ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    made = io.BytesIO()
+    figure.savefig(made, format="png" if path.suffix == ".png" else "svg", dpi=150)
+    data = made.getvalue() if path.suffix != ".html" else page(made.getvalue(), metric)
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def page(picture: bytes, title: str) -> bytes:
+    """Return a page of HTML around an SVG picture."""
+    _, tag, rest = picture.decode("utf-8").partition("<svg")
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    return (head + tag + rest).encode()

@@ -1,0 +1,282 @@
+"""Runs as their folders tell them: real ones, going on, killed, cut short, and broken by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm import FundamentalError, SettingsError, StorageError, train
+from fundamentallm_runs.comparing import compare, differences
+from fundamentallm_runs.curves import POINTS, curve, smoothed
+from fundamentallm_runs.listing import runs, watch
+from fundamentallm_runs.record import Row, parsed, read, read_rows
+from fundamentallm_runs.repeating import rerun
+
+LOCAL = '''
+from torch import nn
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer, TinySamples
+
+@plugin
+class Parts:
+    """Tiny data, model and optimizer."""
+
+    lr: float = 0.1
+    noise: bool = False
+
+    @hookimpl
+    def build_data(self, run):
+        return TinySamples(4, run.device)
+
+    @hookimpl
+    def build_model(self, run):
+        return TinyModel().build_model()
+
+    @hookimpl
+    def build_optimizer(self, run):
+        return TinyOptimizer(lr=self.lr).build_optimizer(run=run)
+
+    @hookimpl
+    def on_step_start(self, run):
+        if self.noise:  # what no seed decides
+            import os, torch
+            with torch.no_grad():
+                run.parameters[0].add_(int.from_bytes(os.urandom(2), "big") * 1e-6)
+'''
+
+
+def trained(folder: Path, lr: float = 0.1, **more):
+    """Train a tiny run into a folder."""
+    (folder.parent / "parts.py").write_text(LOCAL)
+    settings = {
+        "plugins": [str(folder.parent / "parts.py"), "jsonl", "checkpoint"],
+        "run": {"length": 8, "log_every": 2, "validate_every": 4, "device": "cpu"},
+        "parts": {"lr": lr, **more}, "checkpoint": {"every": 4},
+    }  # fmt: skip
+    train(settings, run_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two finished runs that differ in the learning rate."""
+    folder = tmp_path_factory.mktemp("made")
+    return trained(folder / "slow", 0.01), trained(folder / "fast", 0.1)
+
+
+@pytest.fixture
+def copies(two, tmp_path):
+    """Copies of the two runs, to be broken."""
+    for one in two:
+        shutil.copytree(one, tmp_path / one.name)
+    return tmp_path / "slow", tmp_path / "fast"
+
+
+def said(command, *words, fails=None):
+    done = CliRunner().invoke(command, [str(word) for word in words])
+    if fails is not None:
+        assert isinstance(done.exception, fails), done.output
+        return str(done.exception)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.output
+
+
+def test_the_runs_of_a_folder_are_listed_with_their_state_and_best(two):
+    (slow, fast) = json.loads(said(runs, two[0].parent, "--json"))
+    assert (slow["run"], fast["run"]) == ("slow", "fast")
+    assert slow["state"] == fast["state"] == "finished"
+    assert (slow["step"], slow["done"]) == (8, "100%")
+    rows = [json.loads(line)["metrics"] for line in (two[0] / "metrics.jsonl").read_text().splitlines()]
+    assert slow["best"] == min(row["val/loss"] for row in rows if "val/loss" in row)
+    shown = said(runs, two[0].parent)
+    assert re.search(r"^slow +finished +8 +100%", shown, re.MULTILINE)
+
+
+def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path):
+    assert "no runs" in said(runs, tmp_path)
+    assert "no such folder" in said(runs, tmp_path / "gone", fails=StorageError)
+    assert "not a run folder" in said(compare, tmp_path, fails=SettingsError)
+    assert "not a run folder" in said(watch, tmp_path, fails=SettingsError)
+
+
+def test_a_run_is_running_exactly_while_a_process_holds_it(copies):
+    code = f"import fcntl, sys; f = open({str(copies[0] / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        assert read(copies[0]).state == "running"
+        holder.kill()
+    assert read(copies[0]).state == "finished"
+
+
+def test_a_run_that_was_cut_short_is_stopped_and_one_that_crashed_has_failed(copies):
+    path = copies[0] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:40])
+    record = read(copies[0])
+    assert (record.state, record.rows[-1].step, record.share) == ("stopped", 4, 0.5)
+    (copies[0] / "crash").mkdir()
+    (copies[0] / "crash" / "crash.json").write_text("{}")
+    assert read(copies[0]).state == "failed"
+    assert "slow" in said(runs, copies[0].parent)
+
+
+def test_a_run_without_a_row_is_a_run_all_the_same(copies):
+    (copies[0] / "metrics.jsonl").unlink()
+    assert read(copies[0]).rows == []
+    assert "slow" in said(runs, copies[0].parent)
+    assert "none of the runs has logged it" in said(compare, copies[0], fails=SettingsError)
+
+
+@given(st.binary(max_size=80))
+def test_no_line_whatever_ends_in_an_error(line):
+    assert parsed(line) is None or isinstance(parsed(line), Row)
+
+
+def test_a_damaged_line_is_passed_over_and_null_is_no_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"time": 1.0, "step": 1, "tokens": 4, "metrics": {"train/loss": null}}\n'
+    path.write_bytes(good.encode() + b"\x00\xff\n[]\n{}\n" + good.replace('"step": 1', '"step": 2').encode())
+    assert [row.step for row in read_rows(path)] == [1, 2]
+    assert all(row.metrics["train/loss"] != row.metrics["train/loss"] for row in read_rows(path))
+
+
+def test_settings_that_cannot_be_read_are_an_error_that_names_the_folder(copies):
+    (copies[0] / "settings.toml").write_text("[run\n")
+    assert str(copies[0]) in said(compare, copies[0], fails=StorageError)
+
+
+def test_only_the_settings_that_differ_are_compared(two):
+    found = differences([read(one) for one in two])
+    assert found["parts.lr"] == ["0.01", "0.1"]
+    assert set(found) <= {"parts.lr", "run.name"}
+
+
+def test_last_and_best_metrics_stand_side_by_side(two):
+    shown = said(compare, *two, "--metric", "val/loss", "--curve", "train/loss")
+    record = read(two[1])
+    step, value = record.best("val/loss")
+    assert f"{value:.6g} (step {step})" in shown
+    assert f"{record.last('val/loss'):.6g}" in shown
+    assert re.search(r"^metric +slow +fast", shown, re.MULTILINE)
+
+
+def test_a_metric_that_nobody_logged_is_told_with_those_that_are_known(two):
+    text = said(compare, *two, "--metric", "val/los", fails=SettingsError)
+    assert "val/los: none of the runs has logged it" in text
+    assert "val/loss" in text
+
+
+@pytest.mark.parametrize("axis", ["step", "tokens", "time"])
+def test_curves_have_the_values_of_the_rows_over_every_axis(two, axis):
+    record = read(two[0])
+    made = curve(record, "val/loss", axis, 0.0)
+    series = record.series("val/loss")
+    assert made.y == [value for _, value in series]
+    expected = {"step": [row.step for row, _ in series], "tokens": [row.tokens for row, _ in series],
+                "time": [row.time - record.rows[0].time for row, _ in series]}  # fmt: skip
+    assert made.x == expected[axis]
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")])
+def test_pictures_are_what_their_names_say(two, tmp_path, suffix, begin):
+    path = tmp_path / f"losses{suffix}"
+    assert f"written: {path}" in said(compare, *two, "--smooth", "0.5", "-o", path)
+    data = path.read_bytes()
+    assert data.startswith(begin)
+    if suffix != ".png":
+        assert b"<svg" in data
+
+
+def test_a_picture_of_another_form_or_place_is_an_error(two, tmp_path):
+    assert "unknown form" in said(compare, *two, "-o", tmp_path / "losses.gif", fails=SettingsError)
+    assert "cannot be written" in said(compare, *two, "-o", tmp_path / "gone" / "l.svg", fails=StorageError)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1), st.floats(0, 0.99))
+def test_smoothing_is_the_weighted_mean_of_what_came_before(values, weight):
+    for n, found in enumerate(smoothed(values, weight)):
+        weights = [weight ** (n - k) for k in range(n + 1)]
+        expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_hundred_thousand_rows_are_thinned_for_the_picture_and_keep_their_end(tmp_path, two):
+    record = read(two[0])
+    rows = [Row(n, n, float(n), {"train/loss": 1.0 / (n + 1)}) for n in range(100_000)]
+    object.__setattr__(record, "rows", rows)
+    made = curve(record, "train/loss", "step", 0.0)
+    assert len(made.x) <= POINTS + 1
+    assert (made.x[0], made.x[-1]) == (0.0, 99_999.0)
+
+
+def test_rows_are_watched_as_they_come_until_the_run_ends(copies):
+    path = copies[0] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0])
+    code = f"import fcntl, sys; f = open({str(copies[0] / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+
+        def goes_on():
+            with path.open("a") as file:
+                for line in lines[1:]:
+                    for part in (line[:20], line[20:]):
+                        file.write(part)
+                        file.flush()
+                        time.sleep(0.02)
+            holder.stdin.close()
+
+        writer = threading.Thread(target=goes_on)
+        writer.start()
+        shown = said(watch, copies[0], "--metric", "train/loss", "--every", "0.01")
+        writer.join()
+    assert [line.split(":")[0] for line in shown.splitlines()[:-1]] == ["step 2", "step 4", "step 6", "step 8"]
+    assert shown.splitlines()[-1].endswith(": finished")
+    assert "val/loss" not in shown
+
+
+def test_a_run_is_repeated_bit_by_bit(two, tmp_path):
+    shown = said(rerun, two[0], "--run-dir", tmp_path / "again")
+    assert "metrics: 4 rows, identical" in shown
+    assert re.search(r"weights: \d+ tensors, identical", shown)
+    assert "the run is reproduced" in shown
+    assert "was" not in shown  # the same versions
+
+
+def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
+    done = CliRunner().invoke(rerun, [str(two[0]), "--run-dir", str(tmp_path / "again"), "--set", "parts.noise=true"])
+    assert done.exit_code == 1
+    assert "first differs at step" in done.output
+    assert "the run is not reproduced" in done.output
+
+
+def test_other_versions_are_named(copies, tmp_path):
+    path = copies[0] / "environment.json"
+    kept = json.loads(path.read_text())
+    kept["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(kept))
+    assert re.search(r"^torch: was 1\.0, is \d", said(rerun, copies[0], "--run-dir", tmp_path / "x"), re.MULTILINE)
+
+
+def test_a_folder_that_holds_something_is_not_trained_into(two, tmp_path):
+    (tmp_path / "kept").touch()
+    assert "is not empty" in said(rerun, two[0], "--run-dir", tmp_path, fails=SettingsError)
+
+
+def test_the_commands_import_nothing_heavy():
+    code = "import sys, fundamentallm_runs.comparing, fundamentallm_runs.listing, fundamentallm_runs.repeating; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
+    assert not {"torch", "matplotlib", "plotext", "numpy"} & set(done.stdout.split())
+    assert issubclass(SettingsError, FundamentalError)
