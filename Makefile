@@ -8,7 +8,7 @@ JOBS ?= 2
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test lint bench reference clean
+.PHONY: setup quickstart test test-faults lint bench reference clean
 
 setup: $(VENV)/.ready
 
@@ -26,7 +26,11 @@ quickstart: setup
 	$(BIN)/fundamentallm train settings/quickstart.toml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# Minutes where `make test` takes seconds: every kill, fault and outage there is.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 lint: setup
 	$(BIN)/ruff check .
