@@ -93,6 +93,23 @@ def test_a_step_with_eleven_plugins_makes_at_most_5_percent_more_python_calls(in
     assert by_run <= BOUND * by_hand, f"{by_run:.2f} calls per step, by hand {by_hand:.2f}"
 
 
+@pytest.mark.parametrize("interval", [noop.PERIOD, noop.BETWEEN], ids=["log_period", "between"])
+def test_all_that_a_careful_user_lists_costs_few_calls_beside_the_same_by_hand(interval):
+    by_run = calls.per_step(noop.fully_by_run, interval)
+    by_hand = calls.per_step(noop.fully_by_hand, interval)
+    assert by_run <= 1.15 * by_hand, f"{by_run:.2f} calls per step, by hand {by_hand:.2f}"
+
+
+def test_of_all_that_a_careful_user_lists_the_guard_alone_reads_a_device_value_once_a_step():
+    first, last = noop.BETWEEN
+    without = {name: table for name, table in noop.CARE.items() if name != "guard"}
+    lists = {"plugins": [*noop.PLUGINS, *noop.EIGHT, *without], **without}
+    for more, expected in ((lists, 0), (noop.FULLY, last - first)):
+        reads = HostReads()
+        noop.by_run({first: reads.start, last: reads.stop}, more)
+        assert reads.found.total() == expected
+
+
 def test_no_step_between_two_log_rows_reads_a_device_value():
     reads = HostReads()
     first, last = noop.BETWEEN

@@ -18,6 +18,8 @@ import speed
 import torch
 
 BOUND = 1.05
+# With all that a careful user lists; the calls are bound more loosely, since most are torch's own.
+FULLY = {"Python calls": 1.15, "instructions": 1.1}
 INTERVALS = {"period": "50 steps and their log row", "between": "steps between two log rows"}
 
 
@@ -29,38 +31,42 @@ def main() -> int:
     chosen = parser.parse_args()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
-    print(f"a run with {', '.join(noop.SETTINGS['plugins'])}")
-    within = [show_calls()]
+    within = []
+    for prefix, plugins in (("", noop.SETTINGS["plugins"]), ("fully_", noop.FULLY["plugins"])):
+        print(f"a run with {', '.join(plugins)}")
+        within += [show_calls(prefix)]
+        within += [] if chosen.quick else [show_instructions(prefix)]
     if not chosen.quick:
-        within += [show_instructions(), speed.report(chosen.pairs)]
+        within += [speed.report(chosen.pairs)]
     return 0 if all(within) else 1
 
 
-def show_calls() -> bool:
+def show_calls(prefix: str) -> bool:
     """Print the Python calls per step of both loops."""
     spans = {"period": noop.PERIOD, "between": noop.BETWEEN}
-    by_run = {name: calls.per_step(noop.by_run, span) for name, span in spans.items()}
-    by_hand = {name: calls.per_step(noop.by_hand, span) for name, span in spans.items()}
-    return show("Python calls", by_run, by_hand)
+    counted = [{name: calls.per_step(noop.LOOPS[prefix + loop], span) for name, span in spans.items()}
+               for loop in ("run", "handwritten")]  # fmt: skip
+    return show("Python calls", *counted, FULLY["Python calls"] if prefix else BOUND)
 
 
-def show_instructions() -> bool:
+def show_instructions(prefix: str) -> bool:
     """Print the instructions per step of both loops, if they can be counted here."""
     if not instructions.available():
         print("instructions: not counted, valgrind is not installed")
         return True
-    return show("instructions", instructions.counts("run"), instructions.counts("handwritten"))
+    counted = [instructions.counts(prefix + loop) for loop in ("run", "handwritten")]
+    return show("instructions", *counted, FULLY["instructions"] if prefix else BOUND)
 
 
-def show(what: str, by_run: dict[str, float], by_hand: dict[str, float]) -> bool:
+def show(what: str, by_run: dict[str, float], by_hand: dict[str, float], bound: float) -> bool:
     """Print a figure of both loops; tell whether the run's is within its bound."""
     within = True
     for name, text in INTERVALS.items():
         ratio = by_run[name] / by_hand[name]
-        within = within and ratio <= BOUND
+        within = within and ratio <= bound
         print(f"{what} per step, {text}: run {by_run[name]:,.1f}, "
-              f"handwritten {by_hand[name]:,.1f}, ratio {ratio:.4f} (at most {BOUND}): "
-              f"{'PASS' if ratio <= BOUND else 'FAIL'}", flush=True)  # fmt: skip
+              f"handwritten {by_hand[name]:,.1f}, ratio {ratio:.4f} (at most {bound}): "
+              f"{'PASS' if ratio <= bound else 'FAIL'}", flush=True)  # fmt: skip
     return within
 
 
