@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tomli
 
-from fundamentallm import HOOKS, find_plugins
+from fundamentallm import HOOKS, find_plugins, setting_fields
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted(p for p in (ROOT / "fundamentallm").glob("*.py") if p.name != "testing.py")
@@ -132,6 +132,24 @@ def test_the_generated_documents_match_the_code():
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_setting_that_the_comparison_names_is_one_of_its_plugin():
+    """A row's third cell names a plugin first, and then settings of it."""
+    found = find_plugins()
+    rows = [line.split("|")[3] for line in (ROOT / "docs" / "compare.md").read_text().splitlines()
+            if line.startswith("| ") and "| here |" not in line]  # fmt: skip
+    named = {}
+    for cell in rows:
+        words = re.findall(r"`([^`]+)`", cell)
+        plugins = [word for word in words if word in found]
+        settings = [word.split(" = ")[0] for word in words if re.match(r"[a-z_]+( = |$)", word)]
+        for plugin in plugins:
+            named.setdefault(plugin, set()).update(s for s in settings if s not in found)
+    for plugin, settings in named.items():
+        fields = setting_fields(found[plugin][0].load())
+        assert settings <= fields.keys(), (plugin, settings - fields.keys())
+    assert len(named) >= 25
 
 
 def test_the_words_that_mean_two_things_are_not_used():
