@@ -60,11 +60,12 @@ def estimated(plan: Plan, probe: Probe) -> Iterator[str]:
     first = f"; the first {duration(taken[0])}" if taken[1:] else ""
     rate = counts["tokens"] / typical
     yield line("speed", f"{duration(typical)} for a step{first}; {rate:,.0f} tokens/s")
-    steps = math.ceil(speed.steps_in(plan.length))
+    length = speed.steps_in(plan.length)
+    steps = _whole(length)
     validation = max(probe.seconds["validate"], default=0.0) if probe.metrics else 0.0
-    validations = _times(plan.validates, steps, speed) + plan.validates_first
+    validations = _times(plan.validates, length, speed) + plan.validates_first
     save = max(probe.seconds["on_safe_point"], default=0.0) if plan.saves else 0.0
-    saves = sum(_times(every, steps, speed) for every in plan.saves)
+    saves = sum(_times(every, length, speed) for every in plan.saves)
     tokens = counted(steps * counts["tokens"], "token")
     parts = [f"{counted(steps, 'step')} of {duration(typical)}"]
     if validation:
@@ -75,7 +76,11 @@ def estimated(plan: Plan, probe: Probe) -> Iterator[str]:
     yield line("run", f"about {duration(total)} for {tokens}: {', '.join(parts)}")
 
 
-def _times(every: Period | None, steps: int, speed: Speed) -> int:
+def _times(every: Period | None, length: float, speed: Speed) -> int:
     """Return how often something is done: when it is due, and at the end."""
-    size = steps if every is None else speed.steps_in(every)
-    return math.ceil(steps / size)
+    return 1 if every is None else _whole(length / speed.steps_in(every))
+
+
+def _whole(count: float) -> int:
+    """Round up; but what is 3.0000000000000004 in binary is 3."""
+    return math.ceil(count * (1 - 1e-12))

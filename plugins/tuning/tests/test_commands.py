@@ -87,7 +87,7 @@ class Net(nn.Module):
         super().__init__()
         self.flaw = flaw
         self.hidden = nn.Linear(8, 16)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(0.95 if flaw == "drops" else 0.5)
         self.out = nn.Linear(16, 1)
         if flaw == "unused":
             self.spare = nn.Linear(3, 3)
@@ -206,9 +206,9 @@ lr_schedule = { warmup = "1000 tokens" }
     assert "nothing wrong was found" in text
     text = said(call(lr_finder, "--steps", 20))
     assert "[adamw]\nlr = " in text
-    assert "the loss on one batch fell" in said(
-        call(check, "--overfit-one-batch", "--set", "adamw.lr=0.1")
-    )
+    # Of windows this short, several begin alike and go on in different ways: one does not.
+    one = ("--set", "adamw.lr=0.1", "--set", "text.batch_size=1", "--set", "accumulate.microbatches=1")
+    assert "the loss on one batch fell" in said(call(check, "--overfit-one-batch", *one))
     assert left(place) <= {"here/text.txt", "here/cache"} | {
         str(path.relative_to(place)) for path in (place / "here" / "cache").rglob("*")
     }
@@ -256,7 +256,8 @@ def test_settings_that_do_not_compose_are_told_with_all_their_mistakes(
 def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place: Path) -> None:
     words = ("--overfit-one-batch", "--plugin", "lr_schedule", "--set", "lr_schedule.warmup=1.0",
              "--set", "parts.lr=0.3")  # fmt: skip
-    assert "updates: this model can learn from this data" in said(call(check, *words))
+    text = said(call(check, *words, flaw="drops"))
+    assert "updates: this model can learn from this data" in text
     assert left(place) == set()
 
 

@@ -147,6 +147,18 @@ def test_the_run_s_length_is_estimated_in_every_unit(length: str, steps: int) ->
     assert f"about {duration(steps * 0.5 + validations * 2 + saves)} for {steps * 100:,}" in run
 
 
+def test_three_epochs_have_three_validations_of_one_epoch_each() -> None:
+    probe = Probe(steps=2)
+    probe.seconds["step"] += [0.5, 0.5]
+    probe.seconds["validate"] += [2.0]
+    probe.counts |= {"tokens": 100, "samples": 6}
+    probe.metrics = {"val/loss": 1.0}
+    probe.epoch_samples = 179
+    plan = Plan(Period(3, "epochs"), Period(1, "epochs"), validates_first=False, saves=[])
+    *_, run = estimated(plan, probe)
+    assert "90 steps of 500 ms, 3 validations of" in run
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
