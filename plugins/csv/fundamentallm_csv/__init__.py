@@ -1,0 +1,59 @@
+"""The metrics of a run as a table of comma-separated values."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fundamentallm import field, hookimpl, plugin
+from fundamentallm_csv.table import Table, begin_anew
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+
+@plugin
+class Csv:
+    """Append every row of metrics to ``metrics.csv`` in the run folder.
+
+    The columns are ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and then
+    the metrics in the order in which they first appeared. A metric that is new adds a column at
+    the end; a cell is empty where a row has no such metric. A run that is resumed or goes back
+    drops the rows of steps that it makes again; one that starts anew where rows are already keeps
+    them in a file beside.
+    """
+
+    _table: Table | None = field(init=False, default=None)
+
+    observer = True
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        """Open the table, without the rows of steps that are still to come."""
+        if run.rank == 0:
+            path = run.folder / "metrics.csv"
+            if run.progress.step == 0:
+                begin_anew(path)
+            # What a signal kept from being logged is logged as soon as the run goes on.
+            settled = run.progress.step - (not run.progress.closed)
+            self._table = Table(path, settled)
+
+    @hookimpl
+    def on_rewind(self, run: Run) -> None:
+        """Drop the rows of the steps that have become void."""
+        if self._table is not None:
+            self._table.reopen(run.progress.step)
+
+    @hookimpl
+    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+        """Append a row in one write, or write the table anew if it needs more columns."""
+        if self._table is not None:
+            facts = [f"{time.time():.3f}", str(run.progress.step), str(run.progress.tokens)]
+            self._table.append(facts, metrics)
+
+    @hookimpl
+    def on_train_end(self) -> None:
+        """Close the file."""
+        if self._table is not None:
+            self._table.close()
+            self._table = None
