@@ -6,14 +6,17 @@ that is about to train, the saves of that process meet.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import pickle
+import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm import cli
 from fundamentallm_checkpoint import files, publication
 
 if TYPE_CHECKING:
@@ -131,6 +134,34 @@ def gone_at(step: int, error: int, *, call: str) -> None:
             raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
 
     files.system = Layer(before)
+
+
+_NEWNS, _NEWUSER, _PRIVATE = 0x20000, 0x10000000, 0x44000
+
+
+def small_disk(place: Path, copied: Path) -> None:
+    """Mount a disk of 8 MB, in memory, that only this process sees, and copy in the end what is on
+    it. Where nobody may mount, the system calls count the bytes in its stead."""
+    main = cli.main
+    place.mkdir(parents=True)
+
+    def copying() -> None:
+        try:
+            main()
+        finally:
+            shutil.copytree(place, copied)
+
+    cli.main = copying
+    libc, uid = ctypes.CDLL(None, use_errno=True), os.getuid()
+    if libc.unshare(_NEWNS):
+        if libc.unshare(_NEWNS | _NEWUSER):
+            quota(8_000_000)
+            return
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    mounted = libc.mount(None, b"/", None, _PRIVATE, None) or libc.mount(
+        b"none", str(place).encode(), b"tmpfs", 0, b"size=8m")  # fmt: skip
+    if mounted:
+        quota(8_000_000)
 
 
 class Recorder:

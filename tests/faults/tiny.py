@@ -22,7 +22,7 @@ import attrs
 import tomli_w
 from safetensors.numpy import load_file
 
-from fundamentallm_checkpoint import listing
+from fundamentallm_checkpoint import manifest, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -184,8 +184,13 @@ def reached(folder: Path) -> int:
 
 def unsound(folder: Path) -> list[str]:
     """Return what is wrong with a run's checkpoints, every byte of them being read."""
-    found = listing.rows(folder, verify=True)
-    return [f"{row.name}: {row.problem}" for row in found if row.problem]
+    problems = []
+    for path in store.folders(folder / "checkpoints"):
+        try:
+            manifest.verify(path, manifest.read(path))
+        except manifest.Unsound as error:
+            problems.append(f"{path.name}: {error}")
+    return problems
 
 
 def wait_for(ready: Callable[[], object], started: Started) -> bool:
