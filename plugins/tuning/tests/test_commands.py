@@ -347,6 +347,7 @@ def test_options_that_make_no_sense_are_refused(
     assert complaint in result.output
 
 
+@pytest.mark.slow
 def test_batch_size_finder_finds_what_fits_where_processes_are_killed(place: Path) -> None:
     text = said(call(batch_size_finder, "--min", 5, "--max", 6, "--set", "parts.limit=5", flaw="killed"))
     rows = [line.split() for line in text.splitlines()[1:3]]
@@ -357,6 +358,7 @@ def test_batch_size_finder_finds_what_fits_where_processes_are_killed(place: Pat
     assert left(place) == set()
 
 
+@pytest.mark.slow
 def test_batch_size_finder_keeps_the_size_of_a_step(place: Path) -> None:
     words = ("--keep-step-size", "--min", 6, "--plugin", "accumulate", "--set", "parts.batch_size=6",
              "--set", "accumulate.microbatches=1")  # fmt: skip
@@ -409,6 +411,7 @@ def test_a_signal_ends_a_trial_and_leaves_nothing_behind(place: Path, words: lis
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_trial_of_a_batch_size_and_its_process(place: Path) -> None:
     marker = place / "here" / "marker"
     words = [sys.executable, "-m", "fundamentallm", "batch-size-finder", "run.toml",
