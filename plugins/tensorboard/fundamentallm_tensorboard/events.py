@@ -1,0 +1,92 @@
+# mypy: disable-error-code="import-untyped"
+"""An event file of TensorBoard: records that hold scalars, a text, and where they become void.
+
+The format of the records and the messages in them are the ``tensorboard`` package's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+log = logging.getLogger("fundamentallm")
+
+
+class EventFile:
+    """A new event file in ``folder``, which readers take for the newest."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Readers take the files of a folder in the order of their names.
+        stamps = [stamp(path) for path in folder.iterdir() if "tfevents" in path.name]
+        second = max([int(time.time()), *(one + 1 for one in stamps)])
+        path = folder / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
+        # Unbuffered: one write for each record, and nothing is lost with the process.
+        self._records = RecordWriter(path.open("xb", buffering=0))
+        self._write(Event(file_version="brain.Event:2"))
+
+    def purge(self, step: int) -> None:
+        """Make all that has been written of this step and later ones void."""
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=step, session_log=start))
+
+    def scalars(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step, in one record; a value has the 32 bits of the format."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def settings(self, step: int, tables: dict[str, Any], hparams: bool) -> None:
+        """Write the settings that hold from a step on, as text and as values to compare by."""
+        text = "\n".join("    " + line for line in tomli_w.dumps(tables).splitlines())
+        self._write(Event(step=step, summary=text_pb("settings", text)))
+        if hparams:
+            summary = Summary.FromString(hparams_pb(flat(tables)).SerializeToString())
+            self._write(Event(step=step, summary=summary))
+
+    def close(self) -> None:
+        """Close the file; everything is in it already."""
+        self._records.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+
+def flat(tables: dict[str, Any], before: str = "") -> dict[str, bool | float | str]:
+    """Return the settings by their dotted names; lists are written out."""
+    found: dict[str, bool | float | str] = {}
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{before}{name}.")
+        else:
+            plain = isinstance(value, bool | int | float | str)
+            found[before + name] = value if plain else str(value)
+    return found
+
+
+def stamp(path: Path) -> int:
+    """Return the second in an event file's name; 0 if there is none."""
+    digits = path.name.partition("tfevents.")[2].partition(".")[0]
+    return int(digits) if digits.isdecimal() else 0
+
+
+def begin_anew(folder: Path) -> None:
+    """Move a folder that holds events aside: no checkpoint could make their points again."""
+    if not folder.is_dir() or not any("tfevents" in path.name for path in folder.iterdir()):
+        return
+    when = int(time.time())
+    while (aside := folder.with_name(f"{folder.name}.before-{when}")).exists():
+        when += 1
+    folder.rename(aside)
+    log.warning("the run starts at step 0: the points that %s held are now in %s",
+                folder, aside.name)  # fmt: skip
