@@ -73,7 +73,8 @@ def test_every_call_of_a_save_may_be_refused(number, error, uninterrupted, tmp_p
     check_refusal(tmp_path / "run", uninterrupted, number, error, on_save_error)
 
 
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"])
+@pytest.mark.parametrize("call", ["write", "rename", "unlink", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("open", "fsync", "mkdir", "rmdir"))])
 def test_a_disk_that_refuses_from_some_moment_on_leaves_what_was_saved(
     call, uninterrupted, tmp_path
 ):

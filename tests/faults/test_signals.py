@@ -14,7 +14,6 @@ import tiny
 from tiny import EVERY, SIGNALS
 
 
-
 @pytest.fixture(scope="session")
 def validated(tmp_path_factory):
     """An uninterrupted run that spends most of its time in validations."""
@@ -102,7 +101,7 @@ def test_signals_before_during_and_after_the_start_lose_nothing(validated, tmp_p
         words = ["resume", folder] if begun else ["train", validated[0], "--run-dir", folder]
         started = tiny.start(*words)
         # Before the command listens, a signal does what it does to any process.
-        tiny.wait_for(lambda: (folder / ".lock").exists(), started)
+        tiny.wait_for((folder / ".lock").exists, started)
         time.sleep(delay)
         started.send(number)
         assert started.wait() in (0, SIGNALS[number], -number)

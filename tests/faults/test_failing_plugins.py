@@ -1,0 +1,143 @@
+"""A plugin that fails in any hook: an observer is muted, any other ends the run and is named."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import tiny
+
+from fundamentallm import HOOKS, Period, PluginError, hookimpl, plugin
+from fundamentallm.testing import assert_same_weights
+from fundamentallm_checkpoint import Checkpoint
+
+BEFORE = HOOKS[: HOOKS.index("on_train_start")]
+"""The hooks of a start: whoever fails there, fails before the first step."""
+EXCLUSIVE = {name for name in HOOKS if not name.startswith(("on_", "adapt_", "finish_", "judge_", "edit_",
+                                                           "settle_")) and name != "lr_factor"}  # fmt: skip
+NEUTRAL = {"lr_factor": "1.0"}
+
+FAILING = '''
+from fundamentallm import hookimpl, plugin
+
+@plugin
+class Failing:
+    """Fails in one hook, at one of its calls."""
+
+    at: int = 1
+    """Which call fails."""
+
+    observer = {observer}
+    calls = 0
+
+    @hookimpl(wrapper={wrapper})
+    def {hook}(self):
+        self.calls += 1
+        if self.calls == self.at:
+            raise ValueError("out of order")
+        {rest}
+'''
+
+
+def source(hook, observer):
+    """Write a plugin that fails in a hook: where one plugin answers, it surrounds the answer."""
+    wrapper = hook in EXCLUSIVE
+    rest = "return (yield)" if wrapper else f"return {NEUTRAL.get(hook)}"
+    return FAILING.format(hook=hook, observer=observer, wrapper=wrapper, rest=rest)
+
+
+def failing(hook, *, observer, at):
+    space: dict = {"__name__": "failing"}
+    exec(source(hook, observer), space)
+    return space["Failing"](at=at)
+
+
+@plugin
+class Rewinds:
+    """Goes back once, so that there is a rewind to fail in."""
+
+    done: bool = False
+
+    @hookimpl
+    def on_step_end(self, run):
+        if run.progress.step == 5 and not self.done:
+            self.done = True
+            run.rewind("latest")
+
+
+def parts(hook):
+    saver = Checkpoint(every=Period(2), asynchronous=hook != "on_checkpoint_saved")
+    return [saver, *([Rewinds()] if hook == "on_rewind" else [])]
+
+
+# Whoever votes on the learning rate has a say in the run and observes nothing.
+OBSERVED = [hook for hook in HOOKS if hook != "lr_factor"]
+SETTINGS = {"length": 8, "validate_every": 3, "log_every": 1}
+
+
+@pytest.mark.parametrize("hook", OBSERVED)
+def test_an_observer_that_fails_is_muted_with_one_warning(hook, tiny_run, tmp_path, caplog):
+    # Which calls there are, and when, is the same: only the failure is not.
+    whole = tiny_run(*parts(hook), run_dir=tmp_path / "whole", **SETTINGS)
+    run = tiny_run(*parts(hook), failing(hook, observer=True, at=1), run_dir=tmp_path / "run", **SETTINGS)
+    warnings = [r.getMessage() for r in caplog.records if "failed and is muted" in r.getMessage()]
+    assert warnings == ["failing failed and is muted from now on: ValueError('out of order')"]
+    assert run.outcome == "finished"
+    assert_same_weights(run, whole)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_any_other_plugin_that_fails_ends_the_run_and_is_named(hook, tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    once = hook in BEFORE or hook in ("on_train_start", "on_train_end", "on_rewind",
+                                      "read_checkpoint")  # fmt: skip
+    with pytest.raises(PluginError, match=rf"plugin 'failing' \(.*\) failed in {hook}: ValueError"):
+        tiny_run(*parts(hook), failing(hook, observer=False, at=1 if once else 2), run_dir=folder, **SETTINGS)
+    assert tiny.unsound(folder) == []
+    kept = folder / "checkpoints"
+    assert once or hook in ("on_checkpoint_saved", "validate", "on_validation_end") or kept.exists()
+    resumed = tiny_run(*parts(hook), run_dir=folder, **SETTINGS)
+    assert_same_weights(resumed, tiny_run(*parts(hook), run_dir=tmp_path / "whole", **SETTINGS))
+
+
+def in_a_process(hook, observer, at, uninterrupted, folder):
+    folder.mkdir()
+    (folder / "failing.py").write_text(source(hook, observer))
+    settings = tiny.write_settings(folder)
+    plain = settings.read_text()
+    settings.write_text(plain.replace('"checkpoint",', '"checkpoint", "./failing.py",') +
+                        f"\n[failing]\nat = {at}\n")  # fmt: skip
+    started = tiny.start("train", settings, "--run-dir", folder / "run")
+    code, said = started.wait(), started.said
+    muted = said.count("failing failed and is muted from now on")
+    if observer:
+        assert (code, muted) in ((0, 1), (0, 0)), said
+    else:
+        assert code in (0, 7), said
+        assert not code or re.search(rf"plugin 'failing' \(.*failing\.py\) failed in {hook}: ValueError", said)
+        assert not code or "Traceback" not in said
+    if (folder / "run" / "checkpoints").exists():
+        assert tiny.unsound(folder / "run") == []
+    if code:
+        settings.write_text(plain)
+        tiny.end(tiny.start("train", settings, "--run-dir", folder / "run"))
+    assert tiny.digest(folder / "run") == uninterrupted.digest
+    assert tiny.rows(folder / "run") == uninterrupted.rows
+    return code or muted
+
+
+@pytest.mark.parametrize(("hook", "observer"), [("on_log", True), ("forward", False), ("on_safe_point", False)])
+def test_a_run_whose_plugin_has_failed_ends_with_the_same_bits_without_it(
+    hook, observer, uninterrupted, tmp_path
+):
+    assert in_a_process(hook, observer, 9, uninterrupted, tmp_path / "it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_plugin_may_fail_in_any_hook_at_any_step(hook, number, uninterrupted, tmp_path):
+    for observer in [False, True] if hook in OBSERVED else [False]:
+        at = random.Random(f"{hook}{observer}{number}").randrange(1, tiny.LAST)
+        in_a_process(hook, observer, at, uninterrupted, tmp_path / str(observer))

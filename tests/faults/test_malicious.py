@@ -1,0 +1,145 @@
+"""A checkpoint made to do harm is refused: nothing of it runs, leads elsewhere or takes memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import tiny
+from test_damaged import NEWEST, OLDER, killed, reseal  # noqa: F401 - killed is a fixture
+
+LIMIT = 40
+"""MB that a refusal may take more than resuming does without one."""
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def put(folder, name, data, size=None):
+    """Put data in place of a file, with a manifest that agrees."""
+    path = folder / name
+    path.write_bytes(data)
+    if size:
+        os.truncate(path, size)  # holes, which take no space on the disk
+    sha256 = hashlib.sha256(data).hexdigest() if not size else "0" * 64
+    facts = {"size": path.stat().st_size, "sha256": sha256}
+    reseal(folder / "manifest.json", lambda table: table["files"].update({name: facts}))
+
+
+def tensors(header, body=b"12345678"):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def list_file(name):
+    def change(folder):
+        (folder / "x").mkdir()
+        seal = {"size": 8, "sha256": hashlib.sha256(b"12345678").hexdigest()}
+        (folder.parent / "outside").write_bytes(b"12345678")
+        reseal(folder / "manifest.json", lambda table: table["files"].update({name: seal}))
+
+    return change
+
+
+def poison(key):
+    def change(folder):
+        path = folder / "manifest.json"
+        reseal(path, lambda table: table.update({key: float("nan")}))
+
+    return change
+
+
+def link_out(folder):
+    path = folder / "model.safetensors"
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+
+
+def state(text):
+    return lambda folder: put(folder, "state.json", text)
+
+
+EVIL = {
+    "a pickle for weights": lambda f: put(f, "model.safetensors", pickle.dumps(Touch(f.parent / "run!"))),
+    "a pickle for state": lambda f: put(f, "state.json", pickle.dumps(Touch(f.parent / "run!"))),
+    "a pickle for a manifest": lambda f: (f / "manifest.json").write_bytes(
+        pickle.dumps(Touch(f.parent / "run!"))),
+    "a path that climbs": list_file("../outside"),
+    "an absolute path": list_file("/etc/hostname"),
+    "a path below": list_file("x/../../outside"),
+    "a link that leads out": link_out,
+    "a terabyte of weights": lambda f: put(f, "model.safetensors", b"\xff" * 8, 2**40),
+    "a terabyte of state": lambda f: put(f, "state.json", b"{", 2**40),
+    "a header of exabytes": lambda f: put(f, "optimizer.safetensors", (2**62).to_bytes(8, "little")),
+    "a tensor of exabytes": lambda f: put(f, "model.safetensors", tensors({"w": F32 | {"shape": [2**60]}})),
+    "an empty tensor of exabytes": lambda f: put(f, "model.safetensors", tensors(
+        {"w": F32 | {"shape": [0, 2**60, 2**60], "data_offsets": [0, 0]}}, b"")),
+    "a name twice": lambda f: put(f, "model.safetensors", tensors(
+        b'{"w": %b, "w": %b}' % ((json.dumps(F32).encode(),) * 2))),
+    "one place for two": lambda f: put(f, "model.safetensors", tensors({"w": F32, "v": F32})),
+    "deep state": state(b"[" * 10**6),
+    "a deep header": lambda f: put(f, "model.safetensors", tensors(b'{"w":' * 10**5)),
+    "a deep manifest": lambda f: (f / "manifest.json").write_bytes(b'{"a":' * 10**5),
+    "a number of a million digits": state(b'{"model": {}, "optimizer": {}, "x": ' + b"9" * 10**6 + b"}"),
+    "an import in the state": state(b'{"model": {}, "optimizer": {}, "x": {"$import": "os"}}'),
+    "a NaN for the time": poison("created"),
+    "a NaN for the step": poison("step"),
+    "a NaN for the format": poison("format"),
+    "a NaN for a metric": lambda f: reseal(f / "manifest.json", lambda t: t.update(
+        metrics={"val/loss": float("-inf")})),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ordinary(killed, tmp_path_factory):  # noqa: F811
+    """The memory that resuming takes."""
+    folder = tmp_path_factory.mktemp("ordinary") / "run"
+    shutil.copytree(killed, folder)
+    started = tiny.resume(folder)
+    tiny.end(started)
+    return started.peak
+
+
+def refuse(evil, run, folder):
+    shutil.copytree(run, folder)
+    newest = tiny.checkpoint(folder, NEWEST)
+    EVIL[evil](newest)
+    started = tiny.resume(folder)
+    said = tiny.end(started)
+    assert f"checkpoint {newest}: " in said
+    assert f"loaded {tiny.checkpoint(folder, OLDER)}" in said
+    assert "Traceback" not in said
+    assert not list(folder.rglob("run!"))
+    return started.peak
+
+
+QUICK = ("a pickle for weights", "a path that climbs", "a link that leads out",
+         "a terabyte of state", "a name twice", "a deep header", "a NaN for the time")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "evil", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in EVIL]
+)
+def test_a_malicious_checkpoint_is_refused_and_the_run_goes_on_from_a_sound_one(
+    evil, killed, ordinary, uninterrupted, tmp_path  # noqa: F811
+):
+    folder = tmp_path / "run"
+    assert refuse(evil, killed, folder) <= ordinary + LIMIT
+    assert tiny.digest(folder) == uninterrupted.digest
+
+
+def test_the_pickle_that_is_refused_would_do_its_harm(tmp_path):
+    pickle.loads(pickle.dumps(Touch(tmp_path / "run!")))
+    assert (tmp_path / "run!").exists()
