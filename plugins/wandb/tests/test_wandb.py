@@ -1,0 +1,302 @@
+"""Real W&B runs without a network: what the offline file holds is what the run logged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from fundamentallm import NotFiniteError, Snapshot, field, hookimpl, plugin, train
+from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm_wandb import Wandb
+
+if TYPE_CHECKING:
+    from fundamentallm import Run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Keep logins and settings of this machine out, and the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB")]:
+            patch.delenv(name)
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(home))
+        patch.setenv("NETRC", str(home / "netrc"))
+        patch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+        patch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody is there
+        yield
+
+
+class TestContract(PluginContract):
+    plugin = Wandb
+
+
+@plugin
+class Memory:
+    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
+
+    step: int = 0
+    kept: Snapshot | None = field(init=False, default=None)
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.progress.step == self.step:
+            self.kept = copy.deepcopy(run.snapshot())
+
+    @hookimpl
+    def read_checkpoint(self) -> Snapshot | None:
+        return self.kept
+
+
+@plugin
+class GoesBack(Memory):
+    """Goes back from a later step, once."""
+
+    later: int = 0
+
+    @hookimpl
+    def judge_step(self, run: Run) -> str | None:
+        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
+            return None
+        run.rewind("latest")
+        return "go back"
+
+
+def records(path: Path) -> list[Record]:
+    """Read an offline file: messages in a log of blocks of 32 KiB, each behind a head of 7 bytes
+    (crc32, length, and whether it is whole (1), begins (2), goes on (3) or ends (4))."""
+    data, place, parts, found = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):
+            break
+        parts = (b"" if kind in (1, 2) else parts) + data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(parts))
+    return found
+
+
+def sessions(folder: Path) -> list[list[Record]]:
+    """The records of each start of a run, in their order, once W&B's process has written them."""
+    files = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    found = [ended(path) for path in files]
+    return sorted(found, key=lambda session: first(session, "environment").started_at.ToNanoseconds())
+
+
+def ended(path: Path) -> list[Record]:
+    """The records of a W&B run; the last one is written a moment after its end."""
+    late = time.monotonic() + 30
+    while True:
+        found = records(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < late, f"{path}: has no end"
+        time.sleep(0.05)
+
+
+def rows(session: list[Record]) -> list[dict[str, float]]:
+    """What was logged, as the run itself has it."""
+    found = []
+    for record in session:
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                     for item in record.history.item}  # fmt: skip
+            step = items.pop("_step", record.history.step.num)
+            found.append({"step": step, **{k: v for k, v in items.items() if k[0] != "_"}})
+    return found
+
+
+def first(session: list[Record], kind: str) -> Any:
+    return next(getattr(r, kind) for r in session if r.WhichOneof("record_type") == kind)
+
+
+def test_the_file_holds_what_the_run_logged(tiny_run: TinyRun) -> None:
+    run = tiny_run(Wandb(), "jsonl", length=5, validate_every=4)
+    (session,) = sessions(run.folder)
+    assert rows(session) == run.history
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert rows(session) == [{"step": r["step"], **r["metrics"]} for r in map(json.loads, lines)]
+
+
+def test_the_run_has_the_settings_as_its_config_and_the_words_it_was_given(
+    tiny_run: TinyRun,
+) -> None:
+    own = Wandb(project="letters", entity="us", group="first", tags=["a", "b"])
+    run = tiny_run(own, length=2, name="tiny-one")
+    (session,) = sessions(run.folder)
+    told = first(session, "run")
+    assert (told.project, told.entity, told.run_group) == ("letters", "us", "first")
+    assert (told.display_name, [*told.tags], told.run_id) == ("tiny-one", ["a", "b"], own.id)
+    config = {item.key: json.loads(item.value_json) for item in told.config.update}
+    assert {name: config[name] for name in run.tables} == run.tables
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_resumed_run_goes_on_behind_the_step_of_its_checkpoint(
+    closed: bool, tiny_run: TinyRun
+) -> None:
+    memory = Memory(step=4)
+    before = tiny_run(Wandb(), memory, length=8, log_every=1)
+    assert memory.kept is not None
+    memory.kept["progress"]["closed"] = closed  # not, if a signal fell into the validation
+    after = tiny_run(Wandb(), memory, length=9, log_every=1)
+    one, other = sessions(before.folder)
+    assert rows(one) == before.history
+    assert rows(other) == after.history
+    told = first(other, "run")
+    assert told.run_id == first(one, "run").run_id
+    settled = 4 if closed else 3
+    assert (told.branch_point.run, told.branch_point.value) == (told.run_id, settled)
+    assert [row["step"] for row in rows(other)] == list(range(settled + 1, 10))
+
+
+def test_a_run_that_goes_back_cuts_the_void_steps_off(tiny_run: TinyRun) -> None:
+    run = tiny_run(GoesBack(step=3, later=6), Wandb(), length=7, log_every=1)
+    one, other = sessions(run.folder)
+    assert [row["step"] for row in rows(one)] == [1, 2, 3, 4, 5]
+    assert rows(one)[:3] + rows(other) == run.history
+    told = first(other, "run")
+    assert (told.branch_point.run, told.branch_point.value) == (first(one, "run").run_id, 3)
+
+
+def test_a_run_that_starts_anew_is_another_run(tiny_run: TinyRun) -> None:
+    for _ in range(2):
+        run = tiny_run(Wandb(), length=2, log_every=1)
+    one, other = sessions(run.folder)
+    assert first(one, "run").run_id != first(other, "run").run_id
+    assert rows(one) == rows(other) == run.history
+
+
+def test_the_end_says_how_the_run_ended(tiny_run: TinyRun, tmp_path: Path) -> None:
+    @plugin
+    class Ends:
+        how: str
+
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if self.how == "stopped":
+                run.stop("seen enough")
+            elif self.how == "interrupted":
+                run.signal = 15
+            elif self.how == "failed":
+                raise NotFiniteError("the loss is gone")
+
+    codes = {"finished": 0, "stopped": 0, "interrupted": 143, "failed": 1}
+    for how, code in codes.items():
+        folder = tmp_path / how
+        try:
+            tiny_run(Wandb(), Ends(how=how), run_dir=folder)
+        except NotFiniteError:
+            assert how == "failed"
+        (session,) = sessions(folder)
+        assert first(session, "exit").exit_code == code
+        summary = {item.key: json.loads(item.value_json) for record in session
+                   if record.WhichOneof("record_type") == "summary"
+                   for item in record.summary.update}  # fmt: skip
+        reasons = {"stopped": "seen enough", "failed": "the loss is gone"}
+        assert summary["outcome"] == how
+        assert summary.get("reason") == reasons.get(how)
+
+
+def test_disabled_it_does_not_even_import_wandb(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom fundamentallm import train\n"
+        "from fundamentallm.testing import compose_tiny\n"
+        "from fundamentallm_wandb import Wandb\n"
+        f"train(compose_tiny(Wandb(mode='disabled')), run_dir={str(tmp_path)!r})\n"
+        "assert 'wandb' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_showing_the_settings_does_not_import_wandb(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('plugins = ["wandb"]\n[run]\nlength = 1\n')
+    code = (
+        "import sys, fundamentallm as f\n"
+        f"try: f.compose({str(path)!r})\n"
+        "except f.SettingsError: pass\n"  # nothing brings a model
+        "assert 'fundamentallm_wandb' in sys.modules\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('wandb', 'torch', 'pydantic')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_online_without_a_login_the_run_goes_on_and_the_warning_says_what_to_do(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny_run(Wandb(mode="online", start_seconds=5), length=4)
+    assert run.outcome == "finished"
+    assert "wandb failed and is muted" in caplog.text
+    assert 'run "wandb login", or set wandb.mode = "offline"' in caplog.text
+
+
+def test_a_server_that_never_answers_is_given_up_on(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        run = tiny_run(Wandb(mode="online", start_seconds=1, end_seconds=1), length=4)
+    assert run.outcome == "finished"
+    assert "wandb failed and is muted" in caplog.text
+
+
+def test_it_changes_nothing_in_the_run_and_draws_no_random_number(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    states: list[tuple[Any, str]] = []
+
+    @plugin
+    class Looks:
+        @hookimpl
+        def on_step_start(self) -> None:
+            states.append((random.getstate(), repr(np.random.get_state())))  # noqa: NPY002
+
+    without = tiny_run(Looks(), run_dir=tmp_path / "without")
+    with_it = tiny_run(Wandb(), Looks(), run_dir=tmp_path / "with")
+    assert_same_weights(with_it, without)
+    assert states[:4] == states[4:]
+
+
+def test_two_of_them_are_two_runs(tiny_run: TinyRun) -> None:
+    tables = {"wandb": {"project": "one"}, "second": {"plugin": "wandb", "project": "two"}}
+    run = tiny_run("wandb", "second", settings=tables, length=4)
+    found = sessions(run.folder)
+    assert {first(session, "run").project for session in found} == {"one", "two"}
+    assert [rows(session) for session in found] == [run.history, run.history]
+
+
+def test_only_the_first_process_logs(tmp_path: Path) -> None:
+    @plugin
+    class Second:
+        @hookimpl
+        def build_tokenizer(self, run: Run) -> Any:
+            run.rank = 1
+            return object()
+
+    train(compose_tiny(Second(), Wandb(), length=4), run_dir=tmp_path)
+    assert not (tmp_path / "wandb").exists()
