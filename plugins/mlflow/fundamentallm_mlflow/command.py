@@ -7,12 +7,13 @@ import socket
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 
 import click
 
-from fundamentallm import PluginError, SettingsError, compose
+from fundamentallm import PluginError, SettingsError
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.places import PORT, charts, chosen, is_server, masked
 
@@ -71,8 +72,14 @@ def recorded(run: Path) -> dict[str, Mlflow]:
     path = run / "settings.toml"
     if not path.is_file():
         raise SettingsError(f"{run}: is not a run folder: it has no settings.toml")
-    plugins = compose(path).plugins.items()
-    return {name: one for name, one in plugins if isinstance(one, Mlflow)}
+    # Not composed: whether the other plugins can be built any more makes no difference here.
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    listed = {name: dict(tables.get(name, {})) for name in tables.get("plugins", [])}
+    wanted = {name: one for name, one in listed.items() if one.pop("plugin", name) == "mlflow"}
+    try:
+        return {name: Mlflow(**settings) for name, settings in wanted.items()}
+    except TypeError as error:
+        raise SettingsError(f"{path}: {', '.join(wanted)}: {error}") from error
 
 
 def synced(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:

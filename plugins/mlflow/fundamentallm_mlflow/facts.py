@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Period, setting_fields
+from fundamentallm import Period, hook_methods, setting_fields
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -36,12 +36,13 @@ def start_of(run: Run, own: Mlflow) -> dict[str, Any]:
 def parameters(run: Run, own: object) -> dict[str, str]:
     """Return the settings that can make a difference to the result, as ``table.key`` -> text.
 
-    Loggers and bars are left out: they cannot, and would be most of the columns of a comparison.
+    Loggers, bars and savers are left out: they cannot, and would be most of the columns of a
+    comparison.
     """
     tables: dict[str, Any] = {"run": run.settings} | {
         name: instance
         for name, instance in run.plugins.items()
-        if instance is not own and not getattr(instance, "observer", False)
+        if instance is not own and not getattr(instance, "observer", False) and not _saves(instance)
     }
     flat = {key: value for name, table in tables.items() for key, value in _flat(name, table)}
     flat["model.parameters"] = str(sum(parameter.numel() for parameter in run.parameters))
@@ -91,6 +92,10 @@ def records(run: Run) -> list[str]:
     """Return the files of the run folder that MLflow keeps a copy of."""
     names = ("settings.toml", "environment.json")
     return [str(run.folder.resolve() / n) for n in names if (run.folder / n).is_file()]
+
+
+def _saves(instance: object) -> bool:
+    return any(hook == "read_checkpoint" for hook, _, _ in hook_methods(type(instance)))
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ One JSON object per line, ``kind`` first::
 from __future__ import annotations
 
 import bisect
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,7 +39,8 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o644)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        with contextlib.suppress(BlockingIOError):  # a worker of a killed process holds it still
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.size = os.fstat(self._file).st_size
         if self.size and os.pread(self._file, 1, self.size - 1) != b"\n":
             self.size += os.write(self._file, b"\n")  # a power cut left half a line

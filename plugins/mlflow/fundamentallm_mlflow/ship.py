@@ -142,6 +142,8 @@ def reason(error: Exception) -> str:
         return (f"the database has schema {schema[1]}, and this mlflow {VERSION} knows "
                 f"{schema[2]}: install the mlflow that made it, or, if it is the older one, "
                 "back it up and run 'mlflow db upgrade'")  # fmt: skip
+    if "Response body: '<" in text or "failed with error code 404" in text:
+        return f"what answers there is no MLflow server: {text}"
     return text
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import tempfile
+from itertools import pairwise
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm_mlflow.journal import Journal, JournalReader, Marks
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from fundamentallm_mlflow.journal import Journal, JournalReader, Marks, Timeline, is_open
+from fundamentallm_mlflow.ledger import Entry, Ledger
+from fundamentallm_mlflow.thinning import Thinning
 
 
 def test_a_reader_gets_each_row_once_in_the_order_of_writing(tmp_path: Path) -> None:
     journal, reader = Journal(tmp_path / "j"), JournalReader(tmp_path / "j")
     journal.append("start")
     journal.append("metrics", step=1, metrics={"train/loss": 0.5})
-    assert [row["kind"] for row in reader.rows()] == ["start", "metrics"]
+    assert [row["kind"] for _, row in reader.rows()] == ["start", "metrics"]
     journal.append("end", outcome="finished", error=None)
-    assert [row["kind"] for row in reader.rows()] == ["end"]
+    assert [row["kind"] for _, row in reader.rows()] == ["end"]
     assert list(reader.rows()) == []
 
 
@@ -31,20 +32,22 @@ def test_half_a_row_is_not_read_before_its_other_half_is_there(tmp_path: Path) -
     assert list(reader.rows()) == []
     with path.open("ab") as file:
         file.write(b'me": 7}\n')
-    assert list(reader.rows()) == [{"kind": "start", "time": 7}]
+    assert list(reader.rows()) == [(0, {"kind": "start", "time": 7})]
 
 
 def test_a_torn_row_costs_no_other_row(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    Journal(path).append("start")
+    first = Journal(path)
+    first.append("start")
+    first.close()
     os.truncate(path, path.stat().st_size - 5)
     Journal(path).append("end", outcome="finished", error=None)
-    assert [row["kind"] for row in JournalReader(path).rows()] == ["end"]
+    assert [row["kind"] for _, row in JournalReader(path).rows()] == ["end"]
 
 
 def test_nan_and_infinity_pass_through(tmp_path: Path) -> None:
     Journal(tmp_path / "j").append("metrics", step=1, metrics={"a": float("inf")})
-    (row,) = JournalReader(tmp_path / "j").rows()
+    ((_, row),) = JournalReader(tmp_path / "j").rows()
     assert row["metrics"] == {"a": float("inf")}
 
 
@@ -66,3 +69,67 @@ def test_runs_that_are_cut_short_and_resumed_are_news_once(
     assert news.count("a") == news.count("b") <= len(steps)
     if all(start == 0 for start, _ in processes) or not reached:
         assert news.count("a") == len(steps)
+
+
+def test_offsets_are_where_the_rows_are(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    wanted = [journal.append("start"), journal.append("metrics", step=1, metrics={})]
+    assert [offset for offset, _ in JournalReader(tmp_path / "j").rows()] == wanted
+    journal.drop(wanted[1])
+    journal.append("end", outcome="failed", error=None)
+    found = [(o, row["kind"]) for o, row in JournalReader(tmp_path / "j").rows()]
+    assert found == [(0, "start"), (wanted[1], "end")]
+
+
+def test_a_journal_tells_whether_it_is_being_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    assert is_open(tmp_path / "j")
+    journal.close()
+    assert not is_open(tmp_path / "j")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["start", "rewind"]), st.integers(0, 9)), max_size=5))
+def test_the_rows_that_count_are_those_of_a_file_that_drops_void_ones(
+    turns: list[tuple[str, int]],
+) -> None:
+    """Each turn goes back to a step, or stays; then three steps follow."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "j"
+        journal, step, file = Journal(path), 0, []
+        for kind, back in [("start", 0), *turns]:
+            step = min(step, back)
+            file = [entry for entry in file if entry[0] <= step]
+            journal.append(kind, step=step)
+            for _ in range(3):
+                step += 1
+                offset = journal.append("metrics", step=step, metrics={"a": 1.0})
+                file.append((step, offset))
+        journal.close()
+        timeline = Timeline(path)
+        rows = [(o, row) for o, row in JournalReader(path).rows() if row["kind"] == "metrics"]
+        assert [(row["step"], o) for o, row in rows if timeline.counts(o, row["step"])] == file
+
+
+def test_what_waits_is_bounded_and_validations_are_never_left_out(tmp_path: Path) -> None:
+    """Nothing is shipped: a hundred times the rows that may wait, each of 100 bytes."""
+    limit, size, passed = 100_000, 0, []
+    thinning = Thinning(tmp_path, limit)
+    for row in range(100_000):
+        validated = row % 1000 == 0
+        if thinning.passes(size, validated=validated):
+            passed.append(row)
+            size += 100
+    assert size <= limit * (1 + 1 / 64) + 100 * 100  # a look late, and the validations above it
+    assert set(range(0, 100_000, 1000)) <= set(passed)
+    assert passed[:500] == list(range(500))
+    gaps = [later - earlier for earlier, later in pairwise(passed)]
+    assert max(gaps) <= 1000
+
+
+def test_rows_are_no_longer_thinned_when_the_store_has_caught_up(tmp_path: Path) -> None:
+    thinning = Thinning(tmp_path, 1000)
+    assert not all(thinning.passes(900, validated=False) for _ in range(16))
+    ledger = Ledger(tmp_path)
+    ledger.entries.append(Entry("r", "1", "p", "e", [0], history=False, shipped=950))
+    ledger.keep()
+    assert all(thinning.passes(1000 + i, validated=False) for i in range(16))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -13,75 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
-from fundamentallm import FundamentalError, PluginError, hookimpl, plugin
+from fundamentallm import FundamentalError, PluginError, StorageError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun
-from fundamentallm_mlflow import Mlflow, absolute
+from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow.command import mlflow as command
 from fundamentallm_mlflow.journal import Journal
-from fundamentallm_mlflow.ship import Shipment, ship
-from fundamentallm_mlflow.shipper import masked
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as MlflowRun
-
     from fundamentallm import Run
 
-
-@pytest.fixture(scope="session")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One store for all tests: making one takes seconds. Each test has its own experiment."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
-@pytest.fixture(autouse=True)
-def _store(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+PATIENT = {"start_seconds": 120.0, "end_seconds": 120.0, "plot": False}
 
 
 def logger(experiment: str, **settings: Any) -> Mlflow:
     """Make the plugin, with patience for machines that have much else to do."""
-    return Mlflow(experiment=experiment, start_seconds=120.0, end_seconds=120.0, **settings)
-
-
-def client(uri: str) -> MlflowClient:
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri, registry_uri=uri)
-
-
-def runs_of(uri: str, experiment: str) -> list[MlflowRun]:
-    store = client(uri)
-    found = store.get_experiment_by_name(experiment)
-    assert found is not None
-    return list(store.search_runs([found.experiment_id]))
-
-
-def points(uri: str, run: MlflowRun, key: str) -> list[tuple[int, float]]:
-    return sorted((m.step, m.value) for m in client(uri).get_metric_history(run.info.run_id, key))
+    return Mlflow(experiment=experiment, **PATIENT | settings)
 
 
 class TestContract(PluginContract):
     plugin = Mlflow
-    needs = {"experiment": "contract", "start_seconds": 120.0}
-
-
-def test_a_run_is_in_the_store_as_it_was(uri: str, tiny_run: TinyRun) -> None:
-    run = tiny_run(logger("whole", tags={"purpose": "test"}), length=6, validate_every=4)
-    (kept,) = runs_of(uri, "whole")
-    assert kept.info.status == "FINISHED"
-    assert kept.info.run_name == run.name
-    for key in ("train/loss", "optim/lr", "val/loss"):
-        assert points(uri, kept, key) == [(int(r["step"]), r[key]) for r in run.history if key in r]
-    assert kept.data.params["run.length"] == "6 steps"
-    assert kept.data.params["tiny_model.dropout"] == "0.1"
-    assert not [key for key in kept.data.params if key.startswith("mlflow.")]
-    assert kept.data.tags["purpose"] == "test"
-    assert kept.data.tags["version.torch"]
-    assert kept.data.tags["outcome"] == "finished"
-    files = {f.path for f in client(uri).list_artifacts(kept.info.run_id)}
-    assert files == {"settings.toml", "environment.json"}
+    needs = {"experiment": "contract", **PATIENT}
 
 
 @plugin
@@ -102,57 +54,102 @@ class Ends:
             os.kill(os.getpid(), getattr(signal, self.by))
 
 
+@plugin
+class Saves:
+    """Tells of a checkpoint at the end."""
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.ending:
+            folder = run.folder / "checkpoints" / f"step-{run.progress.step:08d}"
+            folder.mkdir(parents=True)
+            run.hook.on_checkpoint_saved(run=run, folder=folder)
+
+
+def test_a_run_is_in_the_store_as_it_was(
+    look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    parts = [logger("whole", tags={"purpose": "test"}), Saves()]
+    run = tiny_run(*parts, length=6, validate_every=4)
+    kept = look.run("whole")
+    assert kept.info.status == "FINISHED"
+    assert kept.info.run_name == run.name
+    for key in ("train/loss", "optim/lr", "val/loss"):
+        wanted = [(int(row["step"]), row[key]) for row in run.history if key in row]
+        assert look.points(kept, key) == wanted
+    assert kept.data.params["run.length"] == "6 steps"
+    assert kept.data.params["tiny_model.dropout"] == "0.1"
+    assert int(kept.data.params["model.parameters"]) == sum(p.numel() for p in run.parameters)
+    assert not [key for key in kept.data.params if key.startswith("mlflow.")]
+    tags = kept.data.tags
+    assert tags["purpose"] == "test"
+    assert {"version.torch", "version.fundamentallm", "host", "settings.sha256"} <= set(tags)
+    assert (tags["outcome"], tags["device"], tags["world_size"]) == ("finished", "cpu", "1")
+    assert look.files(kept) == {"settings.toml", "environment.json"}
+    (data,) = kept.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("tiny_data", "tiny")
+    (model,) = look.client.search_logged_models([kept.info.experiment_id])
+    (metric,) = model.metrics
+    assert (metric.key, metric.value) == ("val/loss", run.history[-1]["val/loss"])
+    url = f"/#/experiments/{kept.info.experiment_id}/runs?workflowType=machine_learning&compare"
+    assert caplog.text.count(url) == 2
+
+
 SHOT = """
 import sys
-sys.path.insert(0, {tests!r})
 from fundamentallm import train
 from fundamentallm.testing import tiny_parts
-from test_mlflow import Ends, logger
-parts = [logger("ends"), Ends(step=7, by="SIGKILL")]
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("tests", {path!r})
+tests = sys.modules["tests"] = module_from_spec(spec)
+spec.loader.exec_module(tests)
+parts = [tests.logger("ends"), tests.Ends(step=7, by="SIGKILL")]
 settings = {{"run": {{"length": 8, "log_every": 2, "device": "cpu"}}}}
 train(settings, plugins=[*parts, *tiny_parts(parts)], run_dir={folder!r})
 """
 
 
 def test_a_run_that_ends_in_every_way_and_is_continued_each_time_is_one_run_in_the_store(
-    uri: str, tiny_run: TinyRun, tmp_path: Path
+    look: Any, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     """There is no checkpoint: each time all is trained once more, and nothing logged twice."""
 
     def steps() -> list[int]:
-        return [step for step, _ in points(uri, kept, "train/loss")]
+        return [step for step, _ in look.points(kept, "train/loss")]
 
     with pytest.raises(FundamentalError, match="broken on purpose"):
         tiny_run(logger("ends"), Ends(step=3, by="error"), length=8)
-    (kept,) = runs_of(uri, "ends")
+    kept = look.run("ends")
     assert (kept.info.status, kept.data.tags["outcome"], steps()) == ("FAILED", "failed", [2])
     assert "broken on purpose" in kept.data.tags["error"]
 
-    tiny_run(logger("ends"), Ends(step=5, by="SIGTERM"), length=8)
-    (kept,) = runs_of(uri, "ends")
+    tiny_run(logger("ends", resume="same"), Ends(step=5, by="SIGTERM"), length=8)
+    kept = look.run("ends")
     assert (kept.info.status, kept.data.tags["outcome"]) == ("KILLED", "interrupted")
     assert steps() == [2, 4]
     assert "error" not in kept.data.tags
 
-    code = SHOT.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    code = SHOT.format(path=__file__, folder=str(tmp_path / "run"))
+    code = code.replace('logger("ends")', 'logger("ends", resume="same")')
     shot = subprocess.run([sys.executable, "-c", code], check=False)
     assert shot.returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "mlflow_imported").read_text() == "False"
     until = time.monotonic() + 60
-    while runs_of(uri, "ends")[0].info.status == "RUNNING":
+    while look.run("ends").info.status == "RUNNING":
         assert time.monotonic() < until
         time.sleep(0.2)
-    (kept,) = runs_of(uri, "ends")
+    kept = look.run("ends")
     assert (kept.info.status, kept.data.tags["outcome"]) == ("FAILED", "killed")
     assert steps() == [2, 4, 6]
 
-    last = tiny_run(logger("ends"), length=10)
-    (kept,) = runs_of(uri, "ends")
+    last = tiny_run(logger("ends", resume="same"), length=10)
+    kept = look.run("ends")
     assert (kept.info.status, kept.data.tags["outcome"]) == ("FINISHED", "finished")
     losses = [(int(row["step"]), row["train/loss"]) for row in last.history]
-    assert points(uri, kept, "train/loss") == losses
+    assert look.points(kept, "train/loss") == losses
     assert kept.data.params["run.length"] == "8 steps"
-    assert kept.data.tags["settings.changed"] == "run.length: 8 steps -> 10 steps"
+    assert "run.length: 8 steps -> 10 steps" in kept.data.tags["settings.changed"]
 
 
 def test_a_store_that_does_not_open_ends_the_run_at_its_start(tiny_run: TinyRun) -> None:
@@ -169,151 +166,89 @@ def test_a_store_that_takes_too_long_ends_the_run(tiny_run: TinyRun) -> None:
         tiny_run(Mlflow(start_seconds=0.01))
 
 
-def request(uri: str, experiment: str) -> dict[str, Any]:
-    return {
-        "uri": uri, "place": uri, "experiment": experiment, "name": "r", "time": 1,
-        "parameters": {"groups.*bias.lr": "1"}, "tags": {}, "records": [],
-    }  # fmt: skip
-
-
-def test_two_runs_may_start_on_one_fresh_database(tmp_path: Path) -> None:
-    fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
-    code = (
-        "import json, pathlib, sys\n"
-        "from fundamentallm_mlflow.store import Store\n"
-        "Store(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2])).end({'outcome': 'finished'})\n"
-    )
-    wanted = json.dumps(request(fresh, "shared"))
-    both = []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        both.append(subprocess.Popen([sys.executable, "-c", code, wanted, str(tmp_path / name)]))
-    assert [one.wait() for one in both] == [0, 0]
-    assert [run.info.status for run in runs_of(fresh, "shared")] == ["FINISHED", "FINISHED"]
-
-
-def test_a_folder_that_cannot_hold_a_database_is_an_error_at_once(tmp_path: Path) -> None:
-    from fundamentallm_mlflow.store import Store
-
-    with pytest.raises(OSError, match="/proc/no"):
-        Store(request("sqlite:////proc/no/mlflow.db", "x"), tmp_path)
-
-
-def test_a_deleted_experiment_is_an_error_that_says_so(uri: str, tmp_path: Path) -> None:
-    from fundamentallm_mlflow.store import Store
-
-    store = client(uri)
-    store.delete_experiment(store.create_experiment("deleted"))
-    with pytest.raises(ValueError, match="'deleted' was deleted there: restore it"):
-        Store(request(uri, "deleted"), tmp_path)
-
-
-def test_a_run_folder_whose_run_was_deleted_gets_a_new_one_with_all_rows(
-    uri: str, tmp_path: Path
+def test_a_run_may_start_without_its_store_and_is_synced_later(
+    look: Any, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fundamentallm_mlflow.store import Store
-
-    first = Store(request(uri, "gone"), tmp_path)
-    first.keep(123)
-    assert Store(request(uri, "gone"), tmp_path).run_id == first.run_id
-    assert Store(request(uri, "gone"), tmp_path).offset == 123
-    client(uri).delete_run(first.run_id)
-    second = Store(request(uri, "gone"), tmp_path)
-    assert second.run_id != first.run_id
-    assert second.offset == 0
-
-
-def test_a_refused_metric_does_not_take_others_along(uri: str, tmp_path: Path) -> None:
-    from fundamentallm_mlflow.store import Store
-
-    store = Store(request(uri, "refused"), tmp_path)
-    good = [(f"m/{i}", float(i), 1, 1) for i in range(20)]
-    too_long = ("x" * 300, 1.0, 1, 1)
-    store.take([*good[:7], too_long, *good[7:], ("odd//name(x)", math.inf, 1, 1)])
-    (kept,) = runs_of(uri, "refused")
-    assert {k: v for k, v in kept.data.metrics.items() if k.startswith("m/")} == {
-        key: value for key, value, _, _ in good
-    }
-    assert math.isnan(kept.data.metrics["odd/name_x_"])
-    assert kept.data.params == {"groups._bias.lr": "1"}
+    settings = {"experiment": "later", "on_start_failure": "journal", **PATIENT}
+    away = settings | {"tracking_uri": "http://127.0.0.1:9", "end_seconds": 5.0}
+    run = tiny_run("mlflow", settings={"mlflow": away})
+    assert "the store http://127.0.0.1:9 cannot be used" in caplog.text
+    assert "fundamentallm mlflow sync" in caplog.text
+    words = ["sync", str(run.folder), "--uri", look.uri]
+    done = CliRunner().invoke(command, words, catch_exceptions=False, standalone_mode=False)
+    assert f"all is in run {look.run('later').info.run_id}" in done.output
+    kept = look.run("later")
+    assert kept.info.status == "FINISHED"
+    losses = [(int(row["step"]), row["train/loss"]) for row in run.history]
+    assert look.points(kept, "train/loss") == losses
 
 
-def test_a_database_is_the_same_from_every_folder(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert absolute("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
-    assert absolute("sqlite:////x/b.db") == "sqlite:////x/b.db"
-    assert absolute("http://host:5000") == "http://host:5000"
+def test_sync_refuses_what_it_cannot_ship(tmp_path: Path) -> None:
+    def error() -> str:
+        with pytest.raises(FundamentalError) as caught:
+            CliRunner().invoke(
+                command, ["sync", str(tmp_path)], catch_exceptions=False, standalone_mode=False
+            )
+        return str(caught.value)
 
-
-def test_passwords_are_not_shown() -> None:
-    assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
-    assert masked("http://host:5000") == "http://host:5000"
-
-
-def journal_of(folder: Path, steps: range) -> Path:
-    journal = Journal(folder / "journal.jsonl")
-    journal.append("start")
-    for step in steps:
-        journal.append("metrics", step=step, metrics={"train/loss": 1.0 / step})
+    assert "is not a run folder" in error()
+    (tmp_path / "settings.toml").write_text('plugins = ["mlflow"]\n')
+    assert "has no journal" in error()
+    journal = Journal(tmp_path / "mlflow" / "journal.jsonl")
+    assert "is being trained" in error()
     journal.close()
-    return folder / "journal.jsonl"
 
 
-def test_what_the_store_does_not_take_is_shipped_once_when_it_is_back(
-    uri: str, tmp_path: Path
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(
+    look: Any, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    from fundamentallm_mlflow.store import Store
+    @plugin
+    class Broken:
+        """Builds no model."""
 
-    class Away(Store):
-        """A store that loses the connection: before taking a batch, then after taking it."""
+        @hookimpl
+        def build_model(self, run: Run) -> Any:
+            raise RuntimeError("no model")
 
-        failures = 0
-
-        def take(self, points: Any) -> None:
-            self.failures += 1
-            if self.failures == 2:
-                super().take(points)
-            if self.failures < 3:
-                raise ConnectionError("away")
-            super().take(points)
-
-    store = Away(request(uri, "away"), tmp_path)
-    shipment = Shipment(journal_of(tmp_path, range(1, 2000)), store)
-    for _ in range(2):
-        with pytest.raises(ConnectionError):
-            shipment.ship()
-    shipment.ship()
-    (kept,) = runs_of(uri, "away")
-    assert points(uri, kept, "train/loss") == [(step, 1.0 / step) for step in range(1, 2000)]
-    again = Store(request(uri, "away"), tmp_path)
-    assert again.offset == (tmp_path / "journal.jsonl").stat().st_size
+    with pytest.raises(FundamentalError, match="no model"):
+        tiny_run(logger("early"), Broken())
+    assert not (tmp_path / "run" / "mlflow" / "journal.jsonl").exists()
 
 
-def test_a_store_that_stays_away_is_given_up_after_the_end(uri: str, tmp_path: Path) -> None:
-    from fundamentallm_mlflow.store import Store
-
-    class Away(Store):
-        def take(self, points: Any) -> None:
-            raise ConnectionError("away")
-
-    store = Away(request(uri, "stays away"), tmp_path)
-    shipment = Shipment(journal_of(tmp_path, range(1, 3)), store)
-    assert ship(shipment, store, parent=os.getpid(), patience=0.0) == 3
-    (kept,) = runs_of(uri, "stays away")
-    assert kept.info.status == "RUNNING"
+def test_a_row_costs_the_training_process_one_write(
+    tiny_run: TinyRun, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Counted in system calls: one write, and one look for news, which does not wait."""
+    run = tiny_run(length=2)
+    one = logger("counted")
+    run.plugins["mlflow"] = one
+    run.wanted_checkpoint = None
+    one.on_run_start(run)
+    one.on_train_start(run)
+    calls: list[str] = []
+    for name in ("write", "read", "open", "fsync", "pread"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, real=real, name=name: calls.append(name) or real(*given)
+        )
+    for _ in range(10):
+        one.on_log(run, {"train/loss": 1.0})
+    assert calls == ["write", "read"] * 10
+    monkeypatch.undo()
+    one.on_train_end(run, "finished")
+    assert json.loads((run.folder / "mlflow" / "runs.json").read_text())[0]["closed"]
 
 
 def test_a_full_disk_ends_the_logging_and_not_the_training(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     (tmp_path / "run" / "mlflow").mkdir(parents=True)
     (tmp_path / "run" / "mlflow" / "journal.jsonl").symlink_to("/dev/full")
-    with pytest.raises(FundamentalError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         tiny_run(logger("full"))
     one = logger("full")
     one._journal = Journal(tmp_path / "run" / "mlflow" / "journal.jsonl")
     run = tiny_run(run_dir=tmp_path / "plain")
-    one.on_log(run, {"train/loss": 1.0})
+    one.on_rewind(run, 7)
     assert "the journal takes no more rows (No space left on device)" in caplog.text
-    one.on_log(run, {"train/loss": 1.0})
+    one.on_rewind(run, 8)

@@ -1,0 +1,314 @@
+"""From journals to a real sqlite store, without a training process: what ends up in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fundamentallm_mlflow.journal import Journal
+from fundamentallm_mlflow.ledger import Ledger
+from fundamentallm_mlflow.places import charts, chosen, masked
+from fundamentallm_mlflow.shipment import Shipping
+from fundamentallm_mlflow.work import Work
+
+START: dict[str, Any] = {
+    "step": 0, "resume": "auto", "chosen": False, "name": "r", "records": [], "tags": {},
+    "parameters": {"groups.*bias.lr": "1", "run.length": "8 steps"},
+    "dataset": {"name": "d", "digest": "1", "source": {}, "profile": {"tokens": 5}},
+}  # fmt: skip
+
+
+class Process:
+    """What a training process would write."""
+
+    count = 0
+
+    def __init__(self, folder: Path, **facts: Any) -> None:
+        Process.count += 1
+        self.journal = Journal(folder / "journal.jsonl")
+        self.step = facts.get("step", 0)
+        self.journal.append("start", **START | {"id": f"{Process.count:032x}"} | facts)
+
+    def trains(self, until: int, scale: float = 1.0) -> Process:
+        for step in range(self.step + 1, until + 1):
+            self.journal.append("metrics", step=step, metrics={"train/loss": scale / step})
+        self.step = max(self.step, until)
+        return self
+
+    def ends(self, outcome: str | None = "finished") -> None:
+        if outcome is not None:
+            self.journal.append("end", outcome=outcome, error=None)
+        self.journal.close()
+
+
+def opened(uri: str, experiment: str) -> Any:
+    from fundamentallm_mlflow.store import Store
+
+    return Store(uri, experiment)
+
+
+def ship(folder: Path, store: Any, experiment: str) -> str:
+    shipping = Shipping(folder, store.uri, experiment, store)
+    shipping.ship()
+    shipping.close()
+    return shipping.entry.run_id
+
+
+def losses(steps: range, scale: float = 1.0) -> list[tuple[int, float]]:
+    return [(step, scale / step) for step in steps]
+
+
+def test_a_run_that_is_killed_and_resumed_has_each_step_once(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(6).ends(None)
+    first = ship(tmp_path, opened(look.uri, "killed"), "killed")
+    kept = look.run("killed")
+    assert (kept.info.status, kept.data.tags["outcome"]) == ("FAILED", "killed")
+    Process(tmp_path, step=4).trains(9).ends()
+    assert ship(tmp_path, opened(look.uri, "killed"), "killed") == first
+    kept = look.run("killed")
+    assert (kept.info.status, kept.data.tags["outcome"]) == ("FINISHED", "finished")
+    assert "error" not in kept.data.tags
+    assert look.points(kept, "train/loss") == losses(range(1, 10))
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+def test_wherever_processes_die_every_row_is_there_once(look: Any, data: st.DataObject) -> None:
+    """Both may: the one that trains, after any row, and the one that ships, at any call."""
+    from fundamentallm_mlflow import shipment
+    from fundamentallm_mlflow.store import Store
+
+    class Dying(Store):
+        calls = 1 << 30
+        after = False
+
+        def take(self, run_id: str, points: Any) -> None:
+            self.calls -= 1
+            if self.calls == 0 and not self.after:
+                raise KeyboardInterrupt
+            super().take(run_id, points)
+            if self.calls == 0:
+                raise KeyboardInterrupt
+
+    before, shipment.ENOUGH = shipment.ENOUGH, 3
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder, reached = Path(name), 0
+            for _ in range(data.draw(st.integers(1, 3), label="processes")):
+                start = data.draw(st.integers(0, reached), label="start")
+                reached = max(reached, data.draw(st.integers(start, start + 8), label="death"))
+                Process(folder, step=start).trains(reached).ends(
+                    data.draw(st.sampled_from([None, "interrupted"]))
+                )
+                store = Dying(look.uri, "anywhere")
+                store.calls = data.draw(st.integers(1, 4), label="calls")
+                store.after = data.draw(st.booleans(), label="after")
+                with contextlib.suppress(KeyboardInterrupt):
+                    ship(folder, store, "anywhere")
+            run_id = ship(folder, Store(look.uri, "anywhere"), "anywhere")
+            assert look.points(run_id, "train/loss") == losses(range(1, reached + 1))
+            assert len(Ledger(folder).entries) == 1
+    finally:
+        shipment.ENOUGH = before
+
+
+def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_there(
+    look: Any, tmp_path: Path
+) -> None:
+    first = Process(tmp_path).trains(4)
+    first.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
+    first.trains(8).journal.append("checkpoint", step=8, folder="/nowhere/step-00000008")
+    first.ends()
+    ship(tmp_path, opened(look.uri, "fork"), "fork")
+    Process(tmp_path, step=4, chosen=True).trains(6, scale=2.0).ends()
+    fork = ship(tmp_path, opened(look.uri, "fork"), "fork")
+    old = look.client.get_run(Ledger(tmp_path).entries[0].run_id)
+    tags = look.client.get_run(fork).data.tags
+    assert look.points(old, "train/loss") == losses(range(1, 9))
+    assert look.points(fork, "train/loss") == losses(range(1, 5)) + losses(range(5, 7), 2.0)
+    assert (tags["forked_from"], tags["forked_at"]) == (old.info.run_id, "4")
+    assert tags["fork_reason"] == "continued from step 4, though step 8 was saved"
+    # The newest checkpoint that belongs to the fork is the one of step 4.
+    Process(tmp_path, step=4, chosen=True).trains(7, scale=2.0).ends()
+    assert ship(tmp_path, opened(look.uri, "fork"), "fork") == fork
+    assert [step for step, _ in look.points(fork, "train/loss")] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("facts", "runs"),
+    [
+        ({}, 1),
+        ({"parameters": START["parameters"] | {"run.length": "16 steps"}}, 1),
+        ({"parameters": START["parameters"] | {"adamw.lr": "2"}}, 2),
+        ({"parameters": START["parameters"] | {"adamw.lr": "2"}, "resume": "same"}, 1),
+        ({"resume": "fork"}, 2),
+    ],
+)
+def test_changed_settings_fork_unless_one_says_otherwise(
+    look: Any, tmp_path: Path, facts: dict[str, Any], runs: int
+) -> None:
+    Process(tmp_path).trains(3).ends()
+    ship(tmp_path, opened(look.uri, "changed"), "changed")
+    Process(tmp_path, step=3, **facts).trains(4).ends()
+    run = look.client.get_run(ship(tmp_path, opened(look.uri, "changed"), "changed"))
+    assert len(Ledger(tmp_path).entries) == runs
+    assert look.points(run, "train/loss") == losses(range(1, 5))
+    if runs == 2 and "parameters" in facts:
+        assert run.data.tags["fork_reason"] == "adamw.lr: not set -> 2"
+    if runs == 1 and "parameters" in facts:
+        assert "->" in run.data.tags.get("settings.changed", "->")
+
+
+def test_a_new_run_has_no_history(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3).ends()
+    first = ship(tmp_path, opened(look.uri, "new"), "new")
+    Process(tmp_path, step=3, resume="new").trains(5).ends()
+    second = look.client.get_run(ship(tmp_path, opened(look.uri, "new"), "new"))
+    assert second.data.tags["continues"] == first
+    assert look.points(second, "train/loss") == losses(range(4, 6))
+
+
+def test_rows_that_an_ended_process_left_go_into_its_own_run(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3).ends("interrupted")
+    Process(tmp_path, step=2, resume="fork").trains(4, scale=2.0).ends()
+    second = ship(tmp_path, opened(look.uri, "left"), "left")
+    first, _ = Ledger(tmp_path).entries
+    kept = look.client.get_run(first.run_id)
+    assert kept.info.status == "KILLED"
+    assert look.points(kept, "train/loss") == losses(range(1, 4))
+    assert look.points(second, "train/loss") == losses(range(1, 3)) + losses(range(3, 5), 2.0)
+
+
+def test_steps_that_became_void_are_told_and_not_doubled(look: Any, tmp_path: Path) -> None:
+    process = Process(tmp_path).trains(6)
+    process.journal.append("rewind", step=4, left=6)
+    process.step = 4
+    process.trains(8, scale=2.0).ends()
+    ship(tmp_path, opened(look.uri, "rewound"), "rewound")
+    kept = look.run("rewound")
+    assert look.points(kept, "train/loss") == losses(range(1, 7)) + losses(range(7, 9), 2.0)
+    assert kept.data.tags["rewind.6"] == "steps 5 to 6 are void: the run went back"
+
+
+def test_a_checkpoint_is_a_model_with_the_metrics_of_its_step(look: Any, tmp_path: Path) -> None:
+    process = Process(tmp_path).trains(2)
+    process.journal.append("metrics", step=4, metrics={"train/loss": 1.0, "val/loss": 2.0})
+    process.journal.append("metrics", step=6, metrics={"val/loss": 1.5})
+    process.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
+    process.ends()
+    run_id = ship(tmp_path, opened(look.uri, "models"), "models")
+    (model,) = look.client.search_logged_models([look.run("models").info.experiment_id])
+    assert (model.name, model.source_run_id) == ("step-00000004", run_id)
+    assert model.tags["path"] == "/nowhere/step-00000004"
+    assert [(m.key, m.value, m.step) for m in model.metrics] == [("val/loss", 2.0, 4)]
+    assert look.points(run_id, "val/loss") == [(4, 2.0), (6, 1.5)]
+
+
+def test_a_run_that_was_deleted_gets_a_new_one_with_all_rows(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3).ends()
+    first = ship(tmp_path, opened(look.uri, "gone"), "gone")
+    look.client.delete_run(first)
+    Process(tmp_path, step=3).trains(5).ends()
+    second = ship(tmp_path, opened(look.uri, "gone"), "gone")
+    assert second != first
+    assert look.points(second, "train/loss") == losses(range(1, 6))
+
+
+def test_a_lost_ledger_is_made_anew_without_doubled_runs_or_points(
+    look: Any, tmp_path: Path
+) -> None:
+    Process(tmp_path).trains(3).ends()
+    first = ship(tmp_path, opened(look.uri, "lost"), "lost")
+    (tmp_path / "runs.json").unlink()
+    assert ship(tmp_path, opened(look.uri, "lost"), "lost") == first
+    assert look.points(look.run("lost"), "train/loss") == losses(range(1, 4))
+
+
+def test_a_refused_metric_does_not_take_others_along(look: Any) -> None:
+    store = opened(look.uri, "refused")
+    run_id = store.run_for(START | {"id": "refused", "time": 1})
+    store.describe(run_id, START, {})
+    good = [(f"m/{i}", float(i), 1, 1) for i in range(20)]
+    too_long = ("x" * 300, 1.0, 1, 1)
+    store.take(run_id, [*good[:7], too_long, *good[7:], ("odd//name(x)", math.inf, 1, 1)])
+    kept = look.run("refused")
+    assert {k: v for k, v in kept.data.metrics.items() if k.startswith("m/")} == {
+        key: value for key, value, _, _ in good
+    }
+    assert math.isnan(kept.data.metrics["odd/name_x_"])
+    assert kept.data.params == {"groups._bias.lr": "1", "run.length": "8 steps"}
+
+
+def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-00000004.txt").write_text("a sample")
+    Process(tmp_path).trains(3).ends()
+    asked = {"uri": look.uri, "place": look.uri, "experiment": "system", "plot": True}
+    machine = {"parent": 1, "system_seconds": 5.0, "run_folder": str(tmp_path)}
+    work = Work(asked | machine, tmp_path)
+    work.attach()
+    work.measure()
+    work.ship()
+    work.end()
+    kept = look.run("system")
+    found = {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"}
+    assert found <= set(kept.data.metrics)
+    assert look.files(kept) == {"loss.png", "samples"}
+    assert look.files(kept, "samples") == {"samples/step-00000004.txt"}
+
+
+def test_two_runs_may_start_on_one_fresh_database(look: Any, tmp_path: Path) -> None:
+    fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
+    code = (
+        "import sys\n"
+        "from fundamentallm_mlflow.store import Store\n"
+        "store = Store(sys.argv[1], 'shared')\n"
+        "run_id = store.run_for({'id': sys.argv[2], 'time': 1, 'name': 'r'})\n"
+        "store.end(run_id, {'outcome': 'finished'})\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, fresh, name]) for name in "ab"]
+    assert [one.wait() for one in both] == [0, 0]
+    runs = type(look)(fresh).runs("shared")
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_folder_that_cannot_hold_a_database_is_an_error_at_once() -> None:
+    with pytest.raises(OSError, match="/proc/no"):
+        opened("sqlite:////proc/no/mlflow.db", "x")
+
+
+def test_a_deleted_experiment_is_an_error_that_says_so(look: Any) -> None:
+    look.client.delete_experiment(look.client.create_experiment("deleted"))
+    with pytest.raises(ValueError, match="'deleted' was deleted there: restore it"):
+        opened(look.uri, "deleted")
+
+
+def test_a_database_is_the_same_from_every_folder(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert chosen(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert chosen("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
+    assert chosen("sqlite:////x/b.db") == "sqlite:////x/b.db"
+    assert chosen("http://host:5000") == "http://host:5000"
+
+
+def test_no_message_and_no_url_shows_a_password() -> None:
+    assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert masked("http://host:5000") == "http://host:5000"
+    assert charts("https://me:secret@host/x/", "7").startswith("https://host/x/#/experiments/7/")
+
+
+def test_a_ledger_that_is_no_ledger_is_as_good_as_none(tmp_path: Path) -> None:
+    for text in ("", "{", json.dumps({"run_id": 1})):
+        (tmp_path / "runs.json").write_text(text)
+        assert Ledger(tmp_path).entries == []
