@@ -13,6 +13,8 @@ import pytest
 import tiny
 from tiny import EVERY
 
+from fundamentallm_checkpoint import contents, manifest
+
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
          "state.safetensors")  # fmt: skip
 NEWEST, OLDER = 4 * EVERY, 3 * EVERY
@@ -86,7 +88,8 @@ def check_damage(damage, name, killed, uninterrupted, folder):
     check(folder, uninterrupted, name)
 
 
-@pytest.mark.parametrize(("name", "damage"), [*zip(FILES, DAMAGES, strict=True)])
+@pytest.mark.parametrize(("name", "damage"), [*zip(("model.safetensors", "manifest.json",
+    "state.json", "optimizer.safetensors", "state.safetensors"), DAMAGES, strict=True)])
 def test_a_damaged_file_is_named_and_the_older_checkpoint_leads_to_the_same_bits(
     name, damage, killed, uninterrupted, tmp_path
 ):
@@ -114,6 +117,8 @@ def assert_noticed(folder, path, harm):
     sound = path.read_bytes()
     harm(path)
     assert len(tiny.unsound(folder)) == 1, (path, harm)
+    with pytest.raises(manifest.Unsound, match=path.name.replace(".", r"\.")):
+        contents.read(path.parent, manifest.read(path.parent))
     path.write_bytes(sound)
 
 
