@@ -50,7 +50,8 @@ class Mlflow:
     """What happens if the store cannot be used at the start: the run ends with an error, or it
     writes its journal until the store is there."""
     start_seconds: float = field(default=30.0, validator=gt(0))
-    """How long the store may take to open, and then to take the run's description."""
+    """How long the start waits for the store to open and to take the run's description; it begins
+    to open before data and model are built."""
     end_seconds: float = field(default=60.0, validator=gt(0))
     """How long the end of the run waits for the store to take the last rows."""
     waiting_mb: float = field(default=256.0, validator=gt(0))

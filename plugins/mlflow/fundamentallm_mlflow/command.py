@@ -118,8 +118,9 @@ def serve(store: str, port: int, where: str) -> None:
     from mlflow.cli import cli
 
     threading.Thread(target=_announce, args=(port, where), daemon=True).start()
-    words = ["server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port),
-             "--workers", "1", "--uvicorn-opts", "--log-level warning"]  # fmt: skip
+    words = ["server", "--backend-store-uri", store, "--registry-store-uri", store,
+             "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+             "--uvicorn-opts", "--log-level warning"]  # fmt: skip
     cli.main(words, prog_name="mlflow", standalone_mode=False)
 
 

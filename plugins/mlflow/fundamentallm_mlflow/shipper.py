@@ -47,19 +47,21 @@ class Shipper:
         self._pipe = cast("IO[bytes]", self._process.stdout).fileno()
         os.set_blocking(self._pipe, False)
         self._read = b""
-        self._since = time.monotonic()
+        self._since, self._waited = time.monotonic(), 0.0
         self._patience = float(request["start_seconds"])
         self._say(request)
 
     def open(self) -> dict[str, Any]:
         """Wait for the store, as long as it may take from its start; return the answer."""
-        return self._answer(self._since + self._patience)
+        began = time.monotonic()
+        answer = self._answer(self._since + self._patience)
+        self._waited = time.monotonic() - began
+        return answer
 
     def attach(self) -> dict[str, Any]:
         """Let it ship the journal, and wait for the MLflow run; return the answer."""
-        began = time.monotonic()
         self._say({})
-        return self._answer(began + self._patience)
+        return self._answer(time.monotonic() + self._patience - self._waited)
 
     def go_on(self) -> None:
         """Let it ship the journal as soon as the store opens, and do not wait for that."""
@@ -67,20 +69,9 @@ class Shipper:
 
     def listen(self) -> None:
         """Pass on what it says about the store, if it says anything. Does not wait."""
-        if self._pipe < 0:
-            return
-        try:
-            part = os.read(self._pipe, 65536)
-        except BlockingIOError:
-            return
-        if part:
-            *lines, self._read = (self._read + part).split(b"\n")
-            for line in lines:
-                self._pass_on(json.loads(line))
-        else:
+        if self._pipe >= 0 and not self._hear():
             self._pipe = -1
-            if self._process.poll() != 0:
-                log.warning("mlflow: the shipping process ended: the rows wait in %s", self._folder)
+            log.warning("mlflow: the shipping process ended: the rows wait in %s", self._folder)
 
     def finish(self, patience: float | None) -> str | None:
         """Let the process ship the rest and end; return what went wrong, if anything did. None
@@ -92,6 +83,8 @@ class Shipper:
         except subprocess.TimeoutExpired:
             self.kill()
             return "the store did not take the last rows in time"
+        if self._pipe >= 0:
+            self._hear()
         return {0: None, 3: "the store did not take the last rows in time"}.get(
             code, f"the shipping process ended with code {code}"
         )
@@ -107,6 +100,17 @@ class Shipper:
         said = error.replace(self._uri, self._place)
         return (f"mlflow: the store {self._place} cannot be used: {said} "
                 f"(details: {self._folder / 'ship.log'})")  # fmt: skip
+
+    def _hear(self) -> bool:
+        """Pass on what there is to read; False at the pipe's end."""
+        try:
+            part = os.read(self._pipe, 65536)
+        except BlockingIOError:
+            return True
+        *lines, self._read = (self._read + part).split(b"\n")
+        for line in lines:
+            self._pass_on(json.loads(line))
+        return bool(part)
 
     def _pass_on(self, news: dict[str, Any]) -> None:
         if news.get("state") == "away":

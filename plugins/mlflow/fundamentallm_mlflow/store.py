@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import math
@@ -180,6 +181,7 @@ def database(uri: str) -> Path | None:
     return Path(path) if separator and scheme == "sqlite" and path else None
 
 
+@functools.lru_cache(maxsize=4096)
 def safe(key: str) -> str:
     """Return a key as MLflow takes it: few characters, and the form of a plain relative path."""
     allowed = re.sub(r"[^\w./ :-]", "_", key, flags=re.ASCII)

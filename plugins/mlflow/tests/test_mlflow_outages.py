@@ -198,7 +198,7 @@ def test_the_page_of_the_charts_is_printed_once_it_is_there(look: Any, tmp_path:
     )  # fmt: skip
     try:
         assert shown.stdout is not None
-        url = shown.stdout.readline().strip()
+        url = next(line.strip() for line in shown.stdout if line.startswith("http"))
         found = look.client.get_experiment_by_name("shown").experiment_id
         assert url.startswith(f"http://127.0.0.1:{port}/#/experiments/{found}/runs?workflowType=")
         with urllib.request.urlopen(url, timeout=30) as page:
