@@ -151,7 +151,7 @@ def test_every_row_is_there_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
     assert seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("end", [b"", b"1.5,6,2", b"\x00\x00\n", b"1.5,5\n", b"a,b,c,d,e,f,g\n"])
+@pytest.mark.parametrize("end", [b"", b"1.5,6,2", b"1.5,4,16,1,1,1,1", b"\x00\x00\n", b"1.5,5\n", b"a,b,c,d,e,f,g\n"])
 def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> None:
     memory = Memory(step=4)
     whole = tiny_run(Csv(), memory, length=8, log_every=1)
