@@ -140,7 +140,7 @@ def keeping(kind, chance):
     return kinds[kind]
 
 
-@pytest.mark.parametrize("kind", ["nothing", "all", "some"])
+@pytest.mark.parametrize("kind", ["nothing", "some", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_power_cut_at_any_point_leaves_a_sound_checkpoint(kind, recorded, tmp_path, caplog):
     calls, root = recorded
     caplog.set_level(logging.ERROR)
