@@ -68,7 +68,9 @@ class Jsonl:
     def _open(self, run: Run) -> None:
         path = run.folder / FILE
         if path.exists():
-            drop_rows_after(run.progress.step, path)
+            # A step that a signal left open is closed, and its row written, by whoever resumes it:
+            # a process that was killed after that has left the row already.
+            drop_rows_after(run.progress.step - (not run.progress.closed), path)
         # Appending, so that one write puts the whole line at the end, whoever else writes.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 

@@ -154,6 +154,15 @@ def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> N
     assert path.stat().st_ino == before[1]
 
 
+def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyRun) -> None:
+    memory = Memory(step=3)
+    tiny_run(Jsonl(), memory, length=5, log_every=1)
+    assert memory.kept is not None
+    memory.kept["progress"]["closed"] = False  # as a signal during the validation leaves it
+    run = tiny_run(Jsonl(), memory, length=5, log_every=1)
+    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5]
+
+
 @plugin
 class GoesBack(Memory):
     """Goes back from a later step, once."""
