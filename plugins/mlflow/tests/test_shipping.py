@@ -267,6 +267,18 @@ def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path
     assert look.files(kept, "samples") == {"samples/step-00000004.txt"}
 
 
+def test_a_gpu_that_does_not_know_everything_is_shown_as_far_as_it_does() -> None:
+    from fundamentallm_mlflow.system import _device
+
+    assert dict(_device("1, 50, 1000, 4000, [N/A]")) == {
+        "gpu_1_utilization_percentage": 50.0,
+        "gpu_1_memory_usage_megabytes": 1048.576,
+        "gpu_1_memory_usage_percentage": 25.0,
+    }
+    assert dict(_device("0, [N/A], [N/A], [N/A], 71.25")) == {"gpu_0_power_usage_watts": 71.25}
+
+
+@pytest.mark.slow
 def test_two_runs_may_start_on_one_fresh_database(look: Any, tmp_path: Path) -> None:
     fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
     code = (
