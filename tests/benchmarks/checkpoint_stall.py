@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from fundamentallm_checkpoint import Checkpoint
 if TYPE_CHECKING:
     from fundamentallm import Run
 
-BOUND, MEMORY_BOUND = 0.10, 1.05  # the copies are rounded up a little
+BOUND, MEMORY_BOUND = 0.10, 1.10  # stacks, buffers and the like take some MB besides
 WIDTH = 1024
 
 
@@ -64,7 +65,6 @@ class Deep:
 class Watch:
     """Times the safe points of the steps that save, and writes the same tensors plainly."""
 
-    pause: float = 4.0
     waits: list[float] = field(init=False, factory=list)
     plain: list[float] = field(init=False, factory=list)
     memory: list[int] = field(init=False, factory=list)
@@ -79,8 +79,8 @@ class Watch:
             answer = saves(run=run)
             if run.progress.step % 2 == 0 and not run.ending:
                 self.waits.append(time.perf_counter() - before)
-                self.memory.append(_resident())
-                time.sleep(self.pause)  # so that no save waits for the one before
+            self.memory.append(_resident())
+            _settle()  # so that nothing waits for what was begun before
             return answer
 
         run.hook.on_safe_point = timed  # type: ignore[method-assign]
@@ -99,9 +99,8 @@ class Watch:
             self.plain.append(_saved(tensors, run.folder / "plain.safetensors"))
             import fundamentallm_checkpoint.saving  # noqa: F401 - not to be counted as a copy's
 
-            self.memory.append(_resident())  # the first time before there is any copy
-            if run.progress.step == 1:
-                time.sleep(self.pause)
+            if not self.memory:  # before there is any copy
+                self.memory.append(_resident())
 
 
 def _saved(tensors: dict[str, torch.Tensor], path: Path) -> float:
@@ -114,6 +113,13 @@ def _saved(tensors: dict[str, torch.Tensor], path: Path) -> float:
     taken = time.perf_counter() - before
     path.unlink()
     return taken
+
+
+def _settle() -> None:
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.name.startswith("checkpoint"):
+            thread.join()
+    os.sync()
 
 
 def _resident() -> int:

@@ -354,7 +354,7 @@ class Kills(files.System):
         return object.__getattribute__(self, name)
 
 
-@pytest.mark.parametrize("nth", [1, 9, 17, 24, 26, 40, 55, 69, 77])
+@pytest.mark.parametrize("nth", [1, 17, 26, 55, 77])
 def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
     nth: int, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
@@ -398,6 +398,18 @@ def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_sa
     tensors = [t for part in copies[0].parts.values() for t in part.values()]
     end = max(t.data_ptr() + t.nbytes for t in tensors)
     assert end - min(first) <= packed.size + 64 * len(tensors)
+
+
+def test_large_tensors_of_every_layout_are_copied_exactly() -> None:
+    made = torch.Generator().manual_seed(1)
+    large = [torch.randn(700, 701, generator=made).to(kind) for kind in
+             (torch.float32, torch.bfloat16, torch.float64, torch.complex64)] * 2  # fmt: skip
+    odd = [large[0].t(), large[0][:, ::2], large[3].conj(), large[2].expand(2, 700, 701)]
+    model = {str(number): tensor for number, tensor in enumerate([*large, *odd])}
+    copied = Arena().copy(contents.pack({"model": model, "optimizer": {}}))
+    parts = copied.parts["model.safetensors"]
+    assert [name for name in model if not parts[name].equal(model[name])] == []
+    assert len({tensor.data_ptr() for tensor in parts.values()}) == 8
 
 
 def test_a_copy_does_not_change_with_its_original() -> None:
