@@ -753,6 +753,21 @@ def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_sugges
 
 
 @pytest.mark.usefixtures("ten")
+def test_an_observer_cannot_vote_for_a_factor():
+    @plugin
+    class Slows:
+        """Watches, and has a say."""
+
+        observer = True
+
+        @hookimpl
+        def lr_factor(self):
+            return 0.5
+
+    with pytest.raises(SettingsError, match="lr_factor: an observer may be muted"):
+        compose({"plugins": [], "run": {"length": 1}}, plugins=[Slows()])
+
+
 @pytest.mark.parametrize("command", ["train", "show", "hooks"])
 def test_on_mistakes_nothing_is_made_and_torch_is_not_imported(command: str) -> None:
     before = sorted(Path.cwd().rglob("*"))

@@ -94,6 +94,8 @@ def class_problems(host: Host, cls: type) -> Iterator[str]:
     for name in (hook for hook in hooks if hasattr(cls, hook) and hook not in methods):
         yield f"method {name} is named like a hook but lacks @hookimpl"
     for name, (options, function) in methods.items():
+        if name.endswith("_factor") and getattr(cls, "observer", False):
+            yield f"{name}: an observer may be muted, and its factor would be missing"
         if name in hooks:
             known = list(inspect.signature(getattr(host.hooks, name)).parameters)
             yield from _wrapper_problems(name, host.kind(name), options, function)
