@@ -144,7 +144,7 @@ def test_a_second_instance_has_a_name_and_a_table_of_its_own(install: Install) -
     ("value", "complaint"),
     [
         ("savr", "archive.plugin: no installed plugin is named 'savr' (did you mean 'saver'?)"),
-        (5, "archive.plugin: no installed plugin is named '5' (known: accumulate,"),
+        (5, "archive.plugin: no installed plugin is named '5'"),
         (["saver"], "archive.plugin: no installed plugin is named \"['saver']\" (did you mean 'saver'?)"),
     ],
 )
@@ -218,8 +218,8 @@ def test_what_is_said_to_be_installed_is_a_distribution_of_this_repository() -> 
 
 
 def test_no_distribution_is_invented_for_an_unknown_plugin() -> None:
-    (problem,) = problems(listed("wandb"))
-    assert problem.startswith("settings: plugins: no installed plugin is named 'wandb'")
+    (problem,) = problems(listed("comet"))
+    assert problem.startswith("settings: plugins: no installed plugin is named 'comet'")
     assert "pip install" not in problem
 
 
@@ -499,7 +499,7 @@ def test_every_required_hook_that_nobody_answers_is_told(install: Install) -> No
 
 
 def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
-    assert len(problems(listed("wandb"))) == 1
+    assert len(problems(listed("comet"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -681,7 +681,7 @@ def test_whether_data_has_epochs_may_depend_on_its_settings(install: Install) ->
 
 TEN = """
 extends = "base.toml"
-plugins = ["parts", "text", "stop", "wandbb", "one", "two", "typo.py", "stop"]
+plugins = ["parts", "text", "stop", "zzz", "one", "two", "typo.py", "stop"]
 
 [run]
 lenght = "2000 steps"
@@ -739,7 +739,7 @@ def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_sugges
         "base.toml:4: run.log_every: a period is finite and more than zero, not 0",
         'run.toml:8: run.seed: expected a whole number, got "1337"',
         "run.toml:9: run.device: unknown value \"gpu\" (did you mean 'cpu'?)",
-        "run.toml:3: plugins: no installed plugin is named 'wandbb'",
+        "run.toml:3: plugins: no installed plugin is named 'zzz'",
         f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: ModuleNotFoundError: No module named 'fundamentalm'",
         'run.toml:12: text.path: expected a path, got ["a.txt"]',
         "run.toml:15: text.batch_size: must be >= 1: 0",
@@ -752,7 +752,6 @@ def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_sugges
     ])  # fmt: skip
 
 
-@pytest.mark.usefixtures("ten")
 def test_an_observer_cannot_vote_for_a_factor():
     @plugin
     class Slows:
@@ -768,6 +767,7 @@ def test_an_observer_cannot_vote_for_a_factor():
         compose({"plugins": [], "run": {"length": 1}}, plugins=[Slows()])
 
 
+@pytest.mark.usefixtures("ten")
 @pytest.mark.parametrize("command", ["train", "show", "hooks"])
 def test_on_mistakes_nothing_is_made_and_torch_is_not_imported(command: str) -> None:
     before = sorted(Path.cwd().rglob("*"))

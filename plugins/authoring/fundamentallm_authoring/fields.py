@@ -43,6 +43,17 @@ class Setting:
     default: Any
     doc: str
     limits: Mapping[str, Any]
+    attribute: attrs.Attribute[Any]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the setting's own validator does not refuse a value of its type."""
+        if self.attribute.validator is None:
+            return True
+        try:
+            self.attribute.validator(None, self.attribute, value)
+        except (ValueError, TypeError):
+            return False
+        return True
 
     @property
     def required(self) -> bool:
@@ -54,7 +65,7 @@ def settings_of(cls: type) -> list[Setting]:
     """Return the settings of a plugin or table class, in the order of their declaration."""
     docs = attribute_docs(cls)
     return [
-        Setting(name, a.type, _default(a.default), docs.get(name, ""), _limits(a))
+        Setting(name, a.type, _default(a.default), docs.get(name, ""), _limits(a), a)
         for name, a in setting_fields(cls).items()
     ]
 

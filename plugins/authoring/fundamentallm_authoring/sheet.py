@@ -37,6 +37,8 @@ plugins = [
 {plugins}
 ]
 """
+STEPS = "100 steps"
+
 
 
 def sheet(instances: Mapping[str, type], name: str) -> str:
@@ -79,8 +81,8 @@ def example(annotation: Any, limits: Mapping[str, Any]) -> Any:
         needed = [setting for setting in settings_of(kind) if setting.required]
         return {setting.name: example(setting.type, setting.limits) for setting in needed}
     if origin in (list, dict):
-        return origin()
-    return {bool: False, str: "example", Path: "a/path", Period: "100 steps"}[kind]
+        return ["example"] if kind == list[str] and not limits else origin()
+    return {bool: False, str: "example", Path: "a/path", Period: STEPS}[kind]
 
 
 def starting_values(cls: type) -> dict[str, Any]:
@@ -142,6 +144,8 @@ def _assignment(setting: Setting, stated: Any) -> str:
         return f"{_key(setting.name)} = {toml(plain(stated))}"
     default = plain(setting.default)
     shown = example(setting.type, setting.limits) if default is None else default
+    if shown == STEPS and not setting.accepts(Period.parse(shown)):
+        shown = "10 minutes"
     return f"#{_key(setting.name)} = {toml(shown)}"
 
 

@@ -145,6 +145,9 @@ class Checkpoint:
         if self._writer is not None:
             self._writer.close(run)
             self._writer = None
+        from fundamentallm_checkpoint import advice
+
+        advice.add(run, self)
 
     def home(self, run: Run) -> Path:
         """Return the folder that this instance's checkpoints of ``run`` are in."""

@@ -33,6 +33,7 @@ class GradStats:
     """
 
     observer = True
+    after: ClassVar[tuple[str, ...]] = ("freeze",)  # what has just been unfrozen is measured, too
     produces: ClassVar[tuple[str, ...]] = ("grad_norm/*", "weight_norm/*", "update_ratio/*")
 
     every: int | None = field(default=None, validator=optional(ge(1)))

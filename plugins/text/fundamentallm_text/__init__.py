@@ -91,6 +91,9 @@ class Text:
 
     # What may be set anew while a run goes on; all else is read at its start.
     changeable = ("batch_size", "context_length")
+    # What may be another when a run is resumed: where the text is, as long as its fingerprint is
+    # the same, and how it is read.
+    free = ("path", "source", "validation_path", "prefetch", "cache_dir")
 
     _corpus: Any = field(default=None, init=False, repr=False)
 

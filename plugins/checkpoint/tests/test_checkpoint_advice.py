@@ -1,0 +1,61 @@
+"""After a bad end the error tells what there is to go on from, and how."""
+
+from __future__ import annotations
+
+import pytest
+
+from fundamentallm import DataError, Period, PluginError, hookimpl, plugin
+from fundamentallm_checkpoint import Checkpoint
+
+
+@plugin
+class Fails:
+    """Raises an error in the third step."""
+
+    error: BaseException
+
+    @hookimpl
+    def on_step_start(self, run):
+        if run.progress.step == 2:
+            raise self.error
+
+
+def notes(tiny_run, tmp_path, error, *plugins):
+    with pytest.raises((PluginError, DataError)) as raised:
+        tiny_run(Fails(error=error), *plugins, run_dir=tmp_path / "run")
+    return getattr(raised.value, "__notes__", [])
+
+
+def test_a_failed_run_tells_its_newest_checkpoint_and_what_resumes_it(tiny_run, tmp_path):
+    (note,) = notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1)))
+    folder = tmp_path / "run"
+    assert note == (
+        f"the newest finite checkpoint is {folder}/checkpoints/step-00000002; "
+        f"resume with: fundamentallm resume {folder}"
+    )
+
+
+def test_a_model_alone_is_nothing_to_resume_from(tiny_run, tmp_path):
+    assert notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1), contents="model")) == []
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_advised(tiny_run, tmp_path):
+    @plugin
+    class Poisons:
+        """Makes a weight infinite before the second checkpoint."""
+
+        @hookimpl
+        def on_step_end(self, run):
+            if run.progress.step == 2:
+                run.parameters[0].data.fill_(float("inf"))
+
+    (note,) = notes(tiny_run, tmp_path, OSError("gone"), Poisons(), Checkpoint(every=Period(1)))
+    assert "step-00000001;" in note
+
+
+def test_an_error_that_a_resume_would_repeat_advises_none(tiny_run, tmp_path):
+    assert notes(tiny_run, tmp_path, DataError("the data has ended"), Checkpoint(every=Period(1))) == []
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_advises_none(tiny_run, tmp_path):
+    assert notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(3))) == []
