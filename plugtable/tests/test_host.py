@@ -297,3 +297,33 @@ def test_the_environment_says_what_a_composition_ran_in():
     assert around["versions"].keys() == {"plugtable", "pluggy", "attrs"}
     assert "salt" in around["plugins"]
     assert around["command"] == sys.argv
+
+
+@plugtable.plugin
+class Taster:
+    """Tastes, if it is told to."""
+
+    tastes: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if not self.tastes:
+            self.taste = None
+
+    @hookimpl
+    def taste(self) -> str:
+        return "salt"
+
+
+def test_a_method_that_an_instance_sets_to_none_is_no_hook_of_that_instance():
+    assert frozen(Taster()).taste(dish="soup") == "salt"
+    assert frozen(Taster(tastes=False)).taste(dish="soup") == "nothing"
+
+    @plugtable.plugin
+    class Gourmet:
+        @hookimpl
+        def taste(self) -> str:
+            return "thyme"
+
+    assert frozen(Taster(tastes=False), Gourmet()).taste(dish="soup") == "thyme"
+    with pytest.raises(Burnt, match="both answer"):
+        composed(Taster(), Gourmet())

@@ -71,6 +71,10 @@ class Amp:
         for name in _OF_FP16:
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name}: belongs to dtype 'fp16', but dtype is {self.dtype!r}")
+        # They have nothing to do with bf16, and a name without a method is no hook. backward stays:
+        # two amps that answer it are noticed.
+        for name in ("finish_gradients", "judge_step", "settle_step"):
+            setattr(self, name, None)
 
     @property
     def produces(self) -> tuple[str, ...]:
@@ -140,7 +144,7 @@ class Amp:
     @hookimpl
     def finish_gradients(self, run: Run) -> None:
         """With fp16, divide the gradients by the scale, so that everyone sees the true ones."""
-        if self._scaling is not None and not self._scaling.unscale():
+        if not self._scaling.unscale():
             raise SettingsError(
                 f"{self._name(run)}.dtype: 'fp16' needs every loss to go through the hook "
                 f"'backward', to scale it; a plugin that answers 'train_microbatch' went past it"
@@ -149,16 +153,12 @@ class Amp:
     @hookimpl
     def judge_step(self) -> str | None:
         """With fp16, reject a step whose gradients overflowed. The host waits for the device."""
-        if self._scaling is None or not self._scaling.overflows():
-            return None
-        return "the gradients overflowed in fp16"
+        return "the gradients overflowed in fp16" if self._scaling.overflows() else None
 
     @hookimpl
     def settle_step(self, run: Run) -> None:
         """With fp16, let the scale follow; log it where a row is due; end when it has collapsed."""
         scaling, progress = self._scaling, run.progress
-        if scaling is None:
-            return
         if scaling.settle():
             self.overflows += 1
             self._insist_on_a_scale(run, scaling.scaler.get_scale())

@@ -67,6 +67,7 @@ class Guard:
 
     _origin: Any = field(init=False, repr=False)
     _parameters: list[Any] = field(init=False, repr=False)
+    _check: Any = field(init=False, default=None, repr=False)
     _fault: Fault | None = field(init=False, default=None)
     _loss: float = field(init=False, default=0.0)
     _judges: bool = field(init=False, default=True)
@@ -97,6 +98,10 @@ class Guard:
         self._origin = Origin(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
         self._homes.add(run.folder / "checkpoints")
+        if not self._keeps_losses and run.world_size == 1:
+            from fundamentallm_guard.readings import Check
+
+            self._check = Check(run.device)
 
     @hookimpl
     def on_step_start(self) -> None:
@@ -141,6 +146,8 @@ class Guard:
     def judge_step(self, run: Run) -> str | None:
         """Reject a step whose loss or gradients are not finite, or whose loss is a spike."""
         if self._fault is None and self._judges:
+            if self._check is not None and self._check.passes(run, self._parameters):
+                return None
             from fundamentallm_guard.readings import of_step
 
             self._loss, gradient = of_step(run, self._parameters)

@@ -81,8 +81,10 @@ def answering(host: Host, plugins: Mapping[str, object]) -> dict[str, list[str]]
     """Return for each hook the names of the plugins that answer it, wrappers aside."""
     answers: dict[str, list[str]] = {}
     for name, instance in plugins.items():
-        for hook, options, _ in hook_methods(host, type(instance)):
-            if hook in host.hook_names and not options["wrapper"]:
+        for hook, options, function in hook_methods(host, type(instance)):
+            # A method that an instance hides behind None is no hook of it, for pluggy neither.
+            hidden = getattr(instance, function.__name__, None) is None
+            if hook in host.hook_names and not options["wrapper"] and not hidden:
                 answers.setdefault(hook, []).append(name)
     return answers
 
