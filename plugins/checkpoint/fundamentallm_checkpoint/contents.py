@@ -103,7 +103,7 @@ def write(folder: Path, packed: Packed, report: Report | None = None) -> Content
         done += size
         if report is not None and (done == total or done - told > total // 100):
             told = done
-            report(done, total)
+            report(min(done, total - 1), total)
 
     seals: dict[str, Seal] = {}
     poisoned: list[str] = []
@@ -113,6 +113,8 @@ def write(folder: Path, packed: Packed, report: Report | None = None) -> Content
         # A plugin's own state may well hold an infinity: a best value that nothing has beaten yet.
         poisoned += written.poisoned if name != _EXTRA else []
     seals[_STATE] = files.write(folder / _STATE, packed.state)
+    if report is not None and total:  # not before: to make the last file durable takes its time
+        report(total, total)
     return Contents(seals, poisoned)
 
 

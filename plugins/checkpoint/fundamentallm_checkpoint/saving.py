@@ -67,7 +67,8 @@ class Flight:
         told = False
         while not self.over:
             self._thread.join(_LOOK)
-            if told := self.total > 0 and not self.over:
+            if self.total > 0 and not self.over:
+                told = True
                 report(min(self.done, self.total - 1), self.total)
         if told:
             report(self.total, self.total)

@@ -74,7 +74,7 @@ class Watch:
             if self.since is None:
                 log.info("compiling the model: the first step takes its time")
                 self.since = time.perf_counter()
-                self.run.report(_TASK, 0, 1)
+                self.run.report(_TASK, 0)  # nobody knows how long
             else:
                 self.end()
         return self.forward(*inputs, **named)
