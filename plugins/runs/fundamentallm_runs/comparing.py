@@ -91,8 +91,7 @@ def _settings(records: list[Record], names: list[str]) -> Table:
 def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -> Table:
     table = Table("metric", *names, box=None, pad_edge=False, header_style="bold")
     table.add_row("state", *(record.state for record in records))
-    steps = [record.rows[-1].step if record.rows else 0 for record in records]
-    table.add_row("step", *map(str, steps))
+    table.add_row("step", *(str(record.step) for record in records))
     known = _known(records)
     for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
         if metric not in known:
@@ -114,7 +113,7 @@ def _number(value: float | None) -> str:
 
 
 def _known(records: list[Record]) -> list[str]:
-    return sorted({name for record in records for row in record.rows for name in row.metrics})
+    return sorted({name for record in records for name in record.columns.names})
 
 
 def _usual(records: list[Record]) -> str:

@@ -15,7 +15,7 @@ from fundamentallm_runs.record import Record
 Axis: TypeAlias = Literal["step", "tokens", "time"]
 AXES = ("step", "tokens", "time")
 LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first row"}
-POINTS = 2000
+POINTS = 2000  # more than a picture has columns are only slow
 SUFFIXES = (".png", ".svg", ".html")
 
 
@@ -34,15 +34,32 @@ def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | 
     ``smoothing``, from 0 to below 1, is the weight of what came before in an exponential moving
     average whose start is corrected (Kingma and Ba, *Adam*, 2015, section 3).
     """
-    series = [(row, value) for row, value in record.series(metric) if value == value]  # noqa: PLR0124
+    columns = record.columns
+    both = zip(*columns.series(metric), strict=True)
+    series = [(place, value) for place, value in both if value == value]  # noqa: PLR0124
     if not series:
         return None
-    first = record.rows[0].time
-    x = [row.time - first if axis == "time" else float(getattr(row, axis)) for row, _ in series]
     y = smoothed([value for _, value in series], smoothing)
-    every = -(-len(x) // POINTS)  # more points than a picture has columns are only slow
-    kept = sorted({*range(0, len(x), every), len(x) - 1})
-    return Curve(record.name, [x[i] for i in kept], [y[i] for i in kept])
+    kept = [(series[i][0], y[i]) for i in extremes(y, POINTS)]
+    if axis == "time":
+        x = [columns.times[place] - columns.times[0] for place, _ in kept]
+    else:
+        numbers = columns.steps if axis == "step" else columns.tokens
+        x = [float(numbers[place]) for place, _ in kept]
+    return Curve(record.name, x, [value for _, value in kept])
+
+
+def extremes(values: list[float], most: int) -> list[int]:
+    """Return the places of at most ``most`` + 2 values: of equal parts of the list the lowest and
+    the highest, so that no spike is lost, and the ends."""
+    if len(values) <= most:
+        return list(range(len(values)))
+    size = -(-2 * len(values) // most)
+    kept = {0, len(values) - 1}
+    for first in range(0, len(values), size):
+        part = values[first : first + size]
+        kept |= {first + part.index(min(part)), first + part.index(max(part))}
+    return sorted(kept)
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:

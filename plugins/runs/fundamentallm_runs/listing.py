@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fundamentallm import StorageError
-from fundamentallm_runs.record import Record, Row, is_run, is_running, parsed, read
+from fundamentallm_runs.record import Record, is_run, is_running, read
+from fundamentallm_runs.rows import Row, parsed
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -74,12 +75,12 @@ def _after(path: Path, position: int) -> bytes:
 
 
 def _told(record: Record, metric: str) -> dict[str, object]:
-    best, last, share = record.best(metric), record.rows[-1] if record.rows else None, record.share
-    written = datetime.fromtimestamp(last.time, UTC) if last else None
+    best, share, last = record.best(metric), record.share, record.written
+    written = None if last is None else datetime.fromtimestamp(last, UTC)
     return {
         "run": record.name,
         "state": record.state,
-        "step": last.step if last else 0,
+        "step": record.step,
         "done": None if share is None else f"{share:.0%}",
         "best": best[1] if best else None,
         "best_step": best[0] if best else None,

@@ -10,6 +10,7 @@ import click
 
 from fundamentallm import SettingsError
 from fundamentallm_runs.record import Record, read
+from fundamentallm_runs.rows import read_rows
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -63,7 +64,8 @@ def versions(before: Record, after: Record) -> list[str]:
 
 def different_rows(before: Record, after: Record) -> str:
     """Tell whether both runs logged the same, measurements of time and memory aside."""
-    old, new = ({row.step: row.metrics for row in one.rows} for one in (before, after))
+    files = (one.folder / "metrics.jsonl" for one in (before, after))
+    old, new = ({row.step: row.metrics for row in read_rows(path)} for path in files)
     if not old:
         return "metrics: there are none to compare with"
     for step in sorted(old.keys() | new.keys()):

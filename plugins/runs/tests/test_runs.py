@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from hypothesis import strategies as st
 
 from fundamentallm import FundamentalError, SettingsError, StorageError, train
 from fundamentallm_runs.comparing import compare, differences
-from fundamentallm_runs.curves import POINTS, curve, smoothed
+from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
-from fundamentallm_runs.record import Row, parsed, read, read_rows
+from fundamentallm_runs.record import read
 from fundamentallm_runs.repeating import rerun
+from fundamentallm_runs.rows import Row, gathered, parsed, read_rows
 
 LOCAL = '''
 from torch import nn
@@ -125,7 +127,7 @@ def test_a_run_that_was_cut_short_is_stopped_and_one_that_crashed_has_failed(cop
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:40])
     record = read(copies[0])
-    assert (record.state, record.rows[-1].step, record.share) == ("stopped", 4, 0.5)
+    assert (record.state, record.step, record.share) == ("stopped", 4, 0.5)
     (copies[0] / "crash").mkdir()
     (copies[0] / "crash" / "crash.json").write_text("{}")
     assert read(copies[0]).state == "failed"
@@ -134,7 +136,7 @@ def test_a_run_that_was_cut_short_is_stopped_and_one_that_crashed_has_failed(cop
 
 def test_a_run_without_a_row_is_a_run_all_the_same(copies):
     (copies[0] / "metrics.jsonl").unlink()
-    assert read(copies[0]).rows == []
+    assert (read(copies[0]).step, read(copies[0]).written) == (0, None)
     assert "slow" in said(runs, copies[0].parent)
     assert "none of the runs has logged it" in said(compare, copies[0], fails=SettingsError)
 
@@ -182,10 +184,11 @@ def test_a_metric_that_nobody_logged_is_told_with_those_that_are_known(two):
 def test_curves_have_the_values_of_the_rows_over_every_axis(two, axis):
     record = read(two[0])
     made = curve(record, "val/loss", axis, 0.0)
-    series = record.series("val/loss")
+    rows = list(read_rows(two[0] / "metrics.jsonl"))
+    series = [(row, row.metrics["val/loss"]) for row in rows if "val/loss" in row.metrics]
     assert made.y == [value for _, value in series]
     expected = {"step": [row.step for row, _ in series], "tokens": [row.tokens for row, _ in series],
-                "time": [row.time - record.rows[0].time for row, _ in series]}  # fmt: skip
+                "time": [row.time - rows[0].time for row, _ in series]}  # fmt: skip
     assert made.x == expected[axis]
 
 
@@ -212,13 +215,66 @@ def test_smoothing_is_the_weighted_mean_of_what_came_before(values, weight):
         assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_hundred_thousand_rows_are_thinned_for_the_picture_and_keep_their_end(tmp_path, two):
-    record = read(two[0])
-    rows = [Row(n, n, float(n), {"train/loss": 1.0 / (n + 1)}) for n in range(100_000)]
-    object.__setattr__(record, "rows", rows)
-    made = curve(record, "train/loss", "step", 0.0)
-    assert len(made.x) <= POINTS + 1
-    assert (made.x[0], made.x[-1]) == (0.0, 99_999.0)
+LONG = 20_000
+TEN = ("train/loss", "optim/lr", "optim/grad_norm", "train/tokens", "perf/mfu", *(f"a/b{n}" for n in range(5)))
+
+
+def long_run(folder: Path, seed: int) -> Path:
+    """Write the folder of a run of many rows of ten metrics, some with an
+    eleventh."""
+    folder.mkdir(parents=True)
+    (folder / "settings.toml").write_text(f'plugins = []\n[run]\nlength = "{LONG} steps"\nseed = {seed}\n')
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, LONG + 1):
+            values = [f'"{name}": {(step * 7919 + place + seed) % 10007 / 10007}' for place, name in enumerate(TEN)]
+            values += [f'"val/loss": {seed + 100 / step}'] if step % 100 == 0 else []
+            file.write(f'{{"time": {step / 10}, "step": {step}, "tokens": {step * 8}, "metrics": {{{", ".join(values)}}}}}\n')
+    return folder
+
+
+def test_two_long_runs_are_compared_with_each_line_read_once_and_a_picture_of_few_points(tmp_path, monkeypatch):
+    """Counted, not timed: what is done for every line, and what is done for every point."""
+    from fundamentallm_runs import comparing, rows
+
+    folders = [long_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    counts: dict[str, list[int]] = {"parsed": [], "drawn": []}
+    monkeypatch.setattr(rows, "parsed", lambda line: counts["parsed"].append(len(line)) or parsed(line))
+    shown = comparing.drawn
+    monkeypatch.setattr(comparing, "drawn", lambda curves, *more: counts["drawn"].extend(len(c.x) for c in curves) or shown(curves, *more))
+    told = said(compare, *folders, "--curve", "train/loss", "--smooth", "0.5")
+    assert sum(counts["parsed"]) == sum((one / "metrics.jsonl").stat().st_size for one in folders)
+    assert len(counts["drawn"]) == 2
+    assert max(counts["drawn"]) <= POINTS + 2
+    assert re.search(r"^step +20000 +20000", told, re.MULTILINE)
+    assert re.search(r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", told, re.MULTILINE)
+
+
+def test_columns_take_few_bytes_for_each_number(tmp_path):
+    rows = (Row(n, n, float(n), dict.fromkeys(TEN, n / 7)) for n in range(LONG))
+    tracemalloc.start()
+    columns = gathered(rows)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 30 * 8 * LONG
+    assert columns.names == set(TEN)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=3), max_size=20))
+def test_a_column_has_the_values_of_the_rows_in_their_order_whatever_each_row_has(metrics):
+    columns = gathered(Row(n, 0, 0.0, one) for n, one in enumerate(metrics))
+    for name in "abc":
+        places, values = columns.series(name)
+        assert list(zip(places, values, strict=True)) == [(n, one[name]) for n, one in enumerate(metrics) if name in one]
+    assert columns.names == {name for one in metrics for name in one}
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=300), st.integers(2, 40))
+def test_a_picture_of_a_long_curve_keeps_its_ends_and_its_highest_and_lowest_values(values, most):
+    kept = extremes(values, most)
+    assert len(kept) <= most + 2
+    assert kept == sorted(set(kept))
+    assert {kept[0], kept[-1]} == {0, len(values) - 1}
+    assert {min(values), max(values)} <= {values[place] for place in kept}
 
 
 def test_rows_are_watched_as_they_come_until_the_run_ends(copies):

@@ -1,0 +1,97 @@
+"""The rows of a metrics file, one by one or as columns."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import attrs
+import orjson
+
+
+class Row(NamedTuple):
+    """A row of metrics, as a logger wrote it."""
+
+    step: int
+    tokens: int
+    time: float
+    """Unix time, in seconds."""
+    metrics: dict[str, float]
+
+
+@attrs.frozen
+class Block:
+    """The rows that have the same metrics: their places among all rows, and their values one row
+    after the other."""
+
+    places: array[int] = attrs.field(factory=lambda: array("q"))
+    values: array[float] = attrs.field(factory=lambda: array("d"))
+
+
+@attrs.frozen
+class Columns:
+    """All rows of a run, in eight bytes for each number; nothing is done per number in Python."""
+
+    steps: list[int] = attrs.field(factory=list)
+    tokens: list[int] = attrs.field(factory=list)
+    times: array[float] = attrs.field(factory=lambda: array("d"))
+    _blocks: dict[tuple[str, ...], Block] = attrs.field(factory=dict)
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        names = tuple(row.metrics)
+        block = self._blocks.get(names)
+        if block is None:
+            block = self._blocks[names] = Block()
+        block.places.append(len(self.steps))
+        block.values.extend(row.metrics.values())
+        self.steps.append(row.step)
+        self.tokens.append(row.tokens)
+        self.times.append(row.time)
+
+    @property
+    def names(self) -> set[str]:
+        """The metrics that any row has."""
+        return {name for names in self._blocks for name in names}
+
+    def series(self, metric: str) -> tuple[Sequence[int], Sequence[float]]:
+        """Return the places of the rows that have a metric, in order, and its values there."""
+        found = [(block.places, block.values[names.index(metric) :: len(names)])
+                 for names, block in self._blocks.items() if metric in names]  # fmt: skip
+        if len(found) == 1:
+            return found[0]
+        pairs = sorted(pair for both in found for pair in zip(*both, strict=True))
+        return [place for place, _ in pairs], [value for _, value in pairs]
+
+
+def gathered(rows: Iterator[Row]) -> Columns:
+    """Return the columns of some rows."""
+    columns = Columns()
+    for row in rows:
+        columns.add(row)
+    return columns
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a metrics file; what is not a whole line is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            row = parsed(line)
+            if row is not None:
+                yield row
+
+
+def parsed(line: bytes) -> Row | None:
+    """Return the row of a line, or None if it is not a whole one."""
+    try:
+        kept = orjson.loads(line)
+        numbers = kept["metrics"]
+        if {*map(type, numbers.values())} != {float}:  # integers, and what is no number in JSON
+            numbers = {n: float("nan" if v is None else v) for n, v in numbers.items()}
+        return Row(int(kept["step"]), int(kept["tokens"]), float(kept["time"]), numbers)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None
