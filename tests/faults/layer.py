@@ -1,26 +1,31 @@
 """The file layer of checkpoints with something wrong in it: each function here installs one.
 
 ``files.system`` is what every system call of a save goes through. What is installed in a process
-that is about to train, the saves of that process meet.
+that is about to train, the saves of that process meet. Some act in the loop in its stead: before a
+hook, or when it is told how far a task is.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import itertools
 import os
 import pickle
-import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import cli
-from fundamentallm_checkpoint import files, publication
+from fundamentallm import launch
+from fundamentallm_checkpoint import files, publication, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
+
+    from fundamentallm.run import Run
+
+    Act: TypeAlias = Callable[[], object]
 
 
 class Layer:
@@ -41,40 +46,108 @@ class Layer:
         return made
 
 
-def kill_at(number: int, *, torn: bool = False) -> None:
-    """Kill the process before its system call of that number; ``torn``: in the middle of it, if it
-    is one that writes."""
+def kill() -> None:
+    """Die as by ``kill -9``."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def before(now: int, name: str, words: tuple[Any, ...]) -> None:
+
+def send(number: int) -> None:
+    """Send this process a signal, and note on stdout between which steps."""
+    print(f"signalled in step {running[0].moment / 2}" if running else "signalled", flush=True)
+    os.kill(os.getpid(), number)
+
+
+running: list[Run] = []
+"""The run of this process, once it is prepared."""
+
+
+def act_at(act: Act, number: int) -> None:
+    """Act before the system call of that number."""
+
+    def before(now: int, _: str, __: tuple[Any, ...]) -> None:
         if now == number:
-            if torn and name == "write":
-                os.write(words[0], bytes(words[1])[: len(words[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
 
     files.system = Layer(before)
 
 
-def kill_at_renames(count: int) -> None:
-    """Kill the process before it gives a checkpoint its name for the ``count``-th time."""
-    renames = itertools.count(1)
-
-    def before(_: int, name: str, words: tuple[Any, ...]) -> None:
-        named = name == "rename" and Path(words[1]).name.startswith("step-")
-        if named and next(renames) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    files.system = Layer(before)
-
-
-def signal_in_save(step: int, number: int, after: int) -> None:
-    """Send the process a signal while it saves a step, so many system calls after the first."""
+def act_in_save(act: Act, step: int, number: int, *, torn: bool = False) -> None:
+    """Act before a system call in the save of a step; ``torn``: in the middle of it, if it is one
+    that writes."""
     calls = Within(step)
 
     def before(_: int, name: str, words: tuple[Any, ...]) -> None:
-        if calls.count(name, words) == after:
-            os.kill(os.getpid(), number)
+        if calls.count(name, words) == number:
+            if torn and name == "write":
+                os.write(words[0], bytes(words[1])[: len(words[1]) // 2])
+            act()
 
     files.system = Layer(before)
+
+
+def act_at_rename(act: Act, count: int, after: int = 0) -> None:
+    """Act before something gets its name or loses it for the ``count``-th time, or so many system
+    calls after."""
+    renames = itertools.count(1)
+    due: list[int] = []
+
+    def before(now: int, name: str, _: tuple[Any, ...]) -> None:
+        if name == "rename" and next(renames) == count:
+            due.append(now + after)
+        if now in due:
+            act()
+
+    files.system = Layer(before)
+
+
+def act_at_hook(act: Act, hook: str, step: int, *, validating: bool = False) -> None:
+    """Act before the first call of a hook after so many steps, or at the start, if it is called
+    there; ``validating``: only in validations."""
+    acted: list[bool] = []
+
+    def around(_: str, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(**given: Any) -> Any:
+            run = given["run"]
+            validates = hook != "forward" or run.phase != "train" or not validating
+            due = run.progress.step >= step or not hasattr(run, "stream")
+            if due and validates and not acted:
+                acted.append(True)
+                act()
+            return call(**given)
+
+        return called if name == hook else call
+
+    prepared(lambda run: setattr(run, "hook", run.bind(around)))
+
+
+def act_at_task(act: Act, task: str, count: int) -> None:
+    """Act when it is told for the ``count``-th time how far a task is."""
+    told = itertools.count(1)
+
+    def prepare(run: Run) -> None:
+        report = run.report
+
+        def reported(name: str, done: int, total: int | None = None) -> None:
+            if name == task and next(told) == count:
+                act()
+            report(name, done, total)
+
+        run.report = reported  # type: ignore[method-assign]
+
+    prepared(prepare)
+
+
+def prepared(change: Callable[[Run], object] = bool) -> None:
+    """Let ``change`` see the run once its hooks are bound and before anything is built."""
+    prepare = launch.prepare
+
+    def changed(*words: Any, **more: Any) -> Any:
+        run, registry = prepare(*words, **more)
+        running.append(run)
+        change(run)
+        return run, registry
+
+    launch.prepare = changed
 
 
 class Within:
@@ -87,18 +160,34 @@ class Within:
 
     def count(self, name: str, words: tuple[Any, ...]) -> int:
         """Return which of them this call is; 0 if it is none."""
-        if name == "mkdir" and Path(words[0]).name.startswith(self.folder):
-            self.thread = threading.get_ident()
+        if name == "mkdir" and Path(words[0]).name.startswith(".tmp-"):
+            # A later save may be made by a thread of the same number.
+            own = Path(words[0]).name.startswith(self.folder)
+            self.thread = threading.get_ident() if own else None
         return next(self.numbers) if self.thread == threading.get_ident() else 0
 
 
-def refuse(step: int, number: int, error: int) -> None:
-    """Refuse the system call of that number in the save of a step; note what it was on stdout."""
-    calls = Within(step)
+def refuse(number: int, errors: dict[int, int]) -> None:
+    """Refuse the system call of that number in the saves of these steps, each with its error; note
+    what it was on stdout. A disk that is full takes a part of what it can no longer take."""
+    calls = {step: Within(step) for step in errors}
 
     def before(_: int, name: str, words: tuple[Any, ...]) -> None:
-        if calls.count(name, words) == number:
-            print("refused:", name, flush=True)
+        for step, error in errors.items():
+            if calls[step].count(name, words) == number:
+                print("refused:", name, flush=True)
+                if name == "write" and error != errno.EIO:
+                    os.write(words[0], bytes(words[1])[: len(words[1]) // 2])
+                raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
+
+    files.system = Layer(before)
+
+
+def refuse_at(number: int, error: int) -> None:
+    """Refuse the system call of that number."""
+
+    def before(now: int, name: str, words: tuple[Any, ...]) -> None:
+        if now == number:
             raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
 
     files.system = Layer(before)
@@ -136,34 +225,6 @@ def gone_at(step: int, error: int, *, call: str) -> None:
     files.system = Layer(before)
 
 
-_NEWNS, _NEWUSER, _PRIVATE = 0x20000, 0x10000000, 0x44000
-
-
-def small_disk(place: Path, copied: Path) -> None:
-    """Mount a disk of 8 MB, in memory, that only this process sees, and copy in the end what is on
-    it. Where nobody may mount, the system calls count the bytes in its stead."""
-    main = cli.main
-    place.mkdir(parents=True)
-
-    def copying() -> None:
-        try:
-            main()
-        finally:
-            shutil.copytree(place, copied)
-
-    cli.main = copying
-    libc, uid = ctypes.CDLL(None, use_errno=True), os.getuid()
-    if libc.unshare(_NEWNS):
-        if libc.unshare(_NEWNS | _NEWUSER):
-            quota(8_000_000)
-            return
-        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-    mounted = libc.mount(None, b"/", None, _PRIVATE, None) or libc.mount(
-        b"none", str(place).encode(), b"tmpfs", 0, b"size=8m")  # fmt: skip
-    if mounted:
-        quota(8_000_000)
-
-
 class Recorder:
     """The system calls, each noted with all that it needs to be made again, by paths."""
 
@@ -189,17 +250,21 @@ class Recorder:
 
 
 def record(target: Path) -> None:
-    """Write all system calls of the run's saves to a file at its end, and where a save returned."""
+    """Write all system calls of the run's saves to a file, those that delete included, and where a
+    save returned."""
     recorder = files.system = Recorder()
-    publish = publication.publish
+    publish, prune = publication.publish, store.prune
 
     def published(*words: Any, **more: Any) -> Path:
         folder = publish(*words, **more)
         recorder.calls.append(("published", str(folder)))
-        target.write_bytes(pickle.dumps(recorder.calls))
         return folder
 
-    publication.publish = published
+    def pruned(*words: Any, **more: Any) -> None:
+        prune(*words, **more)
+        target.write_bytes(pickle.dumps(recorder.calls))
+
+    publication.publish, store.prune = published, pruned
 
 
 def _paths(words: tuple[Any, ...]) -> list[Path]:

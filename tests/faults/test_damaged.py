@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
 from functools import partial
 
 import layer
 import pytest
 import tiny
+from draws import often
+from hypothesis import strategies as st
 from tiny import EVERY
 
 from fundamentallm_checkpoint import contents, manifest
@@ -54,6 +55,12 @@ EDITS = {
     "a step": lambda facts: facts.update(step=NEWEST + 1),
     "no files": lambda facts: facts.update(files={}),
     "another size": lambda facts: facts["files"]["model.safetensors"].update(size=10),
+    "two files exchanged": lambda facts: facts["files"].update({
+        "model.safetensors": facts["files"]["state.safetensors"],
+        "state.safetensors": facts["files"]["model.safetensors"]}),
+    "one file less": lambda facts: facts["files"].pop("state.safetensors"),
+    "another file more": lambda facts: facts["files"].update(
+        more=facts["files"]["state.json"]),
     "another sha256": lambda facts: facts["files"]["state.json"].update(sha256="0" * 64),
 }
 
@@ -62,7 +69,8 @@ EDITS = {
 def killed(uninterrupted, tmp_path_factory):
     """A run that was killed, with its checkpoints of three steps."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    before = partial(layer.kill_at_renames, 5)
+    # The run gets its id, four checkpoints get their names, and one loses it.
+    before = partial(layer.act_at_rename, layer.kill, 7)
     tiny.end(tiny.start("train", uninterrupted.settings, "--run-dir", folder, before=before), -9)
     assert tiny.steps(folder) == [NEWEST - 2 * EVERY, OLDER, NEWEST]
     return folder
@@ -103,8 +111,11 @@ def test_every_damage_of_every_file_is_named(name, damage, killed, uninterrupted
     check_damage(DAMAGES[damage], name, killed, uninterrupted, tmp_path / "run")
 
 
-@pytest.mark.parametrize("edit", ["a step", "another sha256", *(
-    pytest.param(edit, marks=pytest.mark.slow) for edit in ("no files", "another size"))])
+QUICK = ("a step", "another sha256")
+
+
+@pytest.mark.parametrize("edit", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow)
+                                  for one in EDITS])  # fmt: skip
 def test_an_edited_manifest_is_noticed_even_if_it_is_sealed_anew(
     edit, killed, uninterrupted, tmp_path
 ):
@@ -121,16 +132,32 @@ def assert_noticed(folder, path, harm):
     with pytest.raises(manifest.Unsound, match=path.name.replace(".", r"\.")):
         contents.read(path.parent, manifest.read(path.parent))
     path.write_bytes(sound)
+    return True
+
+
+PLACE = st.floats(0, 1, exclude_max=True)
+HARMS = st.one_of(st.builds(partial, st.just(flip), at=PLACE, bit=st.integers(0, 7)),
+                  st.builds(partial, st.just(cut), at=PLACE))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_or_a_file_cut_anywhere_is_noticed(name, killed, tmp_path):
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_one_flipped_bit_or_a_file_cut_anywhere_is_noticed(count, name, killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    path, chance = tiny.checkpoint(folder, NEWEST) / name, random.Random(name)
-    for _ in range(5):
-        assert_noticed(folder, path, partial(flip, at=chance.random(), bit=chance.randrange(8)))
-        assert_noticed(folder, path, partial(cut, at=chance.random()))
+    path = tiny.checkpoint(folder, NEWEST) / name
+    often(count, HARMS, lambda harm, _: assert_noticed(folder, path, harm), tmp_path,
+          quick=count == 10)  # fmt: skip
+
+
+def test_an_older_checkpoint_under_the_name_of_the_newest_is_noticed(
+    killed, uninterrupted, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    shutil.rmtree(tiny.checkpoint(folder, NEWEST))
+    shutil.copytree(tiny.checkpoint(folder, OLDER), tiny.checkpoint(folder, NEWEST))
+    check(folder, uninterrupted, f"manifest.json is one of step {OLDER}")
 
 
 def test_if_all_are_damaged_the_run_ends_and_does_not_begin_anew(killed, tmp_path):

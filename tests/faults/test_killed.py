@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
 from functools import partial
@@ -10,19 +9,39 @@ from functools import partial
 import layer
 import pytest
 import tiny
-from tiny import EVERY
+from draws import SEEN, AfterStep, act_at, often
+from hypothesis import strategies as st
+from tiny import EVERY, SAVES
 
-CALLS = 600
-"""Somewhat more system calls than all saves of an uninterrupted run make."""
+MOMENTS = {**SEEN, **act_at(st.just(layer.kill), torn=st.booleans())}
+# Most of them in saves and where names are given.
+COUNTS = {"any time": 40, "while it saves": 40, "a system call of a save": 50,
+          "a name given or taken": 40, "a call of the start": 5, "a hook": 15, "a validation": 5,
+          "a task": 5}  # fmt: skip
+WAITS = ("--set", "checkpoint.asynchronous=false")
 
 
-def check(folder, asynchronous=True):
-    """See that a killed run has lost no more than is said, and nothing half is taken for whole."""
+def begun(folder):
+    """Return the last step whose save was begun for certain: its folder is there, or the row of a
+    later step is, which is written after the save was."""
+    made = [int(path.name.split("-")[1]) for path in folder.glob("checkpoints/.tmp-0*")]
+    later = [step for step in SAVES if step < tiny.reached(folder)]
+    return max([0, *made, *later])
+
+
+def check(folder, waits=False):
+    """See that a killed run has lost no more than is said, and nothing half is taken for whole.
+
+    The newest checkpoint is the one whose save was begun last, or the one before: at most one save
+    is under way. If it was waited for, it is the last before the last row.
+    """
     assert tiny.unsound(folder) == []
-    newest, reached = tiny.steps(folder)[-1:] or [0], tiny.reached(folder)
-    # Beside the steps one save may be under way: it was begun before the period that is not over.
-    lost = 2 * EVERY if asynchronous else EVERY
-    assert newest[0] > reached - lost - 1, (newest, reached)
+    newest, last, reached = max([0, *tiny.steps(folder)]), begun(folder), tiny.reached(folder)
+    assert newest >= max([0, *(step for step in SAVES if step < last)]), (newest, last, reached)
+    if waits:
+        assert newest >= max([0, *(step for step in SAVES if step < reached)]), (newest, reached)
+        assert newest >= reached - EVERY
+    assert newest >= reached - 2 * EVERY
 
 
 def finish(folder, uninterrupted):
@@ -33,82 +52,82 @@ def finish(folder, uninterrupted):
     assert not list(folder.glob("checkpoints/.*"))
 
 
-def killed_once(folder, uninterrupted, kill):
-    """Start or go on, be killed by what ``kill`` does before or after the start."""
-    begun = (folder / "settings.toml").exists()
-    words = ["resume", folder] if begun else ["train", uninterrupted.settings, "--run-dir", folder]
-    if callable(kill):
-        started = tiny.start(*words, before=kill)
+def killed(folder, uninterrupted, moment, *words):
+    """Start or go on, and be killed at a moment; False if the run was over before."""
+    started_before = (folder / "settings.toml").exists()
+    run = ["resume", folder] if started_before else [
+        "train", uninterrupted.settings, "--run-dir", folder]  # fmt: skip
+    if isinstance(moment, partial):
+        started = tiny.start(*run, *words, before=moment)
     else:
-        started = tiny.start(*words)
-        until, delay = kill
-        tiny.wait_for(lambda: until(folder), started)
-        time.sleep(delay)
+        started = tiny.start(*run, *words)
+        tiny.wait_for(partial(seen, folder, moment), started)
+        time.sleep(moment.delay)
         started.send(signal.SIGKILL)
     code = started.wait()
     assert code in (0, -signal.SIGKILL), started.said
-    check(folder)
-    return code == 0
+    check(folder, waits=words == WAITS)
+    return code != 0
 
 
-def saving(folder):
-    return any(folder.glob("checkpoints/.tmp-0*"))
+def seen(folder, moment):
+    if isinstance(moment, AfterStep):
+        return tiny.reached(folder) >= moment.step
+    return any(folder.glob(f"checkpoints/.tmp-{moment.step:08d}-*"))
 
 
-def moment(seed):
-    """Draw how a run is killed: at a time, while it saves, or at a system call of its saves."""
-    chance = random.Random(seed)
-    kind = chance.choice(["time", "save", "call", "torn", "rename"])
-    after = chance.randrange(tiny.LAST)
-    return {
-        "time": (lambda folder: tiny.reached(folder) >= after, chance.random() * 0.02),
-        "save": (saving, chance.random() * 0.01),
-        "call": partial(layer.kill_at, chance.randrange(1, CALLS)),
-        "torn": partial(layer.kill_at, chance.randrange(1, CALLS), torn=True),
-        "rename": partial(layer.kill_at_renames, chance.randrange(1, 8)),
-    }[kind]
-
-
-def kill_again_and_again(folder, uninterrupted, seeds):
-    over = False
-    for seed in seeds:
-        over = over or killed_once(folder, uninterrupted, moment(seed))
+def killed_and_resumed(uninterrupted, moments, folder, words=()):
+    """Be killed at all these moments; True if it was at one of them, and is the same run then."""
+    were = [killed(folder, uninterrupted, moment, *words) for moment in moments]
+    if not any(were):
+        return False
     finish(folder, uninterrupted)
+    return True
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, tmp_path):
-    kill_again_and_again(tmp_path / "run", uninterrupted, ["a1", "a2", "a3", "a4"])
+    moments = st.tuples(*(MOMENTS[kind] for kind in (
+        "while it saves", "a system call of a save", "a name given or taken", "any time")))  # fmt: skip
+    often(1, moments, partial(killed_and_resumed, uninterrupted), tmp_path, quick=True)
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_run_killed_before_a_checkpoint_has_its_name_goes_on_from_the_one_before(
     number, uninterrupted, tmp_path
 ):
-    killed_once(tmp_path / "run", uninterrupted, partial(layer.kill_at_renames, number + 1))
+    # The first thing that gets its name is the run itself.
+    before_name = partial(layer.act_at_rename, layer.kill, number + 2)
+    assert killed(tmp_path / "run", uninterrupted, before_name)
     assert tiny.steps(tmp_path / "run") == [EVERY * n for n in range(1, number + 1)]
     assert len(list((tmp_path / "run").glob("checkpoints/.tmp-*"))) == 1
     finish(tmp_path / "run", uninterrupted)
 
 
 def test_a_run_that_waits_for_its_saves_loses_at_most_one_period(uninterrupted, tmp_path):
-    folder, waits = tmp_path / "run", ["--set", "checkpoint.asynchronous=false"]
-    started = tiny.start("train", uninterrupted.settings, "--run-dir", folder, *waits)
-    tiny.wait_for(lambda: tiny.reached(folder) >= EVERY * 3 - 1, started)
-    started.send(signal.SIGKILL)
-    started.wait()
-    check(folder, asynchronous=False)
-    finish(folder, uninterrupted)
+    moment = AfterStep(EVERY * 3 - 1, 0.0)
+    assert killed_and_resumed(uninterrupted, [moment], tmp_path / "run", WAITS)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(100))
-def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(seed, uninterrupted, tmp_path):
-    kill_again_and_again(tmp_path / "run", uninterrupted, [seed])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(kind, uninterrupted, tmp_path):
+    moments = MOMENTS[kind].map(lambda moment: [moment])
+    often(COUNTS[kind], moments, partial(killed_and_resumed, uninterrupted), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(20))
-def test_a_run_killed_five_times_ends_with_the_same_bits(seed, uninterrupted, tmp_path):
-    kill_again_and_again(tmp_path / "run", uninterrupted, [f"{seed}/{n}" for n in range(5)])
+@pytest.mark.timeout(1800)
+def test_a_run_killed_up_to_five_times_ends_with_the_same_bits(uninterrupted, tmp_path):
+    moments = st.lists(st.one_of(*MOMENTS.values()), min_size=2, max_size=5)
+    often(20, moments, partial(killed_and_resumed, uninterrupted), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_wherever_it_is_killed_a_run_that_waits_for_its_saves_loses_at_most_one_period(
+    uninterrupted, tmp_path
+):
+    moments = st.one_of(*MOMENTS.values()).map(lambda moment: [moment])
+    check_one = partial(killed_and_resumed, uninterrupted, words=WAITS)
+    often(20, moments, check_one, tmp_path)

@@ -61,6 +61,19 @@ def poison(key):
     return change
 
 
+def entry(**facts):
+    """Change what a manifest tells of the weights."""
+    return lambda folder: reseal(folder / "manifest.json", lambda table: table["files"][
+        "model.safetensors"].update(facts))  # fmt: skip
+
+
+def seal(folder, text):
+    """Put text in front of all that a manifest tells."""
+    path = folder / "manifest.json"
+    head = b"{" + text + path.read_bytes().rpartition(b',\n "seal": "')[0].removeprefix(b"{")
+    path.write_bytes(head + b',\n "seal": "' + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n')
+
+
 def link_out(folder):
     path = folder / "model.safetensors"
     path.rename(folder.parent / "elsewhere")
@@ -97,6 +110,15 @@ EVIL = {
     "a NaN for the time": poison("created"),
     "a NaN for the step": poison("step"),
     "a NaN for the format": poison("format"),
+    "a NaN for a size": entry(size=float("nan")),
+    "a size below zero": entry(size=-1),
+    "a size of a part": entry(size=0.5),
+    "a size that no file has": entry(size=2**80),
+    "a time that no float can hold": lambda f: seal(f, b'"created": 1e999, '),
+    "a step of a million digits": lambda f: seal(f, b'"step": ' + b"9" * 10**6 + b", "),
+    "a metric of a thousand digits": lambda f: reseal(f / "manifest.json", lambda t: t.update(
+        metrics={"val/loss": 10**1000})),
+    "a list for files": lambda f: reseal(f / "manifest.json", lambda t: t.update(files=[1])),
     "a NaN for a metric": lambda f: reseal(f / "manifest.json", lambda t: t.update(
         metrics={"val/loss": float("-inf")})),
 }  # fmt: skip

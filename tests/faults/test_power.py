@@ -140,21 +140,32 @@ def keeping(kind, chance):
     return kinds[kind]
 
 
-@pytest.mark.parametrize("kind", ["nothing", "some", pytest.param("all", marks=pytest.mark.slow)])
-def test_a_power_cut_at_any_point_leaves_a_sound_checkpoint(kind, recorded, tmp_path, caplog):
-    calls, root = recorded
-    caplog.set_level(logging.ERROR)
+def cut_everywhere(kind, recorded, place, every, some=1):
+    """Cut the power after every call, but for most writes; or after every so many of these."""
     seen = set()
-    for number, (disk, announced) in enumerate(cuts(calls, root, every=50)):
-        if number % 3:  # every point is for the slow one
-            continue
-        place = tmp_path / str(number)
-        disk.top.put(place, keeping(kind, random.Random(number)))
-        survives(disk, announced, place)
-        seen.add(announced)
-        shutil.rmtree(place)
-    assert len(seen) > 7
-    assert number > 200
+    for number, (disk, announced) in enumerate(cuts(*recorded, every=every)):
+        if number % some == 0:
+            disk.top.put(place, keeping(kind, random.Random(number)))
+            survives(disk, announced, place)
+            seen.add(announced)
+            shutil.rmtree(place)
+    assert seen == {0, *tiny.SAVES}
+    return number
+
+
+@pytest.mark.parametrize("kind", ["nothing", "some"])
+def test_a_power_cut_at_any_point_leaves_a_sound_checkpoint(kind, recorded, tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    assert cut_everywhere(kind, recorded, tmp_path / "run", every=50, some=3) > 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nothing", "all"])
+def test_a_power_cut_after_every_single_call_leaves_a_sound_checkpoint(
+    kind, recorded, tmp_path, caplog
+):
+    caplog.set_level(logging.ERROR)
+    assert cut_everywhere(kind, recorded, tmp_path / "run", every=1) > 600
 
 
 def resumed(disk, announced, recorded, uninterrupted, place):
@@ -179,7 +190,8 @@ def test_a_run_resumed_after_a_power_cut_ends_with_the_same_bits(recorded, unint
 def test_a_power_cut_that_loses_any_part_leaves_a_sound_checkpoint(
     seed, recorded, uninterrupted, tmp_path
 ):
-    chance, chosen = random.Random(seed), random.Random(seed).randrange(600)
+    chance, points = random.Random(seed), sum(1 for _ in cuts(*recorded))
+    chosen = chance.randrange(points)
     for number, (disk, announced) in enumerate(cuts(*recorded)):
         place = tmp_path / str(number)
         disk.top.put(place, keeping("some", chance))

@@ -33,6 +33,9 @@ EVERY = 4
 LAST = 30
 """The step that early stopping ends at."""
 
+SAVES = (*range(EVERY, LAST, EVERY), LAST)
+"""The steps that are saved."""
+
 TABLES: dict[str, Any] = {
     "plugins": ["text", "gpt", "adamw", "accumulate", "early_stopping", "ema", "lr_schedule",
                 "jsonl", "checkpoint"],
