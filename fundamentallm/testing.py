@@ -30,6 +30,7 @@ from fundamentallm import (
     Progress,
     Run,
     SettingsError,
+    Snapshot,
     attribute_docs,
     compose,
     field,
@@ -221,6 +222,38 @@ class Recorder:
         return [hook for hook, _ in self.calls]
 
 
+@plugin
+class Memory:
+    """Keeps the snapshot of one step as a checkpoint would, and hands it to a run that continues.
+
+    Listed in a run and then, the same object, in another, it makes the other go on from that step.
+    """
+
+    step: int = 0
+    """The step whose snapshot is kept."""
+    later: int | None = None
+    """The step in which the run goes back to the one that is kept, once."""
+    kept: Snapshot | None = field(init=False, default=None)
+    gone_back: bool = field(init=False, default=False)
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        if run.progress.step == self.step:
+            self.kept = copy.deepcopy(run.snapshot())
+
+    @hookimpl
+    def read_checkpoint(self) -> Snapshot | None:
+        return copy.deepcopy(self.kept)
+
+    @hookimpl
+    def judge_step(self, run: Run) -> str | None:
+        if self.gone_back or run.progress.step + 1 != self.later:
+            return None
+        self.gone_back = True
+        run.rewind("latest")
+        return "go back"
+
+
 def weights(run: Run) -> dict[str, Tensor]:
     """Return copies of a run's weights on the CPU, to compare bit by bit."""
     return {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
@@ -302,6 +335,15 @@ class PluginContract:
             runs.append(tiny_run(*listed, run_dir=tmp_path / place))
         assert_same_weights(*runs)
         assert runs[0].outcome == runs[1].outcome
+
+    def test_a_resumed_run_ends_with_the_same_bits(self, tiny_run: TinyRun) -> None:
+        memory = Memory(step=2)
+        listed = [self.instance(), *(make() for make in self.companions)]
+        if any(hook == "read_checkpoint" for one in listed for hook, *_ in hook_methods(type(one))):
+            return  # it brings the checkpoints, and tests them
+        whole = tiny_run(*listed, memory)
+        again = [self.instance(), *(make() for make in self.companions)]
+        assert_same_weights(whole, tiny_run(*again, memory))
 
 
 def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import math
 import os
@@ -16,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import Snapshot, field, hookimpl, plugin, train
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm import hookimpl, plugin, train
+from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_csv import Csv
 from fundamentallm_csv.table import Table
 
@@ -27,37 +26,6 @@ if TYPE_CHECKING:
 
 class TestContract(PluginContract):
     plugin = Csv
-
-
-@plugin
-class Memory:
-    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
-
-    step: int = 0
-    kept: Snapshot | None = field(init=False, default=None)
-
-    @hookimpl
-    def on_safe_point(self, run: Run) -> None:
-        if run.progress.step == self.step:
-            self.kept = copy.deepcopy(run.snapshot())
-
-    @hookimpl
-    def read_checkpoint(self) -> Snapshot | None:
-        return self.kept
-
-
-@plugin
-class GoesBack(Memory):
-    """Goes back from a later step, once."""
-
-    later: int = 0
-
-    @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
-            return None
-        run.rewind("latest")
-        return "go back"
 
 
 @plugin
@@ -241,7 +209,7 @@ def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun
         def on_step_start(self, run: Run) -> None:
             seen.append(steps(run.folder))
 
-    run = tiny_run(GoesBack(step=3, later=6), Reads(), Csv(), length=7, log_every=1)
+    run = tiny_run(Memory(step=3, later=6), Reads(), Csv(), length=7, log_every=1)
     assert [len(found) for found in seen] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
     assert history(run.folder / "metrics.csv") == run.history
     assert names(run.folder) == ["metrics.csv"]

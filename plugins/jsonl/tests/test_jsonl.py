@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import Snapshot, field, hookimpl, plugin, train
-from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
+from fundamentallm import hookimpl, plugin, train
+from fundamentallm.testing import Memory, PluginContract, TinyRun, compose_tiny
 from fundamentallm_jsonl import Jsonl, drop_rows_after
 
 if TYPE_CHECKING:
@@ -25,25 +25,6 @@ if TYPE_CHECKING:
 
 class TestContract(PluginContract):
     plugin = Jsonl
-
-
-@plugin
-class Memory:
-    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
-
-    step: int = 0
-    kept: Snapshot | None = field(init=False, default=None)
-
-    @hookimpl
-    def on_safe_point(self, run: Run) -> None:
-        if run.progress.step == self.step:
-            import copy
-
-            self.kept = copy.deepcopy(run.snapshot())
-
-    @hookimpl
-    def read_checkpoint(self) -> Snapshot | None:
-        return self.kept
 
 
 def refuse(text: str) -> None:
@@ -163,20 +144,6 @@ def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyR
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5]
 
 
-@plugin
-class GoesBack(Memory):
-    """Goes back from a later step, once."""
-
-    later: int = 0
-
-    @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
-            return None
-        run.rewind("latest")
-        return "go back"
-
-
 def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun) -> None:
     seen: list[list[int]] = []
 
@@ -186,7 +153,7 @@ def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun
         def on_step_start(self, run: Run) -> None:
             seen.append([row["step"] for row in rows(run.folder)])
 
-    run = tiny_run(GoesBack(step=3, later=6), Reads(), Jsonl(), length=7, log_every=1)
+    run = tiny_run(Memory(step=3, later=6), Reads(), Jsonl(), length=7, log_every=1)
     assert [len(steps) for steps in seen] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
     found = rows(run.folder)
     assert [row["step"] for row in found] == list(range(1, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
@@ -20,8 +19,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
-from fundamentallm import Snapshot, field, hookimpl, plugin, train
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm import hookimpl, plugin, train
+from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_tensorboard import Tensorboard
 
 if TYPE_CHECKING:
@@ -30,37 +29,6 @@ if TYPE_CHECKING:
 
 class TestContract(PluginContract):
     plugin = Tensorboard
-
-
-@plugin
-class Memory:
-    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
-
-    step: int = 0
-    kept: Snapshot | None = field(init=False, default=None)
-
-    @hookimpl
-    def on_safe_point(self, run: Run) -> None:
-        if run.progress.step == self.step:
-            self.kept = copy.deepcopy(run.snapshot())
-
-    @hookimpl
-    def read_checkpoint(self) -> Snapshot | None:
-        return self.kept
-
-
-@plugin
-class GoesBack(Memory):
-    """Goes back from a later step, once."""
-
-    later: int = 0
-
-    @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
-            return None
-        run.rewind("latest")
-        return "go back"
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -170,7 +138,7 @@ def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyR
 
 
 def test_a_run_that_goes_back_has_no_points_of_the_void_steps(tiny_run: TinyRun) -> None:
-    run = tiny_run(GoesBack(step=3, later=6), Tensorboard(), length=7, log_every=1)
+    run = tiny_run(Memory(step=3, later=6), Tensorboard(), length=7, log_every=1)
     assert [step for step, _ in points(run.folder)["train/loss"]] == list(range(1, 8))
     assert points(run.folder) == served(run.folder) == rounded(run.history)
 

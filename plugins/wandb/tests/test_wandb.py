@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from fundamentallm import NotFiniteError, Snapshot, field, hookimpl, plugin, train
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm import NotFiniteError, hookimpl, plugin, train
+from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_wandb import Wandb
 
 if TYPE_CHECKING:
@@ -44,37 +43,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 class TestContract(PluginContract):
     plugin = Wandb
-
-
-@plugin
-class Memory:
-    """Keeps the snapshot of one step, and hands it to a run that is to continue."""
-
-    step: int = 0
-    kept: Snapshot | None = field(init=False, default=None)
-
-    @hookimpl
-    def on_safe_point(self, run: Run) -> None:
-        if run.progress.step == self.step:
-            self.kept = copy.deepcopy(run.snapshot())
-
-    @hookimpl
-    def read_checkpoint(self) -> Snapshot | None:
-        return self.kept
-
-
-@plugin
-class GoesBack(Memory):
-    """Goes back from a later step, once."""
-
-    later: int = 0
-
-    @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        if run.progress.step + 1 != self.later or run.progress.samples >= 4 * self.later:
-            return None
-        run.rewind("latest")
-        return "go back"
 
 
 def records(path: Path) -> list[Record]:
@@ -171,7 +139,7 @@ def test_a_resumed_run_goes_on_behind_the_step_of_its_checkpoint(
 
 
 def test_a_run_that_goes_back_cuts_the_void_steps_off(tiny_run: TinyRun) -> None:
-    run = tiny_run(GoesBack(step=3, later=6), Wandb(), length=7, log_every=1)
+    run = tiny_run(Memory(step=3, later=6), Wandb(), length=7, log_every=1)
     one, other = sessions(run.folder)
     assert [row["step"] for row in rows(one)] == [1, 2, 3, 4, 5]
     assert rows(one)[:3] + rows(other) == run.history
