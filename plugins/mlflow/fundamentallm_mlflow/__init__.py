@@ -42,6 +42,9 @@ class Mlflow:
     """Name of the MLflow run; by default that of the run."""
     tags: dict[str, str] = field(factory=dict)
     """Tags of your own."""
+    parent: str | None = None
+    """Name of an MLflow run that this one belongs to with others, such as those of a sweep; the
+    first of them makes it."""
     resume: Literal["auto", "same", "fork", "new"] = "auto"
     """Which MLflow run a continued run folder writes into: the same; a new one with the history up
     to there and a tag that says where it comes from; or a new and empty one. ``auto`` forks where
@@ -61,12 +64,22 @@ class Mlflow:
     """How often to look at CPU, memory and GPUs; 0 is never."""
     upload_checkpoints: bool = False
     """Whether the files of checkpoints are copied into the store, and not only their places."""
+    registry: str | None = None
+    """Name of a registered model: at the end the best checkpoint that is left of the run becomes a
+    version of it, and its alias ``best`` goes to the best version of all runs."""
+    monitor: str = "val/loss"
+    """The metric that tells the best for ``registry``."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger ``monitor`` is better."""
     plot: bool = True
     """Whether a picture of the losses is made at the end."""
 
     def __attrs_post_init__(self) -> None:
         if not self.experiment.strip():
             raise ValueError("experiment: is empty")
+        for name, value in (("parent", self.parent), ("registry", self.registry)):
+            if value is not None and (not value.strip() or set(value) & set("'\"/:")):
+                raise ValueError(f"{name}: {value!r} is empty or holds one of ' \" / :")
         # Not settings, not state: what lives as long as the process.
         self._journal: Journal | None = None
         self._shipper: Shipper | None = None

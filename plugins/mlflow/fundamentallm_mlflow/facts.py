@@ -30,7 +30,16 @@ def start_of(run: Run, own: Mlflow) -> dict[str, Any]:
         "dataset": dataset(run),
         "records": records(run),
         "upload": own.upload_checkpoints,
+        "registry": registry(own),
+        "parent": own.parent,
     }
+
+
+def registry(own: Mlflow) -> dict[str, str] | None:
+    """Return what is to be registered, and by which metric."""
+    if own.registry is None:
+        return None
+    return {"name": own.registry, "monitor": own.monitor, "mode": own.mode}
 
 
 def parameters(run: Run, own: object) -> dict[str, str]:

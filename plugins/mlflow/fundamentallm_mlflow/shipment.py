@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fundamentallm_mlflow.journal import JournalReader, Marks, Timeline, turns_of
 from fundamentallm_mlflow.ledger import Entry, Ledger
+from fundamentallm_mlflow.registry import Candidates, register
 from fundamentallm_mlflow.resumption import way
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Shipment:
         self._others: list[dict[str, Any]] = []
         self._recent: dict[int, list[Point]] = {}
         self._last: dict[str, Any] = {}
+        self._candidates = Candidates()
         self._upload = False
 
     def ship(self) -> None:
@@ -145,6 +147,7 @@ class Shipment:
     def close(self) -> None:
         """Set the end state that the rows tell."""
         self._store.end(self._entry.run_id, self._last)
+        self._store.offers(register, self._store, self._entry.run_id, self._candidates)
         self._entry.closed = True
         self._entry.shipped = self._reader.offset
         self._ledger.keep()
@@ -152,6 +155,8 @@ class Shipment:
     def _load(self) -> bool:
         for offset, row in self._reader.rows():
             is_new, is_mine = offset >= self._entry.shipped, offset >= self._start
+            if is_mine:
+                self._candidates.see(row)
             if row["kind"] == "metrics":
                 self._load_metrics(offset, row, is_new=is_new)
             elif is_mine and row["kind"] in ("start", "end"):

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
 
+from fundamentallm_mlflow import sweeps
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from mlflow.entities import LoggedModel
     from mlflow.entities import Run as MlflowRun
 
 # Key, value, milliseconds since 1970, step.
@@ -56,7 +59,8 @@ class Store:
         query = f"tags.`{START_TAG}` = '{start['id']}'"
         found = self.client.search_runs([self.experiment_id], query, max_results=1)
         run = found[0] if found else self.client.create_run(
-            self.experiment_id, start["time"], {START_TAG: start["id"]}, run_name=start["name"]
+            self.experiment_id, start["time"], {START_TAG: start["id"]} | self._parent(start),
+            run_name=start["name"],
         )  # fmt: skip
         return str(run.info.run_id)
 
@@ -77,6 +81,8 @@ class Store:
             if Path(path).is_file():
                 self.client.log_artifact(run_id, path)
         self.client.update_run(run_id, status="RUNNING")
+        if sweeps.PARENT in run.data.tags:
+            self.offers(sweeps.begin, self.client, run.data.tags[sweeps.PARENT])
 
     def take(self, run_id: str, points: Sequence[Point]) -> None:
         """Log metrics. A batch that MLflow refuses for what it is, it refuses whole: halve it
@@ -119,17 +125,18 @@ class Store:
             error = "the training process ended without a word (kill -9, out of memory, power)"
         self.tag(run_id, {"outcome": outcome} | ({"error": error} if error else {}))
         self.client.set_terminated(run_id, STATUS.get(outcome, "FAILED"), last.get("time"))
+        parent = self.client.get_run(run_id).data.tags.get(sweeps.PARENT)
+        if parent is not None:
+            self.offers(sweeps.end, self.client, self.experiment_id, parent)
 
     def add_model(self, run_id: str, row: Mapping[str, Any], points: Sequence[Point]) -> None:
         """Log a checkpoint as a model: where it is, and the metrics of its step."""
         folder = Path(row["folder"])
-        name = re.sub(r"[^\w-]", "_", folder.name, flags=re.ASCII)
-        query = f"name = '{name}' AND source_run_id = '{run_id}'"
-        if self.client.search_logged_models([self.experiment_id], query, max_results=1):
+        if self.model_of(run_id, folder.name) is not None:
             return  # it had been logged before an answer got lost
         facts = {"path": row["folder"], "step": str(row["step"])}
         model = self.client.create_logged_model(
-            self.experiment_id, name, run_id, facts, facts, "checkpoint"
+            self.experiment_id, _model_name(folder.name), run_id, facts, facts, "checkpoint"
         )
         for key, value, milliseconds, step in points:
             self.offers(
@@ -139,12 +146,25 @@ class Store:
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, row["step"])])
 
+    def model_of(self, run_id: str, checkpoint: str) -> LoggedModel | None:
+        """Return the logged model of a checkpoint of a run, if there is one."""
+        query = f"name = '{_model_name(checkpoint)}' AND source_run_id = '{run_id}'"
+        found = self.client.search_logged_models([self.experiment_id], query, max_results=1)
+        return found[0] if found else None
+
     def add_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file or a folder, if it is still there."""
         if path.is_dir():
             self.client.log_artifacts(run_id, str(path), folder)
         elif path.is_file():
             self.client.log_artifact(run_id, str(path), folder)
+
+    def _parent(self, start: Mapping[str, Any]) -> dict[str, str]:
+        name = start.get("parent")
+        if name is None:
+            return {}
+        with locked(self.uri):
+            return {sweeps.PARENT: sweeps.parent_of(self.client, self.experiment_id, name)}
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -186,6 +206,10 @@ def safe(key: str) -> str:
     """Return a key as MLflow takes it: few characters, and the form of a plain relative path."""
     allowed = re.sub(r"[^\w./ :-]", "_", key, flags=re.ASCII)
     return posixpath.normpath(allowed).lstrip("/.") or "_"
+
+
+def _model_name(checkpoint: str) -> str:
+    return re.sub(r"[^\w-]", "_", checkpoint, flags=re.ASCII)
 
 
 def _metric(key: str, value: float, milliseconds: int, step: int) -> Metric:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
 
@@ -54,3 +58,32 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Look:
 @pytest.fixture(autouse=True)
 def _store(look: Look, monkeypatch: Any) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", look.uri)
+
+
+STARTS = """
+import sys
+from fundamentallm_mlflow.store import Store
+store = Store(sys.argv[1], "together")
+print("ready", flush=True)
+sys.stdin.readline()
+store.run_for({"id": sys.argv[2], "time": 1, "name": "r", "parent": "one"})
+"""
+
+
+@pytest.fixture
+def started_together() -> Callable[[str], None]:
+    """Return what starts two runs of one parent in a store at the same moment."""
+
+    def start(uri: str) -> None:
+        words = [sys.executable, "-c", STARTS, uri]
+        both = [subprocess.Popen([*words, name * 32], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                for name in "ab"]  # fmt: skip
+        for one in both:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"ready\n"
+        for one in both:
+            assert one.stdin is not None
+            one.stdin.close()
+        assert [one.wait() for one in both] == [0, 0]
+
+    return start

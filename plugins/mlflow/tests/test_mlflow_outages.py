@@ -134,6 +134,15 @@ def test_nothing_is_lost_or_doubled_when_the_server_hangs_and_is_restarted(
     compare(type(look)(server.uri), run)
 
 
+def test_two_runs_that_start_at_once_on_a_server_have_one_parent(
+    look: Any, server: Server, started_together: Callable[[str], None]
+) -> None:
+    started_together(server.uri)
+    runs = type(look)(server.uri).runs("together")
+    assert len({run.data.tags.get("mlflow.parentRunId") for run in runs} - {None}) == 1
+    assert len(runs) == 3
+
+
 def refused(tiny_run: TinyRun, uri: str) -> str:
     with pytest.raises(PluginError) as caught:
         tiny_run(Mlflow(tracking_uri=uri, start_seconds=60.0))

@@ -324,3 +324,85 @@ def test_a_ledger_that_is_no_ledger_is_as_good_as_none(tmp_path: Path) -> None:
     for text in ("", "{", json.dumps({"run_id": 1})):
         (tmp_path / "runs.json").write_text(text)
         assert Ledger(tmp_path).entries == []
+
+
+def saves(process: Process, folder: Path, loss: float) -> None:
+    """Write a row with a validation, and a checkpoint of it that is there."""
+    process.step += 1
+    process.journal.append("metrics", step=process.step, metrics={"val/loss": loss})
+    checkpoint = folder / "checkpoints" / f"step-{process.step:08d}"
+    checkpoint.mkdir(parents=True)
+    process.journal.append("checkpoint", step=process.step, folder=str(checkpoint))
+
+
+def registered(folder: Path, uri: str, values: list[float], mode: str = "min") -> str:
+    process = Process(folder, registry={"name": "poet", "monitor": "val/loss", "mode": mode})
+    for value in values:
+        saves(process, folder, value)
+    process.ends()
+    return ship(folder, opened(uri, "registry"), "registry")
+
+
+def test_the_best_checkpoint_that_is_left_is_a_version_and_the_best_of_all_runs_has_the_alias(
+    look: Any, tmp_path: Path
+) -> None:
+    def best() -> tuple[str, str]:
+        version = look.client.get_model_version_by_alias("poet", "best")
+        return version.run_id, version.tags["val/loss"]
+
+    first = registered(tmp_path / "1", look.uri, [3.0, 2.0, 2.5])
+    assert best() == (first, "2.0")
+    registered(tmp_path / "2", look.uri, [4.0, 2.25])
+    assert best() == (first, "2.0")
+    third = registered(tmp_path / "3", look.uri, [1.5, math.nan, 5.0])
+    assert best() == (third, "1.5")
+    versions = look.client.search_model_versions("name = 'poet'")
+    assert sorted(one.tags["val/loss"] for one in versions) == ["1.5", "2.0", "2.25"]
+    paths = {one.tags["path"] for one in versions}
+    assert str(tmp_path / "1" / "checkpoints" / "step-00000002") in paths
+    models = [look.client.get_logged_model(one.tags["model_id"]) for one in versions]
+    assert {model.tags["path"] for model in models} == paths
+    # Once more, as after an answer that got lost; and where the best was deleted meanwhile.
+    ship(tmp_path / "1", opened(look.uri, "registry"), "registry")
+    assert len(look.client.search_model_versions("name = 'poet'")) == 3
+    (tmp_path / "3" / "checkpoints" / "step-00000001").rmdir()
+    ship(tmp_path / "3", opened(look.uri, "registry"), "registry")
+    assert best() == (third, "1.5")
+    assert len(look.client.search_model_versions("name = 'poet'")) == 4
+
+
+def test_a_run_without_a_checkpoint_registers_nothing(look: Any, tmp_path: Path) -> None:
+    process = Process(tmp_path, registry={"name": "nobody", "monitor": "val/loss", "mode": "min"})
+    process.trains(3).ends()
+    ship(tmp_path, opened(look.uri, "nobody"), "nobody")
+    assert look.client.search_model_versions("name = 'nobody'") == []
+
+
+def test_runs_of_one_parent_are_its_children_and_it_ends_with_the_last_of_them(
+    look: Any, tmp_path: Path
+) -> None:
+    both = [Process(tmp_path / name, parent="sweep").trains(2) for name in "ab"]
+    store = opened(look.uri, "sweeps")
+    shippings = [Shipping(tmp_path / name, look.uri, "sweeps", store) for name in "ab"]
+    (parent,) = [run for run in look.runs("sweeps") if run.info.run_name == "sweep"]
+    for process, shipping, status in zip(both, shippings, ("RUNNING", "FINISHED"), strict=True):
+        assert look.client.get_run(parent.info.run_id).info.status == "RUNNING"
+        process.ends()
+        shipping.ship()
+        shipping.close()
+        child = look.client.get_run(shipping.entry.run_id)
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert look.client.get_run(parent.info.run_id).info.status == status
+    assert len(look.runs("sweeps")) == 3
+    Process(tmp_path / "a", parent="sweep", step=2).trains(3).ends()
+    Shipping(tmp_path / "a", look.uri, "sweeps", store)
+    assert look.client.get_run(parent.info.run_id).info.status == "RUNNING"
+    assert len(look.runs("sweeps")) == 3
+
+
+@pytest.mark.slow
+def test_two_runs_that_start_at_once_have_one_parent(look: Any, started_together: Any) -> None:
+    started_together(look.uri)
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in look.runs("together")}
+    assert len(parents - {None}) == 1
+    assert len(look.runs("together")) == 3
