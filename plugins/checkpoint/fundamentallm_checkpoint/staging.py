@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 import torch
@@ -13,17 +16,25 @@ import torch
 from fundamentallm_checkpoint import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from fundamentallm_checkpoint.contents import Packed
+
+    Key: TypeAlias = tuple[str, str]
+    Place: TypeAlias = tuple[Key, torch.dtype, torch.Size]
+    Pair: TypeAlias = tuple[Tensor, Tensor]
+    Piece: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 _ALIGNMENT = 64
 _PAGE = 2**12
 _ROOM = 2**16
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices, whichever is the current one
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _CHUNK = 2**23
+_PIECE = 2**22  # so that no thread is left alone with one tensor that is larger than all others
 _LARGE = 2**20
 _COPIERS = 4
 _WORTH = 2**24  # a smaller memory is there at once
@@ -39,6 +50,9 @@ class Arena:
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._memory: Tensor | None = None
+        self._places: list[Place] = []
+        self._copies: list[Tensor] = []
+        self._crew = Crew()
         self._pinned = pinned
         self._registered = False
         self._maker: threading.Thread | None = None
@@ -58,31 +72,27 @@ class Arena:
         """
         self._wait()
         own = {file: tensors.owners(part) for file, part in packed.parts.items()}
-        unique = [(file, n) for file, owners in own.items() for n in dict.fromkeys(owners.values())]
-        needed = sum(_padded(packed.parts[file][name].nbytes) for file, name in unique)
-        memory, start = self._fitting(needed), 0
-        copies: dict[tuple[str, str], Tensor] = {}
-        large: list[tuple[Tensor, Tensor]] = []
-        for key in unique:
-            original = packed.parts[key[0]][key[1]].detach()
-            end = start + original.nbytes
-            copies[key] = memory[start:end].view(original.dtype).view(original.shape)
-            if original.nbytes >= _LARGE and _is_plain(original):
-                large.append((copies[key], original))
-            else:  # to pinned memory this only tells the device what to do
-                copies[key].copy_(original, non_blocking=True)
-            start += _padded(original.nbytes)
-        _copy_all(large)
-        for device in set(_devices(packed)):
+        keys = [(file, n) for file, owners in own.items() for n in dict.fromkeys(owners.values())]
+        originals = [packed.parts[file][name].detach() for file, name in keys]
+        pairs = list(zip(self._fitting(keys, originals), originals, strict=True))
+        large = [pair for pair in pairs if pair[0].nbytes >= _LARGE and _is_plain(pair[1])]
+        aside = {id(copy) for copy, _ in large}
+        for copy, original in pairs:
+            if id(copy) not in aside:  # to pinned memory this only tells the device what to do
+                copy.copy_(original, non_blocking=True)
+        self._crew.copy(large)
+        for device in {original.device for original in originals if original.is_cuda}:
             torch.cuda.synchronize(device)
+        copies = dict(zip(keys, self._copies, strict=True))
         parts = {file: {name: copies[file, owner] for name, owner in owners.items()}
                  for file, owners in own.items()}  # fmt: skip
         return attrs.evolve(packed, parts=parts)
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and end the threads that copy."""
         self._wait()
         self._drop()
+        self._crew.leave()
 
     def _wait(self) -> None:
         if self._maker is not None:
@@ -93,23 +103,31 @@ class Arena:
         if self._registered and self._memory is not None:
             _runtime().cudaHostUnregister(self._memory.data_ptr())
         self._memory, self._registered = None, False
+        self._places, self._copies = [], []
 
-    def _fitting(self, needed: int) -> Tensor:
-        if self._memory is None or self._memory.numel() < needed:
-            self._drop()  # before there is another
-            self._memory = self._made(needed)
-        return self._memory
+    def _fitting(self, keys: list[Key], originals: list[Tensor]) -> list[Tensor]:
+        """Return where the copies go: where they went before, as long as the tensors are alike."""
+        places = [(key, it.dtype, it.shape) for key, it in zip(keys, originals, strict=True)]
+        if places != self._places:
+            needed = sum(_padded(original.nbytes) for original in originals)
+            if self._memory is None or self._memory.numel() < needed:
+                self._drop()  # before there is another
+                self._memory = self._made(needed)
+            self._copies = list(_carved(self._memory, originals))
+            self._places = places
+        return self._copies
 
     def _make_ready(self, size: int) -> None:
         # If there is none, the save that needs it says so.
         with contextlib.suppress(RuntimeError, MemoryError):
-            self._memory = self._made(size)
+            self._memory = self._made(size, found=True)
+        self._crew.come()
 
-    def _made(self, size: int) -> Tensor:
-        # Some room besides, for states that grow a little.
-        memory = torch.empty(size + size // 256 + _ROOM, dtype=torch.uint8)
+    def _made(self, size: int, *, found: bool = False) -> Tensor:
+        """Return new memory; with ``found``, the system has found all its pages."""
+        memory = _mapped(size + size // 256 + _ROOM)  # some room, for states that grow a little
         pages = memory.numpy()
-        for start in range(0, len(pages), _CHUNK):
+        for start in range(0, len(pages) if found else 0, _CHUNK):
             pages[start : start + _CHUNK : _PAGE] = 0
         if self._pinned:
             # The allocator of pinned tensors would round the size up to a power of two.
@@ -118,28 +136,89 @@ class Arena:
         return memory
 
 
+class Crew:
+    """Threads that copy in the host's memory, several tensors at a time: one core alone does not
+    reach the memory's speed. What torch does with its threads waits after every tensor.
+
+    They stay from save to save, for a thread may wait long for its beginning where cores are busy.
+    """
+
+    def __init__(self) -> None:
+        self._others: ThreadPoolExecutor | None = None
+
+    def come(self) -> None:
+        """Have the threads begin; without them all is copied by the one that asks for it."""
+        count = min(os.cpu_count() or 1, _COPIERS) - 1
+        if self._others is None and count:
+            self._others = ThreadPoolExecutor(count, "checkpoint-copy")
+            self._ask(count, int)  # nothing to do as yet
+
+    def copy(self, pairs: list[Pair]) -> None:
+        """Copy each second tensor into the first, which are of the same form."""
+        pieces = [piece for pair in pairs for piece in _pieces(*pair)]
+        left, done = iter(pieces), SimpleQueue[BaseException | None]()
+
+        def work() -> None:
+            for copy, original in left:  # of a list: what one thread takes no other gets
+                error = None
+                try:
+                    copy[:] = original
+                except BaseException as caught:  # noqa: BLE001 - raised where it is waited for
+                    error = caught
+                done.put(error)
+
+        if len(pieces) > 1:
+            self.come()
+            self._ask(min(len(pieces), _COPIERS) - 1, work)
+        work()
+        # Whoever has not begun by now finds nothing left, and is not waited for.
+        for error in [done.get() for _ in pieces]:
+            if error is not None:
+                raise error
+
+    def _ask(self, count: int, work: Callable[[], object]) -> None:
+        if self._others is not None:
+            with contextlib.suppress(RuntimeError):  # the system has no thread to spare
+                for _ in range(count):
+                    self._others.submit(work)
+
+    def leave(self) -> None:
+        """End the threads."""
+        if self._others is not None:
+            self._others.shutdown(wait=False)
+            self._others = None
+
+
+def _mapped(size: int) -> Tensor:
+    """Return memory of the system's own, in large pages where it has them: they are found some
+    times as fast, and copied to a little faster."""
+    try:
+        memory = mmap.mmap(-1, size, _PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes: {error.strerror}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux
+        with contextlib.suppress(OSError):  # of a system without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _carved(memory: Tensor, originals: list[Tensor]) -> Iterator[Tensor]:
+    start = 0
+    for original in originals:
+        taken = memory[start : start + original.nbytes]
+        yield taken.view(original.dtype).view(original.shape)
+        start += _padded(original.nbytes)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     return plain and tensor.device.type == "cpu"
 
 
-def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first: several at a time, since one core alone does not
-    reach the memory's speed. What torch does with its threads waits after every tensor."""
-    left = iter([(copy.view(-1).view(torch.uint8).numpy(), it.view(-1).view(torch.uint8).numpy())
-                 for copy, it in pairs])  # fmt: skip
-
-    def work() -> None:
-        for copy, original in left:  # of a list: what one thread takes no other gets
-            copy[:] = original
-
-    count = min(os.cpu_count() or 1, _COPIERS, len(pairs))
-    others = [threading.Thread(target=work, daemon=True) for _ in range(count - 1)]
-    for thread in others:
-        thread.start()
-    work()
-    for thread in others:
-        thread.join()
+def _pieces(*pair: Tensor) -> Iterator[Piece]:
+    copy, original = (tensor.view(-1).view(torch.uint8).numpy() for tensor in pair)
+    for start in range(0, len(copy), _PIECE):
+        yield copy[start : start + _PIECE], original[start : start + _PIECE]
 
 
 def _runtime() -> Any:
@@ -148,10 +227,3 @@ def _runtime() -> Any:
 
 def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _devices(packed: Packed) -> Iterator[torch.device]:
-    for part in packed.parts.values():
-        for tensor in part.values():
-            if tensor.is_cuda:
-                yield tensor.device
