@@ -95,6 +95,7 @@ def check_going_on(folder, uninterrupted, number):
     return same(folder, uninterrupted)
 
 
+BOTH = ["stop", pytest.param("continue", marks=pytest.mark.slow)]
 CHECKS = {"stop": check_stopping, "continue": check_going_on}
 
 
@@ -126,6 +127,12 @@ def test_there_are_as_many_calls_as_are_refused(uninterrupted, tmp_path):
     assert {"mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir"} <= {*made}
 
 
+def test_a_disk_that_takes_a_part_of_every_write_gets_all_of_it(uninterrupted, tmp_path):
+    tiny.end(start(tmp_path / "run", uninterrupted, layer.take_parts))
+    assert tiny.unsound(tmp_path / "run") == []
+    assert same(tmp_path / "run", uninterrupted)
+
+
 @pytest.mark.parametrize("number", [1, 14, *(
     pytest.param(n, marks=pytest.mark.slow) for n in range(2, START) if n != 14)])  # fmt: skip
 def test_a_refused_call_of_the_start_is_told_before_the_first_step(number, uninterrupted, tmp_path):
@@ -155,9 +162,10 @@ def gone(folder, uninterrupted, fault, on_save_error):
     return said
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
-@pytest.mark.parametrize("call", ["write", "rename", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("unlink", "open", "fsync", "mkdir", "rmdir"))])
+@pytest.mark.parametrize("on_save_error", BOTH)
+@pytest.mark.parametrize("call", ["write", *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("rename", "unlink", "open", "fsync", "mkdir", "rmdir"))])  # fmt: skip
 def test_a_disk_that_refuses_from_some_moment_on_leaves_what_was_saved(
     call, on_save_error, uninterrupted, tmp_path
 ):
@@ -165,7 +173,7 @@ def test_a_disk_that_refuses_from_some_moment_on_leaves_what_was_saved(
     assert "Read-only file system" in gone(tmp_path / "run", uninterrupted, fault, on_save_error)
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_save_error", BOTH)
 @pytest.mark.parametrize("call", ["open", *(
     pytest.param(name, marks=pytest.mark.slow) for name in ("flock", "rename", "unlink", "rmdir"))])
 def test_a_disk_that_is_mounted_read_only_leaves_what_was_saved(
@@ -178,7 +186,7 @@ def test_a_disk_that_is_mounted_read_only_leaves_what_was_saved(
     assert ("mounted read-only: True" in said) == mounts.allowed()
 
 
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_save_error", BOTH)
 @pytest.mark.parametrize("after", [9, *(
     pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 14, 17, 22, 27))])
 def test_a_run_folder_that_may_no_longer_be_written_leaves_what_was_saved(
@@ -240,14 +248,15 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("number", [20, *(
-    pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 5, 15, 16, 40, 66, 67, 68, 69, 70, 72, 76))])
+    pytest.param(n, marks=pytest.mark.slow)
+    for n in (2, 3, 4, 5, 15, 16, 40, 66, 67, 68, 69, 70, 72, 76))])  # fmt: skip
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(
     target, number, uninterrupted, tmp_path
 ):
     folder = tmp_path / "run"
     fault = partial(delete_at, folder, target, number)
-    code, _, said = deleted(folder, uninterrupted, fault)
+    code, said = deleted(folder, uninterrupted, fault)
     assert "deleted it" in said
     if code:
         tiny.end(tiny.start("train", uninterrupted.settings, "--run-dir", folder))
@@ -261,7 +270,7 @@ def deleted(folder, uninterrupted, fault):
     code, said = started.wait(), started.said
     assert code in (0, 5), said
     assert (code == 5) == bool(told(folder, said))
-    return code, said, said
+    return code, said
 
 
 def delete_at(folder, target, number):
