@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, plain lines elsewhere."""
+"""How far the run is: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ class Display(Protocol):
 
     def show_metrics(self, metrics: dict[str, float]) -> None:
         """Show the metrics of a log step."""
+
+    def end_validation(self) -> None:
+        """Show no validation any more: its metrics come with the next row."""
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
         """Show how far something long is; it is over when ``done == total``."""
@@ -58,6 +61,12 @@ class Progress:
             self._shown(run).start_training()
 
     @hookimpl
+    def on_validation_end(self) -> None:
+        """End its bar; make sure that its row is shown."""
+        if self._display is not None:
+            self._display.end_validation()
+
+    @hookimpl
     def on_log(self, metrics: dict[str, float]) -> None:
         """Show the metrics of the row."""
         if self._display is not None:
@@ -73,12 +82,21 @@ class Progress:
     def _shown(self, run: Run) -> Display:
         if self._display is None:
             # Long tasks such as tokenizing come before the training starts.
-            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-                from fundamentallm_progress.bar import Bar
-
-                self._display = Bar(run, self.metrics)
-            else:
-                from fundamentallm_progress.lines import Lines
-
-                self._display = Lines(run, self.metrics)
+            self._display = self._suited(run)
         return self._display
+
+    def _suited(self, run: Run) -> Display:
+        ipython = sys.modules.get("IPython")
+        if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
+            from fundamentallm_progress.notebook import Notebook
+
+            return Notebook(run, self.metrics)
+        # A terminal that a CI service lends keeps all that was ever drawn on it.
+        drawable = os.environ.get("TERM") not in ("dumb", "unknown") and not os.environ.get("CI")
+        if sys.stderr.isatty() and drawable:
+            from fundamentallm_progress.bar import Bar
+
+            return Bar(run, self.metrics)
+        from fundamentallm_progress.lines import Lines
+
+        return Lines(run, self.metrics)

@@ -1,110 +1,151 @@
-"""Progress as a bar at the bottom of a terminal, with a line for each long task under way."""
+"""Progress as a bar at the bottom of a terminal, with a row for each long task under way."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from fundamentallm_progress.pace import Pace, label, steps
+from fundamentallm_progress.looks import Looks
+from fundamentallm_progress.streams import Above, Steady
+from fundamentallm_progress.view import View
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fundamentallm import Run
 
-_WIDTH = 24
-_PER_SECOND = 2
+SECONDS = 0.5
+# What is typed is echoed behind the bar: ^C has room there, and does not break the row.
+_MARGIN = 3
 
 
 class Bar:
     """Draws itself twice a second from a thread of its own, by what the run says then.
 
-    What others print or log meanwhile appears above it.
+    It draws only what has changed. What others print or log meanwhile appears above it.
     """
 
     def __init__(self, run: Run, metrics: list[str]) -> None:
-        self._run = run
-        self._names = metrics
-        self._console = Console(stderr=True)
-        self._pace: Pace | None = None
-        self._metrics: dict[str, float] = {}
-        self._tasks: dict[str, tuple[int, int | None]] = {}
+        self._view = View(run, metrics)
         self._live: Live | None = None
+        self._looks: Looks | None = None
+        self._picture = Group()
+        self._drawn: object = None
+        self._streams: list[tuple[str, TextIO, Above]] = []
         self._moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
 
     def start_training(self) -> None:
         """Show the steps from now on."""
-        self._pace = Pace(self._run)
+        self._view.start_training()
         self._open()
 
     def show_metrics(self, metrics: dict[str, float]) -> None:
         """Show the metrics of a log step."""
-        # A metric of a validation stays until the next one.
-        known = self._metrics | metrics
-        self._metrics = {name: known[name] for name in self._names if name in known}
+        self._check()
+        self._view.keep_metrics(metrics)
+
+    def end_validation(self) -> None:
+        """Show no validation any more."""
+        self._view.end_validation()
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
         """Show how far something long is; it is over when ``done == total``."""
-        self._tasks[task] = (done, total)
-        self._open()
-        if done != total:
-            return
-        if self._pace is None and len(self._tasks) == 1:
+        self._check()
+        self._view.follow(task, done, total)
+        if self._view.empty:
             self.close()  # perhaps no training follows: a run may be loaded for something else
-        del self._tasks[task]
+        else:
+            self._open()
 
     def close(self) -> None:
-        """Leave the terminal as it was, with the last state of the bar on it."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-            for handler, stream in self._moved:
-                handler.setStream(stream)
-            self._moved = []
-            atexit.unregister(self.close)
+        """Leave the terminal as it was, with the last state of the training on it."""
+        live, self._live = self._live, None
+        if live is None:
+            return
+        atexit.unregister(self.close)
+        if self._looks is not None:
+            self._looks.stop()
+        self._view.end_tasks()
+        try:
+            live.transient = self._view.empty
+            self._draw(live)
+            live.stop()
+        finally:
+            self._give_back()
+
+    def look(self) -> None:
+        """Draw what has changed."""
+        live = self._live
+        if live is not None and self._draw(live):
+            live.refresh()
 
     def _open(self) -> None:
         if self._live is not None:
             return
-        before = sys.stderr
+        # Whoever made this knows that it is a terminal, and one that can be drawn on.
+        console = Console(
+            file=cast("TextIO", Steady(sys.stderr)), force_terminal=True, force_interactive=True
+        )
         self._live = Live(
-            get_renderable=self._draw, console=self._console, refresh_per_second=_PER_SECOND,
-            redirect_stdout=sys.stdout.isatty(),
+            get_renderable=lambda: self._picture, console=console, auto_refresh=False,
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
-        self._live.start()
-        atexit.register(self.close)  # a hidden cursor would outlive a process that ends abruptly
+        with console:
+            self._live.start()
+            # Of a process that is killed, nobody would show it again.
+            console.show_cursor()
+        self._take(console)
+        self._looks = Looks(self.look, SECONDS)
+        atexit.register(self.close)
+
+    def _check(self) -> None:
+        if self._looks is not None and self._looks.error is not None:
+            self._live = None  # the terminal is gone
+            self._give_back()
+            self._looks.check()
+
+    def _draw(self, live: Live) -> bool:
+        """Make the picture; tell whether it is another one than before."""
+        size, simple = live.console.size, live.console.options.ascii_only
+        rows = self._view.rows(size.width - _MARGIN, "#-" if simple else "━─")
+        before, self._drawn = self._drawn, (rows, size)
+        self._picture = Group(*(Text.assemble(*row, no_wrap=True) for row in rows))
+        return before != self._drawn
+
+    def _take(self, console: Console) -> None:
+        """Put streams in place that write above the bar."""
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream.isatty():
+                above = Above(stream, console)
+                setattr(sys, name, above)
+                self._streams.append((name, stream, above))
         # Handlers hold the stream that they were made with, and would write across the bar.
-        for logger in (logging.getLogger(), logging.getLogger("fundamentallm")):
-            for handler in logger.handlers:
-                if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                    handler.setStream(sys.stderr)
-                    self._moved.append((handler, before))
+        for handler in _handlers():
+            for _, stream, above in self._streams:
+                if handler.stream is stream:
+                    handler.setStream(cast("TextIO", above))
+                    self._moved.append((handler, stream))
 
-    def _draw(self) -> Group:
-        table = Table.grid(padding=(0, 1))
-        for task, (done, total) in list(self._tasks.items()):
-            count = f"{done / total:.0%}" if total else f"{done:,}"
-            bar = ProgressBar(total, done, width=_WIDTH, pulse=total is None)
-            table.add_row(Text(task), bar, count)
-        return Group(table, *([self._training(self._pace)] if self._pace is not None else []))
+    def _give_back(self) -> None:
+        for name, stream, above in self._streams:
+            if getattr(sys, name) is above:
+                setattr(sys, name, stream)
+            above.end()
+        for handler, stream in self._moved:
+            handler.setStream(stream)
+        self._streams, self._moved = [], []
 
-    def _training(self, pace: Pace) -> Table:
-        pace.look()
-        left = pace.left()
-        facts = [f"{label(name)} {value:.4g}" for name, value in self._metrics.items()]
-        facts += [pace.speed(), f"{left} left" if left else ""]
-        bar = ProgressBar(1.0, pace.share, width=_WIDTH)
-        table = Table.grid(padding=(0, 1))
-        count = steps(self._run)
-        table.add_column(no_wrap=True, min_width=len(count))
-        table.add_column(min_width=_WIDTH // 2)
-        # What a narrow terminal cannot hold is cut off here.
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        table.add_row(count, bar, Text("  ".join([f"{pace.share:.0%}", *filter(None, facts)])))
-        return table
+
+def _handlers() -> Iterator[logging.StreamHandler[TextIO]]:
+    named = logging.getLogger().manager.loggerDict.values()
+    for logger in (logging.getLogger(), *named):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler):
+                yield handler

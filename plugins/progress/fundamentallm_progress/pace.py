@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from operator import add, sub
 from typing import TYPE_CHECKING
 
 import attrs
@@ -13,58 +14,126 @@ if TYPE_CHECKING:
 
     from fundamentallm import Run
 
-_REMEMBERED = 60
+_SPAN = 60.0
+"""Seconds that the speed is a mean over; longer where that is less than two steps."""
+_MANY = 10
+"""Steps that hide what the first step of a process takes besides."""
 
 
 @attrs.frozen
 class Sight:
-    """What was seen at one moment."""
+    """What was seen at one moment; or, of a difference, what came about between two."""
 
     time: float
     share: float
+    step: int
     tokens: int
     samples: int
 
+    def __add__(self, other: Sight) -> Sight:
+        return Sight(*map(add, attrs.astuple(self), attrs.astuple(other)))
+
+    def __sub__(self, other: Sight) -> Sight:
+        return Sight(*map(sub, attrs.astuple(self), attrs.astuple(other)))
+
 
 class Pace:
-    """Speed over the last sixty looks; a resumed run's earlier work does not count.
+    """Speed over the last minute of training, and the time left.
 
-    ``clock`` returns seconds, from wherever.
+    Only what this process has seen counts, so a resumed run begins anew, and without its first
+    step, which takes longer than others, as soon as there are others. Between ``pause`` and
+    ``go_on`` neither time nor work counts for the speed. ``clock`` returns seconds, from wherever.
     """
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock = run, clock
-        self._seen: deque[Sight] = deque(maxlen=_REMEMBERED)
-        self.look()
+        self._paused: Sight | None = None
+        self._began = self._now = self._sight()
+        self._moved = self._now.time  # when the last step was seen to be done
+        self._away = self._now - self._now
+        self._aside = 0.0  # seconds of pauses that come again and again
+        self._seen = deque([self._now])
 
     @property
     def share(self) -> float:
         """How much of the run's length is done, 0 to 1."""
-        return min(self._seen[-1].share, 1.0)
+        return min(self._now.share, 1.0)
 
     def look(self) -> None:
         """See how far the run is now."""
-        progress = self._run.progress
-        share = self._run.settings.length.done(progress)
-        self._seen.append(Sight(self._clock(), share, progress.tokens, progress.samples))
+        before, self._now = self._now, self._sight()
+        if self._now.step != before.step:
+            self._moved = self._now.time
+        if self._paused is not None:
+            # After a step that a pause interrupts, steps that go on are none of a pause.
+            if self._now.step - self._paused.step < 2:
+                return
+            self._paused = None
+        self._remember(self._now - self._away)
 
-    def speed(self) -> str:
-        """Return tokens per second, or samples where there are no tokens; empty if unknown."""
-        first, last = self._seen[0], self._seen[-1]
-        seconds = last.time - first.time
-        if seconds <= 0 or last.samples == first.samples:
-            return ""
-        if last.tokens > first.tokens:
-            return f"{short((last.tokens - first.tokens) / seconds)} tokens/s"
-        return f"{short((last.samples - first.samples) / seconds)} samples/s"
+    def pause(self) -> None:
+        """See that something else than training is under way, compiling for example."""
+        self.look()
+        self._paused = self._paused or self._now
+
+    def go_on(self) -> None:
+        """See that this is over."""
+        self.look()
+        if self._paused is None:
+            return
+        pause, self._paused = self._now - self._paused, None
+        self._away += pause
+        # What precedes the first step or goes with it will not come again.
+        self._aside += pause.time if self._now.step - pause.step > self._began.step else 0.0
+
+    def speeds(self) -> list[str]:
+        """Return tokens (or samples, where there are no tokens) and steps per second, if known."""
+        lately = self._lately()
+        if lately is None:
+            return []
+        of, count = ("tokens", lately.tokens) if lately.tokens else ("samples", lately.samples)
+        return [f"{short(number / lately.time)} {name}/s"
+                for name, number in ((of, count), ("steps", lately.step))]  # fmt: skip
 
     def left(self) -> str:
-        """Return the time that is left as ``h:mm:ss``, or empty if unknown."""
-        first, last = self._seen[0], self._seen[-1]
-        if last.share <= first.share:
+        """Return the time that is left as ``h:mm:ss``; empty if that is unknown, or none is left.
+
+        Pauses are expected to take the same part of the time as so far.
+        """
+        whole, lately = self._run.settings.length.seconds, self._lately()
+        if self.share == 1:
             return ""
-        seconds = (last.time - first.time) / (last.share - first.share) * (1 - self.share)
-        return clock_face(seconds)
+        if whole is not None:
+            return clock_face(max(whole * (1 - self.share) - (self._now.time - self._moved), 0.0))
+        if lately is None or lately.share <= 0:
+            return ""
+        now = self._paused or self._now
+        trained = (now - self._away - self._began).time
+        part = 1 + self._aside / max(trained, lately.time)
+        return clock_face(round(lately.time / lately.share * (1 - self.share) * part))
+
+    def _remember(self, sight: Sight) -> None:
+        seen = self._seen
+        if sight.step < seen[-1].step:  # the run went back to a checkpoint
+            seen.clear()
+            seen.append(sight)
+        elif sight.step > seen[-1].step:
+            seen.append(sight)
+            if len(seen) == 3 and seen[0] is self._began:
+                seen.popleft()
+        while len(seen) > 2 and sight.time - seen[1].time >= _SPAN:
+            seen.popleft()
+
+    def _lately(self) -> Sight | None:
+        lately = self._seen[-1] - self._seen[0]
+        known = lately.time > 0 and lately.step > 0
+        first = len(self._seen) == 2 and self._seen[0] is self._began and lately.step < _MANY
+        return lately if known and not first else None
+
+    def _sight(self) -> Sight:
+        counts = self._run.progress
+        share = self._run.settings.length.done(counts)
+        return Sight(self._clock(), share, counts.step, counts.tokens, counts.samples)
 
 
 def short(number: float) -> str:
@@ -80,15 +149,3 @@ def clock_face(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def label(metric: str) -> str:
-    """Name a metric as briefly as it stays clear: ``train/loss`` is ``loss``."""
-    return metric.removeprefix("train/").removeprefix("optim/")
-
-
-def steps(run: Run) -> str:
-    """Write how many steps are done, and of how many where that is known."""
-    length = run.settings.length
-    total = f"/{int(length.amount):,}" if length.unit == "steps" else ""
-    return f"step {run.progress.step:,}{total}"

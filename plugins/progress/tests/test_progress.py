@@ -1,34 +1,47 @@
-"""What a person sees of a run: on a terminal, in a log file, and not at all."""
+"""What a person sees of a run without a terminal, how fast it is said to be, and for how long."""
 
 from __future__ import annotations
 
-import logging
-import os
-import pty
+import io
 import re
-import signal
 import sys
-import threading
-import time
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+import types
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import Period, PluginError, Run, RunSettings, hookimpl, plugin
+from fundamentallm import Period, Run, RunSettings, field, hookimpl, plugin
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_progress import Progress
+from fundamentallm_progress.bar import Bar
+from fundamentallm_progress.lines import Lines
 from fundamentallm_progress.pace import Pace, clock_face, short
+from fundamentallm_progress.streams import BEGIN
+from fundamentallm_progress.view import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
 class TestContract(PluginContract):
     plugin = Progress
+
+
+@pytest.fixture(autouse=True)
+def _no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @plugin
@@ -54,18 +67,20 @@ def test_each_row_is_a_plain_line_on_standard_error(
     out, err = capsys.readouterr()
     assert out == ""
     first, last = err.splitlines()
+    assert re.fullmatch(r"step 2/4 \(50%\)  loss 0\.\d+  lr 0\.01", first)
+    val_loss = f"{run.history[-1]['val/loss']:.4g}"
     assert re.fullmatch(
-        r"step 2/4 \(50%\)  loss 0\.\d+  lr 0\.01  [\d.]+k? tokens/s  0:00 left", first
+        rf"step 4/4 \(100%\)  loss 0\.\d+  val/loss {val_loss}  lr 0\.01  "
+        r"[\d.]+k? tokens/s  [\d.]+k? steps/s",
+        last,
     )
-    assert f"val/loss {run.history[-1]['val/loss']:.4g}" in last
-    assert last.startswith("step 4/4 (100%)  loss")
 
 
 def test_shows_the_metrics_that_were_asked_for(
     tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_run(Progress(metrics=["train/tokens", "no/such"]), length=2)
-    assert re.match(r"step 2/2 \(100%\)  tokens 8  \S+ tokens/s", capsys.readouterr().err)
+    assert capsys.readouterr().err == "step 2/2 (100%)  tokens 8\n"
 
 
 def test_quiet_is_quiet(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,11 +88,60 @@ def test_quiet_is_quiet(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_length_in_tokens_has_a_share_and_no_number_of_steps(
-    tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [("4 steps", "step 2/4 (50%)"), ("16 tokens", "step 2  8/16 tokens (50%)"),
+     ("1e9 tokens", "step 2  8/1G tokens (0%)"), ("2 epochs", "step 2  0.50/2 epochs (25%)"),
+     ("2 hours", "step 2  0:00/2:00:00 (0%)")],
+)  # fmt: skip
+def test_how_far_it_is_is_told_in_the_unit_of_the_length(
+    length: str, expected: str, tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny_run(Progress(), length="16 tokens")
-    assert "step 2 (50%)" in capsys.readouterr().err
+    @plugin
+    class Stops:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            if run.progress.step == 2:
+                run.stop("enough")
+
+    tiny_run(Progress(), Works(), Stops(), length=length)
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"{expected}  loss 0.")
+
+
+def test_lines_are_a_second_apart_but_for_validations_and_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, run = Clock(), a_run(tmp_path, 1000)
+    lines = Lines(run, ["train/loss"], clock)
+    lines.start_training()
+    for step in range(1, 401):
+        run.progress.step = step
+        clock.now += 0.01
+        run.ending = step == 400
+        if step in (150, 151):
+            lines.end_validation()
+        lines.show_metrics({"train/loss": 1.0})
+    steps = [int(line.split("/")[0][5:]) for line in capsys.readouterr().err.splitlines()]
+    assert len(steps) == 7
+    assert {1, 150, 151, 400} <= set(steps)
+
+
+def test_a_long_task_has_a_line_every_ten_seconds_and_a_last_one_and_a_short_one_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    lines = Lines(a_run(tmp_path), [], clock)
+    for part in range(10_001):
+        lines.show_task("long", part, 10_000)
+        clock.now += 0.003
+    for part in range(10_001):
+        lines.show_task("short", part, 10_000)
+        clock.now += 0.0009
+    lines.show_task("unknown", 0, None)
+    clock.now += 11
+    lines.show_task("unknown", 3000, None)
+    expected = ["long: 33%", "long: 67%", "long: 100%", "unknown: 3,000"]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_a_step_between_two_rows_calls_nothing_of_it(tiny_run: TinyRun) -> None:
@@ -106,188 +170,302 @@ def test_a_step_between_two_rows_calls_nothing_of_it(tiny_run: TinyRun) -> None:
     assert calls == []
 
 
-# On a terminal.
-
-
-class Terminal:
-    """A terminal of 120 columns; what is written to it is read at once, and kept."""
-
-    def __init__(self) -> None:
-        self._own, far = pty.openpty()
-        self.file = os.fdopen(far, "w")
-        self._parts: list[bytes] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def written(self) -> str:
-        """Return all that was written, once no more will be."""
-        self.file.close()
-        self._reader.join()
-        os.close(self._own)
-        return b"".join(self._parts).decode()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                part = os.read(self._own, 65536)
-            except OSError:  # how Linux tells that the other end is closed
-                return
-            self._parts.append(part)
-
-
-@pytest.fixture
-def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
-    """Puts a terminal in place of standard output and error, and of what logging writes to."""
-    logger = logging.getLogger("fundamentallm")
-    before = list(logger.handlers)
-
-    def start(term: str = "xterm", columns: int = 120) -> Terminal:
-        found = Terminal()
-        monkeypatch.setenv("TERM", term)
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setattr(sys, "stdout", found.file)
-        monkeypatch.setattr(sys, "stderr", found.file)
-        logger.addHandler(logging.StreamHandler())
-        return found
-
-    yield start
-    logger.handlers = before
-
-
-@plugin
-class Busy:
-    """Takes its time, prints, logs, has a long task, and ends the run in some way."""
-
-    ends: str = ""
-
-    @hookimpl
-    def on_step_end(self, run: Run) -> None:
-        time.sleep(0.03)
-        if run.progress.step == 15:
-            print("a line that was printed")
-            logging.getLogger("fundamentallm").warning("a line that was logged")
-            run.report("thinking", 1, 2)
-        if run.progress.step == 35:
-            run.report("thinking", 2, 2)
-            if self.ends == "by an error":
-                raise ZeroDivisionError("one by nought")
-            if self.ends == "by Ctrl-C, twice":
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-
-
-def screen(written: str) -> list[str]:
-    """Return what is to be seen after all: the few control sequences of a bar, carried out."""
-    rows: list[str] = [""]
-    row = column = 0
-    parts = re.compile(r"(\x1b\[)(\??[\d;]*)([A-Za-z])|([^\x1b])", re.DOTALL)
-    for escape, argument, letter, char in parts.findall(written):
-        if escape:
-            row -= int(argument or 1) if letter == "A" else 0
-            if letter == "K":
-                rows[row] = "" if argument == "2" else rows[row][:column]
-        elif char == "\r":
-            column = 0
-        elif char == "\n":
-            row += 1
-            rows += [""] * (row + 1 - len(rows))
-        else:
-            rows[row] = rows[row].ljust(column)[:column] + char + rows[row][column + 1 :]
-            column += 1
-    return [line.rstrip() for line in rows if line.strip()]
-
-
-SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
-
-
-def test_a_bar_shows_the_run_and_what_others_write_stands_above_it(
-    tiny_run: TinyRun, on_terminal: Callable[..., Terminal]
-) -> None:
-    terminal = on_terminal()
-    before = sys.stdout, sys.stderr, [h.stream for h in logging.getLogger("fundamentallm").handlers]
-    tiny_run(Progress(), Works(), Busy(), length=40, log_every=5)
-    after = sys.stdout, sys.stderr, [h.stream for h in logging.getLogger("fundamentallm").handlers]
-    assert after == before
-    written = terminal.written()
-    assert "thinking" in written
-    assert SHOW_CURSOR in written.partition("step ")[0], "perhaps no training follows a task"
-    assert re.search(r"step [1-3]?\d/40", written), "it moves on between start and end"
-    seen = screen(written)
-    assert re.fullmatch(r"tokenizing ━+ 100%", seen[0])
-    assert seen[1:3] == ["a line that was printed", "a line that was logged"]
-    assert re.fullmatch(
-        r"step 40/40 ━+ 100%  loss 0\.\d+  val/loss 0\.\d+  lr 0\.01  [\d.]+ tokens/s  0:00 left",
-        seen[3],
-    )
-    assert seen[4:] == []
-
-
-@pytest.mark.parametrize(
-    ("ends", "error"), [("by an error", PluginError), ("by Ctrl-C, twice", None)]
-)
-def test_the_terminal_is_left_in_order(
-    ends: str, error: type[Exception] | None, tiny_run: TinyRun, on_terminal: Callable[..., Terminal]
-) -> None:
-    terminal = on_terminal()
-    with pytest.raises(error) if error else nullcontext():
-        tiny_run(Progress(), Works(), Busy(ends=ends), length=40)
-    print("the end", file=sys.stderr)
-    written = terminal.written()
-    assert written.rindex(SHOW_CURSOR) > written.rindex(HIDE_CURSOR)
-    seen = screen(written)
-    assert [line.split()[0] for line in seen if "━" in line] == ["tokenizing", "step"]
-    assert seen[-1] == "the end"
-
-
-def test_a_dumb_terminal_gets_plain_lines(
-    tiny_run: TinyRun, on_terminal: Callable[..., Terminal]
-) -> None:
-    terminal = on_terminal(term="dumb")
-    tiny_run(Progress(), Works(), length=4)
-    written = terminal.written()
-    assert "\x1b" not in written
-    assert "step 4/4 (100%)  loss" in written
-
-
-def test_a_narrow_terminal_keeps_one_line(
-    tiny_run: TinyRun, on_terminal: Callable[..., Terminal]
-) -> None:
-    terminal = on_terminal(columns=40)
-    tiny_run(Progress(), length=4)
-    (line,) = screen(terminal.written())
-    assert line.startswith("step 4/4 ")
-    assert len(line) <= 40
-
-
-def test_what_goes_to_a_file_still_does(
-    tiny_run: TinyRun, on_terminal: Callable[..., Terminal], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    terminal = on_terminal()
-    with (tmp_path / "out").open("w") as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        tiny_run(Progress(), Busy(), length=16)
-    assert (tmp_path / "out").read_text() == "a line that was printed\n"
-    assert "printed" not in terminal.written()
-
-
 # Speed and time left.
 
 
-def a_run(tmp_path: Path, length: int = 100) -> Run:
-    return Run(RunSettings(length=Period(length)), {}, tmp_path)
+def a_run(tmp_path: Path, length: int | str = 100) -> Run:
+    return Run(RunSettings(length=Period.parse(length)), {}, tmp_path)
 
 
-def test_only_the_work_of_this_process_counts(tmp_path: Path) -> None:
-    now = [50.0]
-    run = a_run(tmp_path)
-    run.progress.step, run.progress.tokens, run.progress.samples = 60, 6000, 600
-    pace = Pace(run, lambda: now[0])
-    assert (pace.speed(), pace.left(), pace.share) == ("", "", 0.6)
-    now[0] += 2.0
-    run.progress.step, run.progress.tokens, run.progress.samples = 70, 7000, 700
+def goes(run: Run, clock: Clock, steps: int = 1, seconds: float = 2.0) -> None:
+    """Make steps of ten samples, a hundred tokens, and some seconds."""
+    clock.now += seconds * steps
+    run.progress.step += steps
+    run.progress.samples += 10 * steps
+    run.progress.tokens += 100 * steps
+    run.progress.seconds += seconds * steps
+
+
+@pytest.mark.parametrize(
+    ("length", "left"),
+    [("100 steps", "0:34"), ("10_000 tokens", "0:34"), ("2 epochs", "0:34"), ("1 hours", "57:14")],
+)
+def test_only_the_work_of_this_process_counts(length: str, left: str, tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path, length)
+    run.progress.epoch_samples = 500
+    goes(run, Clock(), 80)
+    pace = Pace(run, clock)
+    assert pace.speeds() == []
+    assert pace.left() == ("57:20" if "hours" in length else ""), "of time it is known at once"
+    goes(run, clock, seconds=2.0)
     pace.look()
-    assert (pace.speed(), pace.left(), pace.share) == ("500 tokens/s", "0:06", 0.7)
+    goes(run, clock, steps=2)
+    pace.look()
+    assert pace.speeds() == ["50 tokens/s", "0.5 steps/s"]
+    assert pace.left() == left
+
+
+def test_the_first_step_of_a_process_is_left_out_as_soon_as_there_are_others(
+    tmp_path: Path,
+) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    pace = Pace(run, clock)
+    goes(run, clock, seconds=60.0)
+    pace.look()
+    assert (pace.speeds(), pace.left()) == ([], ""), "nothing rather than nonsense"
+    goes(run, clock)
+    pace.look()
+    assert (pace.speeds()[1], pace.left()) == ("0.5 steps/s", "3:16")
+
+
+def test_the_first_line_of_many_steps_has_a_speed(tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    pace = Pace(run, clock)
+    goes(run, clock, steps=10)
+    pace.look()
+    assert (pace.speeds()[1], pace.left()) == ("0.5 steps/s", "3:00")
+
+
+def test_steps_that_take_longer_than_a_look_have_a_speed(tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    pace = Pace(run, clock)
+    for _ in range(4):
+        for _ in range(400):
+            clock.now += 0.5
+            pace.look()
+        goes(run, clock, seconds=0.0)
+        pace.look()
+    for _ in range(300):
+        assert pace.speeds()[1] == "0.005 steps/s"
+        clock.now += 0.5
+        pace.look()
+
+
+def test_what_is_no_training_leaves_the_speed_alone_and_counts_for_the_time_left(
+    tmp_path: Path,
+) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    view = View(run, [], clock)
+    view.start_training()
+    view.follow("compiling", 0, None)
+    goes(run, clock, seconds=300.0)
+    view.follow("compiling", 1, 1)
+    for _ in range(9):
+        goes(run, clock)
+        view.facts()
+    assert view.facts() == ["10%", "50 tokens/s", "0.5 steps/s", "3:00 left"]
+    for part in range(1, 10):  # nine steps took 18 seconds, and so does this
+        view.follow("validation", part, 10)
+        clock.now += 2.0
+        assert view.facts() == ["10%", "50 tokens/s", "0.5 steps/s", "3:00 left"]
+    view.follow("validation", 10, 10)
+    assert view.facts() == ["10%", "50 tokens/s", "0.5 steps/s", "6:00 left"]
+    goes(run, clock, steps=9)
+    assert view.facts() == ["19%", "50 tokens/s", "0.5 steps/s", "4:03 left"]
+
+
+def test_work_that_goes_on_beside_a_task_counts(tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    view = View(run, [], clock)
+    view.start_training()
+    for step in range(12):
+        view.follow("uploading", step, 100)
+        goes(run, clock, seconds=2.0)
+    assert view.facts() == ["12%", "50 tokens/s", "0.5 steps/s", "2:56 left"]
+
+
+def test_a_run_that_goes_back_has_a_speed_soon_and_never_a_negative_one(tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    pace = Pace(run, clock)
+    for _ in range(5):
+        goes(run, clock)
+        pace.look()
+    run.progress.step = 2
+    pace.look()
+    assert (pace.speeds(), pace.left()) == ([], "")
+    goes(run, clock)
+    pace.look()
+    assert (pace.speeds()[1], pace.left()) == ("0.5 steps/s", "3:14")
+
+
+@plugin
+class Follows:
+    """Looks at a run whose steps take two seconds each, and whose validations take eight."""
+
+    stops: int = 10**9
+    seen: list[tuple[int, str]] = field(init=False, factory=list)
+    clock: Any = field(init=False, factory=Clock)
+    view: Any = field(init=False, default=None)
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        self.view = View(run, [], self.clock)
+        self.view.start_training()
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        self.clock.now += 2.0
+        facts = self.view.facts()
+        self.seen += [(run.progress.step, facts[-1])] if facts[-1].endswith("left") else []
+        if run.progress.step == self.stops:
+            run.stop("enough")
+
+    @hookimpl
+    def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
+        if task == "validation" and self.view is not None:
+            self.view.follow(task, done, total)
+            self.clock.now += 8.0 if done == 1 else 0.0
+
+
+@pytest.mark.parametrize("length", ["40 steps", "160 tokens", "10 epochs"])
+def test_a_resumed_run_tells_the_time_left_from_its_second_step(
+    length: str, tiny_run: TinyRun
+) -> None:
+    settings: dict[str, Any] = {"length": length, "validate_every": 5, "settings": {}}
+    tiny_run("checkpoint", Follows(stops=20), **settings)
+    follows = Follows()
+    run = tiny_run("checkpoint", follows, **settings)
+    assert run.progress.step == 40
+    assert follows.seen[0] == (22, "0:36 left")
+    assert follows.seen[3] == (25, "0:30 left")
+    assert follows.seen[4][1] != "0:28 left", "the first validation tells of the others"
+
+
+# Tasks.
+
+
+def tasks(view: View) -> list[str]:
+    return ["".join(text for text, _ in row).split()[0] for row in view.rows(100)]
+
+
+def test_a_task_that_nobody_ended_is_gone_a_step_later(tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path)
+    view = View(run, [], clock)
+    view.start_training()
+    goes(run, clock)
+    view.follow("saving", 3, 10)
+    goes(run, clock)
+    assert tasks(view) == ["step", "saving"]
+    goes(run, clock)
+    assert tasks(view) == ["step"]
+    view.follow("validation", 3, None)
+    view.end_validation()
+    assert tasks(view) == ["step"]
+
+
+def test_the_bar_of_a_task_without_an_end_moves(tmp_path: Path) -> None:
+    clock = Clock()
+    view = View(a_run(tmp_path), [], clock)
+    view.follow("compiling", 0, None)
+    (first,) = view.rows(60)
+    clock.now += 21
+    (then,) = view.rows(60)
+    assert "".join(text for text, _ in first) == "  compiling ━━━━──────────────────── 0:00"
+    assert "".join(text for text, _ in then) == "  compiling ━━━━──────────────────── 0:21"
+    clock.now += 1
+    (then,) = view.rows(60)
+    assert "".join(text for text, _ in then) == "  compiling ─━━━━─────────────────── 0:22"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.lists(st.text("ab/", min_size=1), max_size=4), st.integers(0, 50))
+def test_no_row_is_wider_than_it_may_be(width: int, names: list[str], done: int) -> None:
+    from pathlib import Path
+
+    clock = Clock()
+    run = a_run(Path(), 10**6)
+    view = View(run, names, clock)
+    view.start_training()
+    goes(run, clock, steps=20)
+    view.keep_metrics(dict.fromkeys(names, 1234.5))
+    for name in names:
+        view.follow(name, done, 51)
+    for row in view.rows(width):
+        assert sum(len(text) for text, _ in row) <= width
+
+
+# What a bar costs.
+
+
+class Screen(io.StringIO):
+    """A terminal that counts."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def pictures(self) -> int:
+        return self.getvalue().count(BEGIN)
+
+
+def test_a_bar_is_drawn_when_it_looks_and_only_if_something_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fundamentallm_progress.bar.SECONDS", 1000.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    run = a_run(tmp_path, 10**6)
+    bar = Bar(run, ["train/loss"])
+    bar.start_training()
+    opened = screen.pictures
+    for step in range(10_000):
+        run.progress.step = step
+        bar.show_task("validation", step % 10, 10)
+        bar.show_metrics({"train/loss": float(step)})
+    assert screen.pictures == opened, "neither a report nor a row draws"
+    size = len(screen.getvalue())
+    bar.look()
+    assert screen.pictures == opened + 1
+    assert len(screen.getvalue()) - size < 1000
+    bar.show_task("validation", 10, 10)
+    bar.look()
+    for _ in range(100):
+        bar.look()
+    assert screen.pictures == opened + 2, "nothing has changed any more"
+    for line in range(7):
+        print(line, file=sys.stderr)
+    assert screen.pictures == opened + 9, "each line moves the bar down, once"
+    bar.close()
+    assert screen.pictures <= opened + 11
+
+
+# In a notebook.
+
+
+class Area:
+    """What a notebook shows, in place of a kernel that would send it."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def update(self, data: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(data["text/plain"])
+
+
+def test_a_notebook_has_one_area_that_changes_and_no_lines(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    areas: list[Area] = []
+
+    def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Area:
+        assert (data, raw, display_id) == ({"text/plain": ""}, True, True)
+        areas.append(Area())
+        return areas[-1]
+
+    ipython, shown = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    vars(ipython)["get_ipython"] = lambda: types.SimpleNamespace(kernel=object())
+    vars(shown)["display"] = display
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    tiny_run(Progress(), Works(), length=200, log_every=1, validate_every=50)
+    assert capsys.readouterr().err == ""
+    (area,) = areas
+    assert len(area.shown) < 20
+    assert re.fullmatch(
+        r"step 200/200 ━+ 100%  loss 0\.\d+  val/loss 0\.\d+  lr 0\.01  .*steps/s", area.shown[-1]
+    )
 
 
 def test_samples_count_where_there_are_no_tokens(tmp_path: Path) -> None:
@@ -296,7 +474,11 @@ def test_samples_count_where_there_are_no_tokens(tmp_path: Path) -> None:
     pace = Pace(run, lambda: now[0])
     now[0], run.progress.step, run.progress.samples = 2.0, 1, 3000
     pace.look()
-    assert pace.speed() == "1.5k samples/s"
+    now[0], run.progress.step, run.progress.samples = 4.0, 2, 6000
+    pace.look()
+    now[0], run.progress.step, run.progress.samples = 6.0, 3, 9000
+    pace.look()
+    assert pace.speeds() == ["1.5k samples/s", "0.5 steps/s"]
 
 
 def test_speed_follows_a_change_of_it(tmp_path: Path) -> None:
@@ -309,7 +491,7 @@ def test_speed_follows_a_change_of_it(tmp_path: Path) -> None:
         run.progress.samples += 1
         run.progress.tokens += tokens
         pace.look()
-    assert pace.speed() == "1k tokens/s"
+    assert pace.speeds() == ["1k tokens/s", "1 steps/s"]
 
 
 @settings(deadline=None)

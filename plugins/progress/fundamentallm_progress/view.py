@@ -1,0 +1,190 @@
+"""What is to be seen of a run: its training and the tasks under way, as rows of text."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from threading import RLock
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+
+from fundamentallm_progress.pace import Pace, clock_face, short
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from fundamentallm import Run
+
+    Part: TypeAlias = tuple[str, str]
+    Row: TypeAlias = tuple[Part, ...]
+    """Texts, each with the name of a style."""
+    Bar: TypeAlias = Callable[[int], Iterable[Part]]
+
+_WIDTHS = (24, 16, 8)
+_PIECE = 4
+_VALIDATION = "validation"
+
+
+@attrs.define
+class Task:
+    """Something long besides the steps; ``step`` is the run's when it was last heard of."""
+
+    done: int
+    total: int | None
+    step: int
+    since: float
+
+
+class View:
+    """What is known of the run. ``rows`` may be asked from another thread than the run's."""
+
+    def __init__(
+        self, run: Run, metrics: list[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run, self._names, self._clock = run, metrics, clock
+        self._lock = RLock()
+        self._metrics: dict[str, float] = {}
+        self._tasks: dict[str, Task] = {}
+        self._pace: Pace | None = None
+        self._head = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to be seen: no training, and no task."""
+        return self._pace is None and not self._tasks
+
+    def start_training(self) -> None:
+        """Show the steps from now on; speed and time left begin with them."""
+        self._pace = Pace(self._run, self._clock)
+
+    def keep_metrics(self, metrics: dict[str, float], *, only: bool = False) -> None:
+        """Take the metrics of a row; those that it lacks stay, unless it is ``only`` about it."""
+        known = metrics if only else self._metrics | metrics
+        self._metrics = {name: known[name] for name in self._names if name in known}
+
+    def follow(self, task: str, done: int, total: int | None) -> None:
+        """Take how far a task is; with ``done == total`` it is gone."""
+        with self._lock:
+            step = self._run.progress.step
+            if done == total:
+                self._tasks.pop(task, None)
+                if self._pace is not None and not self._tasks:
+                    self._pace.go_on()
+                return
+            if self._pace is not None and not self._tasks:
+                self._pace.pause()
+            known = self._tasks.get(task)
+            since = self._clock() if known is None or done < known.done else known.since
+            self._tasks[task] = Task(done, total, step, since)
+
+    def end_validation(self) -> None:
+        """Take that a validation is over, also one that never knew how long it is."""
+        self.follow(_VALIDATION, 1, 1)
+
+    def end_tasks(self) -> None:
+        """Forget what is under way: nobody ends it any more."""
+        with self._lock:
+            self._tasks.clear()
+
+    def facts(self) -> list[str]:
+        """Look at the run; return share, metrics, speeds and time left, as far as known."""
+        with self._lock:
+            self._forget()
+            pace = self._pace
+            if pace is None:
+                return []
+            pace.look()
+            left = pace.left()
+            shown = [f"{label(name)} {value:.4g}" for name, value in self._metrics.items()]
+            ends = [f"{left} left"] if left else []
+            return [f"{pace.share:.0%}", *shown, *pace.speeds(), *ends]
+
+    def rows(self, width: int, line: str = "━─") -> list[Row]:
+        """Look at the run; return the training and below it each task, all within ``width``.
+
+        ``line`` are the two characters that bars are made of.
+        """
+        with self._lock:
+            facts, now = self.facts(), self._clock()
+            rows = []
+            if self._pace is not None:
+                # As wide as it ever was, so that the bar does not move.
+                self._head = head = count(self._run).ljust(len(self._head))
+                done = partial(_full, line, self._pace.share)
+                rows = [_fitted(head, done, _chosen(facts, width - len(head) - 1), width)]
+            names = max(map(len, self._tasks), default=0)
+            for name, task in self._tasks.items():
+                bar, tail = _told(task, now, line)
+                rows.append(_fitted(f"  {name:{names}}", bar, tail, width))
+            return rows
+
+    def _forget(self) -> None:
+        # What failed or was given up is never ended: a step later, the run is elsewhere.
+        step = self._run.progress.step
+        kept = {name: task for name, task in self._tasks.items() if abs(step - task.step) < 2}
+        if len(kept) < len(self._tasks):
+            self._tasks = kept
+            if self._pace is not None and not kept:
+                self._pace.go_on()
+
+
+def count(run: Run) -> str:
+    """Write how far the run is, in steps and in the unit of its length."""
+    length, step = run.settings.length, f"step {run.progress.step:,}"
+    done = length.done(run.progress) * length.amount
+    if length.unit == "steps":
+        return f"{step}/{int(length.amount):,}"
+    if length.unit == "tokens":
+        return f"{step}  {short(done)}/{short(length.amount)} tokens"
+    if length.seconds is not None:
+        return f"{step}  {clock_face(run.progress.seconds)}/{clock_face(length.seconds)}"
+    return f"{step}  {done:.2f}/{length}"
+
+
+def label(metric: str) -> str:
+    """Name a metric as briefly as it stays clear: ``train/loss`` is ``loss``."""
+    return metric.removeprefix("train/").removeprefix("optim/")
+
+
+def _chosen(facts: list[str], room: int) -> str:
+    """Return what there is room for: share and time left, then the metrics, then the speeds."""
+    wanted = sorted(range(len(facts)), key=lambda i: (i > 0, not facts[i].endswith("left"), i))
+    chosen: set[int] = set()
+    for index in wanted:
+        if len(facts[index]) <= room:
+            chosen.add(index)
+            room -= len(facts[index]) + 2
+    return "  ".join(fact for index, fact in enumerate(facts) if index in chosen)
+
+
+def _told(task: Task, now: float, line: str) -> tuple[Bar, str]:
+    """Return a task's bar, and what stands behind it."""
+    seconds = now - task.since
+    took = clock_face(seconds)
+    if task.total:
+        share = task.done / task.total
+        return partial(_full, line, share), f"{share:.0%}  {took}"
+    return partial(_wandering, line, int(seconds)), f"{task.done:,}  {took}" if task.done else took
+
+
+def _fitted(head: str, bar: Bar, tail: str, width: int) -> Row:
+    """Put a bar of the widest fitting size between two texts, or none; cut off what is too wide."""
+    room = width - len(head) - len(tail) - 2
+    size = next((size for size in _WIDTHS if size <= room), 0)
+    if size:
+        return ((f"{head} ", ""), *bar(size), (f" {tail}", ""))
+    return ((f"{head} {tail}"[:width], ""),)
+
+
+def _full(line: str, share: float, size: int) -> Iterable[Part]:
+    cells = int(min(share, 1.0) * size)
+    return ((line[0] * cells, "bar.complete"), (line[1] * (size - cells), "bar.back"))
+
+
+def _wandering(line: str, seconds: int, size: int) -> Iterable[Part]:
+    """Show a piece that moves, for what has no known end."""
+    place = seconds % (size - _PIECE + 1)
+    rest = size - _PIECE - place
+    return ((line[1] * place, "bar.back"), (line[0] * _PIECE, "bar.pulse"),
+            (line[1] * rest, "bar.back"))  # fmt: skip
