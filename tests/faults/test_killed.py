@@ -9,7 +9,7 @@ from functools import partial
 import layer
 import pytest
 import tiny
-from draws import SEEN, AfterStep, act_at, often
+from draws import SEEN, AfterStep, WhileSaving, act_at, often
 from hypothesis import strategies as st
 from tiny import EVERY, SAVES
 
@@ -86,9 +86,16 @@ def killed_and_resumed(uninterrupted, moments, folder, words=()):
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, tmp_path):
-    moments = st.tuples(*(MOMENTS[kind] for kind in (
-        "while it saves", "a system call of a save", "a name given or taken", "any time")))  # fmt: skip
-    often(1, moments, partial(killed_and_resumed, uninterrupted), tmp_path, quick=True)
+    moments = [
+        AfterStep(EVERY + 3, 0.001),
+        partial(layer.act_in_save, layer.kill, 2 * EVERY, 40, torn=True),
+        WhileSaving(4 * EVERY, 0.002),
+        partial(layer.act_at_rename, layer.kill, 3, 1),  # the third of this process
+        partial(layer.act_at_hook, layer.kill, "validate", tiny.LAST),
+    ]
+    were = [killed(tmp_path / "run", uninterrupted, moment) for moment in moments]
+    assert were == [True] * len(moments)
+    finish(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("number", [1, 2])
