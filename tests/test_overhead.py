@@ -110,6 +110,21 @@ def test_of_all_that_a_careful_user_lists_the_guard_alone_reads_a_device_value_o
         assert reads.found.total() == expected
 
 
+def test_mlflow_and_jsonl_read_no_device_value_in_a_step_nor_for_a_log_row():
+    first, last = noop.PERIOD
+    found = []
+    for loggers in ([], ["jsonl", "mlflow"]):
+        plugins = [name for name in noop.SETTINGS["plugins"] if name != "jsonl"]
+        # Without a store, whose place the journal takes: the process that ships has no device.
+        away = {"tracking_uri": "nonsense://x", "on_start_failure": "journal", "end_seconds": 0.01}
+        reads = HostReads()
+        tables = {"mlflow": away} if loggers else {}
+        noop.by_run({first: reads.start, last: reads.stop}, {"plugins": plugins + loggers, **tables})
+        found.append(reads.found)
+    assert found[0].total() >= 1  # the row itself
+    assert found[0] == found[1]
+
+
 def test_no_step_between_two_log_rows_reads_a_device_value():
     reads = HostReads()
     first, last = noop.BETWEEN

@@ -13,6 +13,7 @@ import sys
 
 import calls
 import instructions
+import logging_cost
 import noop
 import speed
 import torch
@@ -27,7 +28,7 @@ def main() -> int:
     """Print all figures and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="count Python calls alone")
-    parser.add_argument("--pairs", type=int, default=200, help="length of the race")
+    parser.add_argument("--pairs", type=int, default=200, help="length of the races")
     chosen = parser.parse_args()
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
@@ -38,6 +39,7 @@ def main() -> int:
         within += [] if chosen.quick else [show_instructions(prefix)]
     if not chosen.quick:
         within += [speed.report(chosen.pairs)]
+        within += [logging_cost.report(max(8, chosen.pairs // 4))]  # as many steps
     return 0 if all(within) else 1
 
 
