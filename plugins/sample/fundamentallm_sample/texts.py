@@ -30,7 +30,10 @@ def random_source(run: Run, seed: int) -> torch.Generator:
 def texts(run: Run, how: Sample, source: torch.Generator) -> list[str]:
     """Return ``how.num_samples`` texts, each the prompt and its continuation."""
     prompt = _encode(run, how.prompt)
-    columns = list(_columns(run, how, prompt, source))
+    columns = []
+    for column in _columns(run, how, prompt, source):
+        columns.append(column)
+        run.report("sampling", len(columns), how.max_tokens)
     # One wait for the device, at the end, instead of one per token.
     rows = torch.stack(columns, dim=1).tolist()
     return [_decode(run, prompt + row) for row in rows]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fundamentallm import Batch, Data, Period, Progress, Run, SettingsError, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm.testing import PluginContract, Recorder, TinyRun, assert_same_weights
 from fundamentallm_sample import Sample
 
 LETTERS = "\nabcdefg"
@@ -102,6 +102,14 @@ def sampled(run: Run, folder: str = "samples") -> dict[str, str]:
         path.name: path.read_text(encoding="utf-8")
         for path in sorted((run.folder / folder).glob("*.txt"))
     }
+
+
+def test_tells_how_far_the_writing_is(tiny_run: TinyRun) -> None:
+    trace = Recorder()
+    how = Sample(every=Period(2), prompt="ab", max_tokens=3, num_samples=2)
+    tiny_run(how, TinyLanguage(), length=2, trace=trace)
+    told = [given for _, given in trace.calls if given.get("task") == "sampling"]
+    assert [(given["done"], given["total"]) for given in told] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_writes_a_file_every_period_and_one_at_the_end(tiny_run: TinyRun) -> None:
