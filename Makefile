@@ -8,7 +8,7 @@ JOBS ?= 2
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test test-faults lint bench reference clean
+.PHONY: setup quickstart test test-faults test-ui screenshots browser lint bench reference clean
 
 setup: $(VENV)/.ready
 
@@ -26,11 +26,30 @@ quickstart: setup
 	$(BIN)/fundamentallm train settings/quickstart.toml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not ui"
 
 # Minutes where `make test` takes seconds: every kill, fault and outage there is.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# MLflow's pages in a real browser: Debian's Chromium, with the driver of the same version.
+test-ui: browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ui tests/ui
+
+# The same, and keeps the pictures of the pages in docs/images.
+screenshots: browser
+	SCREENSHOTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ui tests/ui
+
+BROWSER := chromium chromium-driver fonts-liberation
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+browser: setup
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { \
+		command -v apt-get >/dev/null && $(SUDO) apt-get update -qq && \
+		$(SUDO) apt-get install -y -qq --no-install-recommends $(BROWSER); } || { \
+		echo "these tests need the programs chromium and chromedriver, of one version; where Debian's"; \
+		echo "packages ($(BROWSER)) cannot be had, install them and try again"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[ui]'
 
 lint: setup
 	$(BIN)/ruff check .

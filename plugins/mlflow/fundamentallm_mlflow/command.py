@@ -117,6 +117,8 @@ def serve(store: str, port: int, where: str) -> None:
             raise SettingsError(f"port {port}: {error.strerror}; choose another: --port") from error
     from mlflow.cli import cli
 
+    # The server's own words about itself are none of the reader's business; its errors are.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     threading.Thread(target=_announce, args=(port, where), daemon=True).start()
     words = ["server", "--backend-store-uri", store, "--registry-store-uri", store,
              "--host", "127.0.0.1", "--port", str(port), "--workers", "1",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, hook_methods, setting_fields
+from fundamentallm_mlflow.note import note
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -80,10 +83,12 @@ def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str
     git = environment.get("git") or {}
     found = {
         "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": " ".join(environment.get("command", [])),
+        # The page shows what follows the last slash of it; the description has it whole.
+        "mlflow.source.name": Path(next(iter(environment.get("command", [])), "")).name,
+        "command": shlex.join(environment.get("command", [])),
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.user": _user(),
-        "mlflow.note.content": _note(run),
+        "mlflow.note.content": note(run, settings, environment),
         "git.dirty": git.get("dirty"),
         "host": environment.get("host"),
         "device": run.device,
@@ -121,16 +126,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_text(part) for part in value)
     return str(value)
-
-
-def _note(run: Run) -> str:
-    folder = run.folder.resolve()
-    lines = [
-        f"**{run.name}**: {run.settings.length} with {', '.join(run.plugins)}.",
-        f"Run folder: `{folder}`",
-        f"Continue: `fundamentallm resume {folder}`",
-    ]
-    return "\n\n".join(lines)
 
 
 def _digest(settings: dict[str, str]) -> str:

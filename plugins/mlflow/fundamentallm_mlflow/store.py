@@ -32,6 +32,7 @@ ENTRIES_PER_BATCH = 100
 LONGEST_PARAMETER, LONGEST_TAG = 6000, 8000
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
 START_TAG = "fundamentallm.start"
+NOTE = "mlflow.note.content"
 
 log = logging.getLogger("ship")
 
@@ -69,6 +70,8 @@ class Store:
         run = self.client.get_run(run_id)
         wanted = {safe(k): v[:LONGEST_PARAMETER] for k, v in start["parameters"].items()}
         tags = start["tags"] | _changes(run, wanted) | dict(extra)
+        if NOTE in run.data.tags:  # somebody may have written there
+            tags.pop(NOTE, None)
         fresh = [Param(k, v) for k, v in wanted.items() if k not in run.data.params]
         for part in _parts(fresh):
             self.client.log_batch(run_id, params=part, synchronous=True)

@@ -1,0 +1,67 @@
+"""The description of a run: what it says, and that it is nobody's to overwrite."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import string
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fundamentallm.testing import TinyRun
+from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow.note import LINE, wrapped
+from fundamentallm_mlflow.store import Store
+
+START: dict[str, Any] = {
+    "name": "r", "time": 1, "parameters": {}, "records": [],
+    "dataset": {"name": "d", "digest": "1", "source": {}, "profile": {}},
+}  # fmt: skip
+
+# Not of all characters: a command's words hold no line ends, and the page is not a shell.
+WORDS = st.lists(st.text(string.ascii_letters + "-='\" \\$./", max_size=30), min_size=1)
+
+
+@given(WORDS)
+def test_a_wrapped_command_is_the_same_to_a_shell(words: list[str]) -> None:
+    assert shlex.split(wrapped(words).replace("\\\n", "")) == words
+
+
+def test_lines_end_before_an_option_and_are_short() -> None:
+    words = ["train", "a.toml", *(w for i in range(20) for w in ("--set", f"adamw.lr=1e-{i}"))]
+    first, *lines = wrapped(words).split("\n")
+    assert first.startswith("train a.toml --set adamw.lr=1e-0")
+    assert len(lines) == 5
+    assert all(line.startswith("    --set ") for line in lines)
+    assert max(map(len, [first, *lines])) <= LINE + len("     \\")
+
+
+def test_a_note_says_what_is_trained_by_which_code_and_how_to_go_on(tiny_run: TinyRun) -> None:
+    part = Mlflow(tracking_uri="nonsense://x", on_start_failure="journal", end_seconds=0.01)
+    run = tiny_run(part, length=2)
+    with (run.folder / "mlflow" / "journal.jsonl").open(encoding="utf-8") as rows:
+        tags = json.loads(next(rows))["tags"]
+    weights = sum(parameter.numel() for parameter in run.parameters)
+    first, *rest = tags["mlflow.note.content"].split("\n\n")
+    assert first.startswith(f"**{run.name}**: {weights:,} weights, 2 steps, with `")
+    assert "`tiny_model`" in first
+    assert "`mlflow`" not in first
+    assert rest[-1] == f"```sh\nfundamentallm resume {shlex.quote(str(run.folder.resolve()))}\n```"
+    record = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    assert rest[0] == f"```sh\n{wrapped([Path(record['command'][0]).name, *record['command'][1:]])}\n```"
+    assert shlex.split(tags["command"]) == record["command"]
+
+
+def test_a_note_that_was_edited_stays_when_the_run_is_continued(look: Any) -> None:
+    store = Store(look.uri, "edited")
+    run_id = store.run_for(START | {"id": "1" * 32})
+    said = {"mlflow.note.content": "made", "host": "a"}
+    store.describe(run_id, START | {"tags": said}, {})
+    assert look.client.get_run(run_id).data.tags["mlflow.note.content"] == "made"
+    store.client.set_tag(run_id, "mlflow.note.content", "written by hand")
+    store.describe(run_id, START | {"tags": said | {"host": "b"}}, {})
+    tags = look.client.get_run(run_id).data.tags
+    assert (tags["mlflow.note.content"], tags["host"]) == ("written by hand", "b")

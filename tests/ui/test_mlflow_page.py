@@ -1,0 +1,145 @@
+"""What one sees who opens the URL that `fundamentallm ui` prints: read off the page itself."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+
+import pytest
+
+pytestmark = [pytest.mark.ui, pytest.mark.timeout(600)]
+
+RATES = {"lr-1e-4": 0.0001, "lr-1e-3": 0.001, "lr-1e-2": 0.01}
+CHARTS = {"optim/lr", "optim/grad_norm", "train/loss", "train/tokens", "val/loss"}
+ROW = "//*[@role='row']"
+SECTION = "[data-testid='experiment-view-compare-runs-add-chart']"
+CARD = "[data-testid='experiment-view-compare-runs-card']"
+# Of each chart its title, how many points each line has, and all that is written in it.
+DRAWN = f"""
+return [...document.querySelectorAll("{CARD}")].map(card => [
+  card.querySelector("h4").title,
+  [...card.querySelectorAll(".scatterlayer .trace")]
+    .filter(line => line.querySelector("path.js-line"))
+    .map(line => line.querySelectorAll("path.point").length),
+  card.textContent,
+])
+"""
+
+
+class Page:
+    """The page in the browser, for somebody who looks and clicks."""
+
+    def __init__(self, browser, keep):
+        self.browser, self.keep = browser, keep
+
+    @property
+    def text(self):
+        return self.browser.find_element("tag name", "body").text
+
+    def all(self, path):
+        return [one for one in self.browser.find_elements("xpath", path) if one.is_displayed()]
+
+    def until(self, seen, what):
+        """Wait until something is on the page; return it."""
+        from selenium.common.exceptions import TimeoutException, WebDriverException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        try:
+            # The page replaces its parts while one looks at them: then look again.
+            wait = WebDriverWait(self.browser, 60, ignored_exceptions=[WebDriverException])
+            return wait.until(lambda _: seen())
+        except TimeoutException:
+            raise AssertionError(f"not on the page: {what}. The page:\n{self.text}") from None
+
+    def click(self, path):
+        self.until(lambda: [one.click() or one for one in self.all(path)[:1]], path)
+
+    def open(self, url):
+        """Open a URL as somebody does who has never been there."""
+        self.browser.get(url)
+        self.until(lambda: "matching runs" in self.text, "the list of runs")
+        # MLflow opens its assistant beside the charts, until it is closed once.
+        for one in self.all("//*[@data-component-id='mlflow.assistant.chat_panel.close']"):
+            one.click()
+
+    def charts(self, titles):
+        """Return title -> (points of each line, text) of the charts, once they are drawn."""
+        found, looks = {}, count()
+
+        def drawn():
+            sections = self.browser.find_elements("css selector", SECTION)
+            look = sections[next(looks) % len(sections)]  # a chart is drawn when it is in sight
+            self.browser.execute_script("arguments[0].scrollIntoView()", look)
+            found.update({t: (n, text) for t, n, text in self.browser.execute_script(DRAWN) if n})
+            return titles <= set(found)
+
+        self.until(drawn, f"the charts {sorted(titles)}")
+        top = self.browser.find_element("css selector", SECTION)
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", top)
+        return found
+
+    def cells(self):
+        """Return the rows of the page's tables as first cell -> second cell."""
+        rows = [row.find_elements("xpath", "./*[@role='cell']") for row in self.all(ROW)]
+        return {row[0].text: row[1].text for row in rows if len(row) > 1}
+
+
+@pytest.fixture
+def page(browser, keep):
+    return Page(browser, keep)
+
+
+def test_the_printed_url_opens_the_charts_that_compare_the_runs(page, shown):
+    page.open(shown.url)
+    page.until(lambda: set(RATES) <= {link.text for link in page.all("//a")}, "the runs' names")
+    assert "3 matching runs" in page.text
+    assert "Evaluation runs" not in page.text  # as MLflow's pages for language models have it
+    charts = page.charts(CHARTS)
+    assert set(charts) == CHARTS
+    for title, (lines, text) in charts.items():
+        points = 6 if title.startswith("val/") else 30
+        assert lines == [points] * 3, title
+        assert all(f"{name} ({title})" in text for name in RATES), title
+    sections = [one.text.split() for one in page.all("//*[@role='button'][contains(., 'Add chart')]")]
+    assert [words[:2] for words in sections[:3]] == [["optim", "(2)"], ["train", "(2)"], ["val", "(1)"]]
+    page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
+    page.until(lambda: page.charts({"train/loss", "val/loss"}), "the losses alone")
+    page.keep("compare")
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_run_is_described_with_its_metrics_and_parameters(page, shown, name):
+    page.open(shown.url)
+    # From a run's page on, MLflow shows the menu that was chosen last, whatever the URL said.
+    page.click(f"//a[text()='{name}']")
+    page.click("//*[text()='Model training']")
+    page.click(f"//a[text()='{name}']")
+    page.until(lambda: "Parameters (" in page.text, "the parameters")
+    (note,) = page.all("//*[@data-testid='note-editor-preview-content']")
+    assert note.find_element("tag name", "strong").text == name
+    assert "33,952 weights, 300 steps" in note.text
+    train, resume = (one.text for one in note.find_elements("tag name", "pre"))
+    assert "--set adamw.lr=" + name.removeprefix("lr-") in train
+    assert resume.replace("\\\n", "").split() == ["fundamentallm", "resume", str(shown.folders[name])]
+    page.keep("description")
+    cells = page.cells()
+    assert float(cells["adamw.lr"]) == RATES[name]
+    assert cells["run.length"] == "300 steps"
+    assert cells["text.source"] == "python-stdlib"
+    rows = (shown.folders[name] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(rows[-1])["metrics"]
+    assert set(last) >= CHARTS
+    assert {key: float(cells[key]) for key in last} == last
+
+
+def test_the_tabs_of_a_run_show_its_curves_and_the_machine(page, shown):
+    page.open(shown.url)
+    page.click("//a[text()='lr-1e-2']")
+    page.click("//*[@role='tab'][.='Model metrics']")
+    charts = page.charts({title.partition("/")[2] for title in CHARTS})
+    assert {lines[0] for lines, _ in charts.values()} == {30, 6}
+    page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
+    page.keep("run")
+    page.click("//*[@role='tab'][.='System metrics']")
+    machine = page.charts({"cpu_utilization_percentage", "training_memory_megabytes"})
+    assert len(machine) >= 4
