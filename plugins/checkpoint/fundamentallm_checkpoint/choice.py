@@ -9,7 +9,7 @@ import attrs
 
 from fundamentallm import StorageError
 from fundamentallm_checkpoint import contents, manifest, retention, store
-from fundamentallm_checkpoint.manifest import ALL, Manifest, Newer, Unsound
+from fundamentallm_checkpoint.manifest import ALL, Manifest, Newer, TooLarge, Unsound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,7 +64,7 @@ def load(homes: Iterable[Path], wish: Wish) -> Loaded | None:
     for folder in _chosen(there, wish):
         try:
             return _load(folder, wish)
-        except Newer as error:
+        except (Newer, TooLarge) as error:
             raise StorageError(f"{folder}: {error}") from None
         except Unsound as error:
             problems.append(f"{folder}: {error}")

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from fundamentallm_checkpoint import files, jsontext, tensors, trees
-from fundamentallm_checkpoint.manifest import ALL, Unsound
+from fundamentallm_checkpoint.manifest import ALL, TooLarge, Unsound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -120,7 +120,8 @@ def write(folder: Path, packed: Packed, report: Report | None = None) -> Content
 
 def read(folder: Path, manifest: Manifest) -> Snapshot:
     """Read the snapshot back, on the CPU, and every other file through. Raises ``Unsound`` if one
-    byte is not as the manifest says, or the files do not make a snapshot."""
+    byte is not as the manifest says, or the files do not make a snapshot, and ``TooLarge`` if
+    there is no memory for it."""
     found: dict[str, dict[str, Tensor]] = {}
     state: Any = None
     for name, seal in manifest.files.items():
@@ -133,6 +134,8 @@ def read(folder: Path, manifest: Manifest) -> Snapshot:
                 _check(files.measure(folder / name), seal)
         except ValueError as error:
             raise Unsound(f"{name} {error}") from error
+        except MemoryError as error:
+            raise TooLarge(f"{name} {error}: free some, or go on from a smaller one") from error
         except OSError as error:
             raise Unsound(f"{name} cannot be read: {error.strerror}") from error
     try:

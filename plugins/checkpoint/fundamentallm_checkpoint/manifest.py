@@ -39,6 +39,10 @@ class Newer(Unsound):
     """A checkpoint that only a newer version of this plugin can read."""
 
 
+class TooLarge(Unsound):
+    """A checkpoint for which there is no memory now: nothing may be wrong with it."""
+
+
 @attrs.frozen(kw_only=True)
 class Manifest:
     """The facts about one checkpoint."""

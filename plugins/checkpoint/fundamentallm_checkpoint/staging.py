@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,6 @@ _ALIGNMENT = 64
 _PAGE = 2**12
 _ROOM = 2**16
 _PORTABLE = 1  # cudaHostRegisterPortable: for all devices, whichever is the current one
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _CHUNK = 2**23
 _PIECE = 2**22  # so that no thread is left alone with one tensor that is larger than all others
 _LARGE = 2**20
@@ -124,8 +122,9 @@ class Arena:
         self._crew.come()
 
     def _made(self, size: int, *, found: bool = False) -> Tensor:
-        """Return new memory; with ``found``, the system has found all its pages."""
-        memory = _mapped(size + size // 256 + _ROOM)  # some room, for states that grow a little
+        """Return new memory; with ``found``, the system has found every page of it."""
+        # Some room besides, for states that grow a little.
+        memory = torch.empty(size + size // 256 + _ROOM, dtype=torch.uint8)
         pages = memory.numpy()
         for start in range(0, len(pages) if found else 0, _CHUNK):
             pages[start : start + _CHUNK : _PAGE] = 0
@@ -187,19 +186,6 @@ class Crew:
         if self._others is not None:
             self._others.shutdown(wait=False)
             self._others = None
-
-
-def _mapped(size: int) -> Tensor:
-    """Return memory of the system's own, in large pages where it has them: they are found some
-    times as fast, and copied to a little faster."""
-    try:
-        memory = mmap.mmap(-1, size, _PRIVATE)
-    except OSError as error:
-        raise MemoryError(f"{size:,} bytes: {error.strerror}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux
-        with contextlib.suppress(OSError):  # of a system without
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _carved(memory: Tensor, originals: list[Tensor]) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from fundamentallm import StorageError
-from fundamentallm_checkpoint import headers, poison
+from fundamentallm_checkpoint import headers, memory, poison
 from fundamentallm_checkpoint.files import Seal, Sink, Source
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def write(
 
 def read(path: Path, seal: Seal | None = None) -> dict[str, Tensor]:
     """Read a file into memory of its own, once; raise ``ValueError`` if it is not a sound one, or
-    not the one that ``seal`` tells."""
+    not the one that ``seal`` tells, and ``MemoryError`` if there is no room for its tensors."""
     with Source(path) as source:
         if seal is not None and source.size != seal.size:
             raise ValueError(f"has {source.size:,} bytes instead of {seal.size:,}")
@@ -113,12 +113,16 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _read(source: Source) -> dict[str, Tensor]:
     header = headers.read(source)
+    memory.check(sum(entry.size for entry in header.entries.values()))
     found = {name: _tensor(source, entry) for name, entry in header.entries.items()}
     return found | {name: found[owner] for name, owner in header.aliases.items()}
 
 
 def _tensor(source: Source, entry: Entry) -> Tensor:
-    made = torch.empty(entry.shape, dtype=entry.dtype)
+    try:
+        made = torch.empty(entry.shape, dtype=entry.dtype)
+    except RuntimeError as error:  # a limit of the process
+        raise MemoryError(f"holds a tensor of {entry.size:,} bytes, too many") from error
     if entry.size:
         source.fill(made.view(-1).view(torch.uint8).numpy().data)
     return made

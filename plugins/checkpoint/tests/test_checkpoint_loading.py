@@ -33,11 +33,13 @@ from fundamentallm_checkpoint import (
     headers,
     jsontext,
     manifest,
+    memory,
     tensors,
     trees,
 )
 from fundamentallm_checkpoint.choice import Wish
 from fundamentallm_checkpoint.manifest import ALL, FORMAT, MODEL, Newer, Unsound
+from fundamentallm_checkpoint.memory import Room
 from fundamentallm_checkpoint.retention import Rules
 
 if TYPE_CHECKING:
@@ -349,6 +351,70 @@ def test_files_of_absurd_size_are_refused_with_little_memory(one_saved: Path, tm
             fine = name in told and "larger than" in told and peak() - before < 32
             os._exit(0 if fine else 1)
         assert os.waitpid(child, 0)[1] == 0, name
+
+
+def hollow(folder: Path, size: int) -> None:
+    """Make the weights a file of holes, as large as its header and the manifest tell."""
+    head = file_of({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
+    (folder / "model.safetensors").write_bytes(head)
+    os.truncate(folder / "model.safetensors", len(head) + size)
+    reseal(folder, "model.safetensors", len(head) + size, "0" * 64)
+
+
+def test_a_file_of_holes_larger_than_the_memory_is_refused_and_the_one_before_taken(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints"
+    hollow(home / "step-00000004", 2**43)
+    child = os.fork()  # whose peak is its own
+    if child == 0:
+        before = peak()
+        loaded = choice.load([home], Wish(rules=RULES))
+        fine = loaded is not None and loaded.manifest.step == 2 and peak() - before < 32
+        said = f"model.safetensors is not a sound safetensors file: it tells of {2**43:,} bytes"
+        os._exit(0 if fine and said in caplog.text else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_checkpoint_for_which_no_memory_is_free_is_told_and_not_passed_over(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints"
+    monkeypatch.setattr(memory, "room", lambda: Room(all=2**50, free=100))
+    with pytest.raises(StorageError, match=r"00004: model.safetensors holds \S+ bytes .* 100 bytes"):
+        choice.load([home], Wish(rules=RULES))
+    monkeypatch.setattr(memory, "room", lambda: None)  # a system that does not tell
+    loaded = choice.load([home], Wish(rules=RULES))
+    assert loaded is not None
+    assert loaded.manifest.step == 4
+
+
+def test_a_file_larger_than_the_limit_of_the_process_is_told_by_its_name(one_saved: Path) -> None:
+    hollow(one_saved, 2**30)
+    child = os.fork()
+    if child == 0:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))
+        told = refusal(one_saved)
+        os._exit(0 if f"model.safetensors holds a tensor of {2**30:,} bytes, too many" in told else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_room_is_that_of_the_machine_or_what_a_group_of_processes_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_FACTS", facts)
+    monkeypatch.setattr(memory, "_LIMITS", (limit, tmp_path / "none"))
+    assert memory.room() is None
+    facts.write_text("MemTotal: 8 kB\nMemFree: 1 kB\nMemAvailable: 5 kB\n")
+    assert memory.room() is None
+    facts.write_text(facts.read_text() + "SwapTotal: 2 kB\nSwapFree: 1 kB\nHugePages_Free: 0\n")
+    assert memory.room() == Room(all=10 * 1024, free=6 * 1024)
+    limit.write_text("max\n")
+    assert memory.room() == Room(all=10 * 1024, free=6 * 1024)
+    limit.write_text("7000\n")
+    assert memory.room() == Room(all=7000, free=6 * 1024)
 
 
 def test_a_tree_that_is_too_deep_to_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
