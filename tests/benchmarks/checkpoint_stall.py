@@ -1,16 +1,20 @@
 """How long a step waits for its checkpoint: against a plain save that is waited for.
 
 ``python tests/benchmarks/checkpoint_stall.py`` trains a model of 50 million parameters with AdamW
-(600 MB of state in single precision) and saves now and then, asynchronously. It prints how long the
-steps waited at their safe points, how long ``safetensors`` takes to write the same tensors and sync
-them, and the ratio, which is to be at most 0.10; and how much memory the copies take. Exit code 1
-if one is more.
+(600 MB of state in single precision). In turns, one step writes all of it plainly, with
+``safetensors``' own ``save_file`` and an fsync, and the next is saved asynchronously by the
+checkpoint plugin. So what else the machine and its disk do meets both, and the ratio of the two
+waits is taken pair by pair. Its median is to be at most 0.10; and what the copies take in memory at
+most once what is saved. Exit code 1 if one is more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
+import math
 import os
 import resource
 import shutil
@@ -67,6 +71,7 @@ class Watch:
 
     waits: list[float] = field(init=False, factory=list)
     plain: list[float] = field(init=False, factory=list)
+    ready: float = field(init=False, default=0.0)
     memory: list[int] = field(init=False, factory=list)
     state: int = field(init=False, default=0)
 
@@ -77,10 +82,14 @@ class Watch:
         def timed(*, run: Run) -> object:
             before = time.perf_counter()
             answer = saves(run=run)
-            if run.progress.step % 2 == 0 and not run.ending:
-                self.waits.append(time.perf_counter() - before)
+            waited = time.perf_counter() - before
             self.memory.append(_resident())
             _settle()  # so that nothing waits for what was begun before
+            if run.progress.step == 1:  # when the memory for the copies is made
+                self.ready = time.perf_counter() - before
+            elif run.progress.step % 2 == 0 and not run.ending:
+                self.waits.append(waited)
+            os.sync()
             return answer
 
         run.hook.on_safe_point = timed  # type: ignore[method-assign]
@@ -117,12 +126,13 @@ def _saved(tensors: dict[str, torch.Tensor], path: Path) -> float:
 
 def _settle() -> None:
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.name.startswith("checkpoint"):
+        if thread.name in ("checkpoint", "checkpoint-memory"):
             thread.join()
-    os.sync()
 
 
 def _resident() -> int:
+    with contextlib.suppress(AttributeError):  # of a C library without: it keeps what was freed
+        ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -131,12 +141,14 @@ def main() -> int:
     """Train, print, and tell whether the bounds hold."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--saves", type=int, default=9, help="how many of each kind")
     parser.add_argument("--layers", type=int, default=48, help="a million parameters each")
     parser.add_argument("--folder", type=Path, help="where to write; a disk, not a tmpfs")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    folder = Path(tempfile.mkdtemp(prefix="stall-", dir=chosen.folder))
+    # What is temporary is often kept in memory; this is on a disk.
+    where = chosen.folder or next(path for path in (Path("/var/tmp"), Path.cwd()) if path.is_dir())
+    folder = Path(tempfile.mkdtemp(prefix="stall-", dir=where))
     watch = Watch()
     try:
         composed = compose_tiny(
@@ -152,20 +164,29 @@ def main() -> int:
 
 def report(watch: Watch) -> int:
     """Print what was measured; 1 if a bound is broken."""
-    plain, waits = statistics.median(watch.plain), statistics.median(watch.waits)
-    within = waits <= BOUND * plain
+    pairs = list(zip(watch.waits, watch.plain, strict=False))  # the last step's has no other
+    ratios = sorted(waited / plain for waited, plain in pairs)
+    # The order statistics between which the true median is in 19 of 20 measurements.
+    away = min(round(0.98 * math.sqrt(len(ratios))), (len(ratios) - 1) // 2)
+    low, high = ratios[(len(ratios) - 1) // 2 - away], ratios[len(ratios) // 2 + away]
+    ratio = statistics.median(ratios)
     print(f"{watch.state / 1e6:.0f} MB of state, {torch.get_num_threads()} thread(s), "
-          f"{os.cpu_count()} cores")  # fmt: skip
-    print(f"a plain save, synced: {plain:.3f} s (median of {len(watch.plain)}, "
-          f"{min(watch.plain):.3f} to {max(watch.plain):.3f})")  # fmt: skip
-    print(f"a step that saves waits: {waits:.4f} s (median of {len(watch.waits)}, "
-          f"{min(watch.waits):.4f} to {max(watch.waits):.4f}; the first {watch.waits[0]:.4f})")
-    print(f"ratio {waits / plain:.4f} (at most {BOUND}): {'PASS' if within else 'FAIL'}")
+          f"{os.cpu_count()} cores, {len(pairs)} pairs of saves")  # fmt: skip
+    print(f"a plain save, synced: {_spread([plain for _, plain in pairs])}")
+    print(f"a step that saves waits: {_spread(watch.waits)}; the first time {watch.waits[0]:.3f} s, "
+          f"the memory having been made ready beside the steps in {watch.ready:.3f} s")
+    print(f"wait for a checkpoint: median ratio of {len(pairs)} pairs {ratio:.4f} (95%: {low:.4f} to "
+          f"{high:.4f}; all: {ratios[0]:.4f} to {ratios[-1]:.4f}), at most {BOUND}: "
+          f"{'PASS' if ratio <= BOUND else 'FAIL'}")  # fmt: skip
     more = (max(watch.memory) - watch.memory[0]) / watch.state
-    fits = more <= MEMORY_BOUND
-    print(f"memory besides: {more:.3f} times what is saved (at most {MEMORY_BOUND}): "
-          f"{'PASS' if fits else 'FAIL'}")  # fmt: skip
-    return 0 if within and fits else 1
+    print(f"memory for a checkpoint: {more:.3f} times what is saved (at most {MEMORY_BOUND}): "
+          f"{'PASS' if more <= MEMORY_BOUND else 'FAIL'}")  # fmt: skip
+    return 0 if ratio <= BOUND and more <= MEMORY_BOUND else 1
+
+
+def _spread(seconds: list[float]) -> str:
+    return (f"median {statistics.median(seconds):.3f} s "
+            f"({min(seconds):.3f} to {max(seconds):.3f})")  # fmt: skip
 
 
 if __name__ == "__main__":
