@@ -56,15 +56,14 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
 
 def command(verb: str, rate: str = RATES[-1]) -> list[str]:
     """Return what one would type: the tour has the same."""
-    words = [sys.executable, "-m", "fundamentallm", verb]
+    words = [str(Path(sys.executable).with_name("fundamentallm")), verb]
     if verb == "ui":
         return [*words, f"runs/{name(rate)}", "--port", str(free_port())]
     settings = {
-        "adamw.lr": rate, "run.length": '"300 steps"', "run.validate_every": '"50 steps"',
-        "checkpoint.every": '"100 steps"', "mlflow.experiment": '"learning rates"',
+        "adamw.lr": rate, "run.length": "300 steps", "run.validate_every": "50 steps",
+        "checkpoint.every": "100 steps", "mlflow.experiment": "learning rates",
         "mlflow.system_seconds": "1",
-        # As patient as a machine may be slow that has much else to do.
-        "mlflow.start_seconds": "120",
+        "mlflow.start_seconds": "120",  # for machines that have much else to do
     }  # fmt: skip
     words += [str(ROOT / "settings" / "tiny.toml"), "--plugin", "mlflow"]
     words += ["--no-plugin", "progress", "--run-dir", f"runs/{name(rate)}"]

@@ -6,11 +6,10 @@ import getpass
 import hashlib
 import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, hook_methods, setting_fields
-from fundamentallm_mlflow.note import note
+from fundamentallm_mlflow.note import note, program
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -80,12 +79,12 @@ def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str
     """Return the user's tags, and those that tell where the run came from."""
     record = run.folder / "environment.json"
     environment = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    git = environment.get("git") or {}
+    git, command = environment.get("git") or {}, environment.get("command") or []
     found = {
         "mlflow.source.type": "LOCAL",
         # The page shows what follows the last slash of it; the description has it whole.
-        "mlflow.source.name": Path(next(iter(environment.get("command", [])), "")).name,
-        "command": shlex.join(environment.get("command", [])),
+        "mlflow.source.name": program(command) if command else None,
+        "command": shlex.join(command),
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.user": _user(),
         "mlflow.note.content": note(run, settings, environment),

@@ -22,7 +22,7 @@ def note(run: Run, settings: dict[str, str], environment: dict[str, Any]) -> str
     weights = int(settings["model.parameters"])
     said = [f"**{run.name}**: {weights:,} weights, {run.settings.length}, with {parts}."]
     if words := environment.get("command"):
-        said += [_fenced(wrapped([Path(words[0]).name, *words[1:]]))]
+        said += [_fenced(wrapped([program(words), *words[1:]]))]
     git = environment.get("git") or {}
     if commit := git.get("commit"):
         changes = ", with changes that were not committed" if git.get("dirty") else ""
@@ -30,6 +30,12 @@ def note(run: Run, settings: dict[str, str], environment: dict[str, Any]) -> str
     said += ["Go on with it, in whatever state it is:"]
     said += [_fenced(wrapped(["fundamentallm", "resume", str(folder)]))]
     return "\n\n".join(said)
+
+
+def program(words: list[str]) -> str:
+    """Return the name of the program of a command; ``python -m name`` is ``name``."""
+    path = Path(words[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def wrapped(words: list[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import string
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from fundamentallm.testing import TinyRun
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.note import LINE, wrapped
+from fundamentallm_mlflow.note import LINE, program, wrapped
 from fundamentallm_mlflow.store import Store
 
 START: dict[str, Any] = {
@@ -39,6 +38,11 @@ def test_lines_end_before_an_option_and_are_short() -> None:
     assert max(map(len, [first, *lines])) <= LINE + len("     \\")
 
 
+def test_a_program_has_the_name_that_one_types() -> None:
+    assert program(["/opt/bin/fundamentallm", "train"]) == "fundamentallm"
+    assert program(["/lib/fundamentallm/__main__.py", "train"]) == "fundamentallm"
+
+
 def test_a_note_says_what_is_trained_by_which_code_and_how_to_go_on(tiny_run: TinyRun) -> None:
     part = Mlflow(tracking_uri="nonsense://x", on_start_failure="journal", end_seconds=0.01)
     run = tiny_run(part, length=2)
@@ -51,7 +55,7 @@ def test_a_note_says_what_is_trained_by_which_code_and_how_to_go_on(tiny_run: Ti
     assert "`mlflow`" not in first
     assert rest[-1] == f"```sh\nfundamentallm resume {shlex.quote(str(run.folder.resolve()))}\n```"
     record = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
-    assert rest[0] == f"```sh\n{wrapped([Path(record['command'][0]).name, *record['command'][1:]])}\n```"
+    assert rest[0].split()[1] == program(record["command"]) == tags["mlflow.source.name"]
     assert shlex.split(tags["command"]) == record["command"]
 
 
