@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import sys
 from typing import TYPE_CHECKING, TextIO, cast
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -18,7 +19,10 @@ from fundamentallm_progress.view import View
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import ConsoleOptions
+
     from fundamentallm import Run
+    from fundamentallm_progress.view import Row
 
 SECONDS = 0.5
 # What is typed is echoed behind the bar: ^C has room there, and does not break the row.
@@ -35,7 +39,6 @@ class Bar:
         self._view = View(run, metrics)
         self._live: Live | None = None
         self._looks: Looks | None = None
-        self._picture = Group()
         self._drawn: object = None
         self._streams: list[tuple[str, TextIO, Above]] = []
         self._moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
@@ -68,13 +71,12 @@ class Bar:
         live, self._live = self._live, None
         if live is None:
             return
-        atexit.unregister(self.close)
+        atexit.unregister(self._leave)
         if self._looks is not None:
             self._looks.stop()
         self._view.end_tasks()
         try:
             live.transient = self._view.empty
-            self._draw(live)
             live.stop()
         finally:
             self._give_back()
@@ -82,8 +84,15 @@ class Bar:
     def look(self) -> None:
         """Draw what has changed."""
         live = self._live
-        if live is not None and self._draw(live):
-            live.refresh()
+        if live is not None:
+            before, self._drawn = self._drawn, (self._rows(live.console), live.console.size)
+            if self._drawn != before:
+                live.refresh()
+
+    def __rich_console__(self, console: Console, _: ConsoleOptions) -> Iterator[Text]:
+        """Draw what is to be seen now, also where a line of others moves it down."""
+        for row in self._rows(console):
+            yield Text.assemble(*row, no_wrap=True)
 
     def _open(self) -> None:
         if self._live is not None:
@@ -93,7 +102,7 @@ class Bar:
             file=cast("TextIO", Steady(sys.stderr)), force_terminal=True, force_interactive=True
         )
         self._live = Live(
-            get_renderable=lambda: self._picture, console=console, auto_refresh=False,
+            get_renderable=lambda: self, console=console, auto_refresh=False,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         with console:
@@ -102,7 +111,12 @@ class Bar:
             console.show_cursor()
         self._take(console)
         self._looks = Looks(self.look, SECONDS)
-        atexit.register(self.close)
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Close where nobody else did: the process ends, and its terminal may be gone already."""
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
 
     def _check(self) -> None:
         if self._looks is not None and self._looks.error is not None:
@@ -110,13 +124,9 @@ class Bar:
             self._give_back()
             self._looks.check()
 
-    def _draw(self, live: Live) -> bool:
-        """Make the picture; tell whether it is another one than before."""
-        size, simple = live.console.size, live.console.options.ascii_only
-        rows = self._view.rows(size.width - _MARGIN, "#-" if simple else "━─")
-        before, self._drawn = self._drawn, (rows, size)
-        self._picture = Group(*(Text.assemble(*row, no_wrap=True) for row in rows))
-        return before != self._drawn
+    def _rows(self, console: Console) -> list[Row]:
+        line = "#-" if console.options.ascii_only else "━─"
+        return self._view.rows(console.size.width - _MARGIN, line)
 
     def _take(self, console: Console) -> None:
         """Put streams in place that write above the bar."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 _SECONDS = 1.0
-_COLUMNS = 100
+_COLUMNS = 120
 
 
 class Notebook:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     """Texts, each with the name of a style."""
     Bar: TypeAlias = Callable[[int], Iterable[Part]]
 
-_WIDTHS = (24, 16, 8)
+_WIDTHS = (24, 16, 8, 5)
+_NARROW = 60
+"""Columns below which a bar has to leave its place to numbers."""
 _PIECE = 4
 _VALIDATION = "validation"
 
@@ -112,7 +114,8 @@ class View:
                 # As wide as it ever was, so that the bar does not move.
                 self._head = head = count(self._run).ljust(len(self._head))
                 done = partial(_full, line, self._pace.share)
-                rows = [_fitted(head, done, _chosen(facts, width - len(head) - 1), width)]
+                room = width - len(head) - (_WIDTHS[-1] + 2 if width >= _NARROW else 1)
+                rows = [_fitted(head, done, _chosen(facts, room), width)]
             names = max(map(len, self._tasks), default=0)
             for name, task in self._tasks.items():
                 bar, tail = _told(task, now, line)
@@ -148,14 +151,24 @@ def label(metric: str) -> str:
 
 
 def _chosen(facts: list[str], room: int) -> str:
-    """Return what there is room for: share and time left, then the metrics, then the speeds."""
-    wanted = sorted(range(len(facts)), key=lambda i: (i > 0, not facts[i].endswith("left"), i))
+    """Return what there is room for, in its order."""
     chosen: set[int] = set()
-    for index in wanted:
+    for index in sorted(range(len(facts)), key=lambda index: _rank(facts, index)):
         if len(facts[index]) <= room:
             chosen.add(index)
             room -= len(facts[index]) + 2
     return "  ".join(fact for index, fact in enumerate(facts) if index in chosen)
+
+
+def _rank(facts: list[str], index: int) -> float:
+    """Rank share and time left before two metrics, these before the tokens per second, and so on:
+    steps per second come last."""
+    fact = facts[index]
+    if fact.endswith("left"):
+        return 0.5
+    if fact.endswith("/s"):
+        return len(facts) if fact.endswith("steps/s") else 2.5
+    return index
 
 
 def _told(task: Task, now: float, line: str) -> tuple[Bar, str]:

@@ -367,6 +367,29 @@ def test_the_bar_of_a_task_without_an_end_moves(tmp_path: Path) -> None:
     assert "".join(text for text, _ in then) == "  compiling ─━━━━─────────────────── 0:22"
 
 
+ALL = "loss 3.242  val/loss 3.31  lr 0.0005  50 tokens/s  0.5 steps/s  0:40 left"
+BY_WIDTH = {
+    120: f"step 20/40 ━━━━━━━━━━━━──────────── 50%  {ALL}",
+    97: f"step 20/40 ━━─── 50%  {ALL}",
+    90: "step 20/40 ━━━━──── 50%  loss 3.242  val/loss 3.31  lr 0.0005  50 tokens/s  0:40 left",
+    77: "step 20/40 ━━━━──── 50%  loss 3.242  val/loss 3.31  50 tokens/s  0:40 left",
+    59: "step 20/40 ━━─── 50%  loss 3.242  val/loss 3.31  0:40 left",
+    37: "step 20/40 50%  loss 3.242  0:40 left",
+    30: "step 20/40 50%  0:40 left",
+    7: "step 20",
+}
+
+
+@pytest.mark.parametrize("width", BY_WIDTH)
+def test_what_matters_most_has_its_place_first(width: int, tmp_path: Path) -> None:
+    clock, run = Clock(), a_run(tmp_path, 40)
+    view = View(run, ["train/loss", "val/loss", "optim/lr"], clock)
+    view.start_training()
+    goes(run, clock, steps=20)
+    view.keep_metrics({"train/loss": 3.242, "val/loss": 3.31, "optim/lr": 0.0005})
+    assert "".join(text for text, _ in view.rows(width)[0]) == BY_WIDTH[width]
+
+
 @settings(deadline=None)
 @given(st.integers(0, 200), st.lists(st.text("ab/", min_size=1), max_size=4), st.integers(0, 50))
 def test_no_row_is_wider_than_it_may_be(width: int, names: list[str], done: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
 import os
 import pty
@@ -15,6 +16,7 @@ import sys
 import termios
 import time
 import traceback
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +24,13 @@ import pyte
 import pytest
 import torch
 
-from fundamentallm import PluginError, Run, field, hookimpl, plugin, train
+from fundamentallm import Period, PluginError, Run, RunSettings, field, hookimpl, plugin, train
 from fundamentallm.testing import compose_tiny
 from fundamentallm_progress import Progress, bar
 from fundamentallm_progress.streams import BEGIN, END
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ROWS = 24
 
@@ -118,7 +120,7 @@ def _be_a_program(work: Callable[[], Any]) -> None:
         code = 0
     except PluginError as error:
         print(f"error: {error}", file=sys.stderr)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - nothing of the child may go on as the test
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -359,6 +361,72 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count("progress failed and is muted") == 1
 
 
+class Written(io.StringIO):
+    """A terminal that is read afterwards."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def seen(self) -> list[str]:
+        """What is to be seen."""
+        screen = pyte.Screen(100, ROWS)
+        pyte.Stream(screen).feed(self.getvalue().replace("\n", "\r\n"))
+        return [row.rstrip() for row in screen.display if row.strip()]
+
+
+@contextmanager
+def a_bar(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tuple[bar.Bar, Written]]:
+    """Put a terminal in place of standard error, and a bar on it that does not look by itself."""
+    monkeypatch.setattr(bar, "SECONDS", 1000.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with redirect_stderr(Written()) as written:
+        made = bar.Bar(Run(RunSettings(length=Period(100)), {}, folder), [])
+        yield made, written
+        made.close()
+
+
+def test_a_line_of_others_stands_above_a_bar_that_is_up_to_date(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with a_bar(monkeypatch, tmp_path) as (found, written):
+        found.start_training()
+        found.show_task("saving", 3, 10)
+        found.look()
+        assert written.seen[-1].startswith("  saving ")
+        found.show_task("saving", 10, 10)
+        print("saved", file=sys.stderr)
+        assert [row.split()[0] for row in written.seen] == ["saved", "step"]
+
+
+def test_what_begins_its_line_anew_shows_what_it_wrote_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with a_bar(monkeypatch, tmp_path) as (found, written):
+        found.start_training()
+        for percent in (10, 50, 100):
+            sys.stderr.write(f"\rdownloading {percent}%")
+        sys.stderr.write("\nwindows\r\n")
+        found.look()
+        assert written.seen[:2] == ["downloading 100%", "windows"]
+        assert written.seen[2].startswith("step 0/100 ")
+
+
+def test_tasks_before_any_training_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with a_bar(monkeypatch, tmp_path) as (found, written):
+        for task in ("reading", "tokenizing"):
+            found.show_task(task, 1, 3)
+            found.look()
+            assert written.seen[-1].startswith(f"  {task} ")
+            assert sys.stderr is not written
+            found.show_task(task, 3, 3)
+            assert written.seen == []
+            assert sys.stderr is written
+
+
 PROGRAM = """
 plugins = ["text", "gpt", "adamw", "checkpoint", "sample", "console", "progress"]
 [run]
@@ -367,7 +435,7 @@ validate_every = "20 steps"
 log_every = "5 steps"
 device = "cpu"
 [text]
-source = "text.txt"
+path = "text.txt"
 context_length = 16
 batch_size = 4
 validation_batches = 1500
