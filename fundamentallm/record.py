@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tomli_w
+import torch
 
 import plugtable
 from fundamentallm.errors import StorageError
@@ -54,17 +55,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
-    around = plugtable.environment(composed, ("fundamentallm", "torch"))
-    around["seed"] = composed.run.seed
+    around = plugtable.environment(composed, ("fundamentallm", "torch"), seed=composed.run.seed,
+                                   threads=torch.get_num_threads())  # fmt: skip
     texts = {"settings.toml": tomli_w.dumps(composed.tables),
              "environment.json": json.dumps(around, indent=2) + "\n"}  # fmt: skip
     try:
         for name, text in texts.items():
-            beside = folder / f".{name}"
-            with beside.open("w", encoding="utf-8") as file:
+            with (folder / f".{name}").open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(folder / name)
+            (folder / f".{name}").replace(folder / name)
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error

@@ -60,6 +60,7 @@ def test_the_record_tells_settings_and_environment(tiny_run):
     assert (recorded["run"]["seed"], recorded["run"]["length"]) == (5, "4 steps")
     told = json.loads((run.folder / "environment.json").read_text())
     assert told["seed"] == 5
+    assert told["threads"] == torch.get_num_threads()
     assert told["versions"]["torch"] == torch.__version__
     assert {"plugins", "git", "command", "host", "started", "python"} <= told.keys()
 

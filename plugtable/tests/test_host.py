@@ -293,10 +293,12 @@ def test_the_kind_of_a_hook_is_in_its_name():
 
 
 def test_the_environment_says_what_a_composition_ran_in():
-    around = plugtable.environment(composed(Salt()), ("attrs",))
+    around = plugtable.environment(composed(Salt()), ("attrs",), stoves=2)
     assert around["versions"].keys() == {"plugtable", "pluggy", "attrs"}
     assert "salt" in around["plugins"]
     assert around["command"] == sys.argv
+    assert around["processor"]
+    assert around["stoves"] == 2
 
 
 @plugtable.plugin

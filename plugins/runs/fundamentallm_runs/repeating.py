@@ -56,7 +56,7 @@ def versions(before: Record, after: Record) -> list[str]:
         old, new = (one.environment.get(part, {}) for one in (before, after))
         lines += [f"{name}: was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
-    for part in ("python", "platform", "host"):
+    for part in ("python", "platform", "host", "processor", "threads"):
         old, new = (one.environment.get(part) for one in (before, after))
         lines += [f"{part}: was {old}, is {new}"] if old != new else []
     return lines

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from plugtable.composing import Composed
 
 
-def environment(composed: Composed, distributions: Iterable[str] = ()) -> dict[str, Any]:
+def environment(
+    composed: Composed, distributions: Iterable[str] = (), **more: Any
+) -> dict[str, Any]:
     """Describe what besides its settings a composition depends on, in JSON values.
 
-    ``distributions`` are those whose versions matter besides the plugins' own.
+    ``distributions`` are those whose versions matter besides the plugins' own, ``more`` is what the
+    host knows of the machine.
     """
     versions = ("plugtable", "pluggy", *distributions)
     return {
@@ -25,10 +30,20 @@ def environment(composed: Composed, distributions: Iterable[str] = ()) -> dict[s
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
+        "processor": _processor(),
+        **more,
         "command": sys.argv,
         "started": time.time(),
         "git": {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))},
     }
+
+
+def _processor() -> str:
+    """Name the processor's model; Python itself has no name for it on Linux."""
+    known = Path("/proc/cpuinfo")
+    text = known.read_text() if known.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _git(*words: str) -> str | None:
