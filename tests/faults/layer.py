@@ -113,6 +113,8 @@ def act_at_hook(act: Act, hook: str, step: int, *, validating: bool = False) -> 
             if due and validates and not acted:
                 acted.append(True)
                 act()
+            elif acted and run.phase != "train":
+                print("validated on", flush=True)
             return call(**given)
 
         return called if name == hook else call
