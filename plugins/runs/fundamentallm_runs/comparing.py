@@ -17,6 +17,7 @@ from fundamentallm_runs.record import Record, read
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ABSENT = "-"
+UNJUDGED = ("optim/", "perf/", "system/", "train/tokens")  # no value is better than others
 
 
 @attrs.frozen(kw_only=True)
@@ -50,7 +51,7 @@ def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
     curves = [made for one in records if (made := curve(one, metric, look.axis, look.smooth))]
     if not curves:
         raise _unknown(metric, records)
-    click.echo(drawn(curves, metric, look.axis))
+    click.echo(drawn(curves, metric, look.axis, colours=console.color_system is not None))
     if look.output is not None:
         write(look.output, curves, metric, look.axis)
         click.echo(f"written: {look.output}")
@@ -97,6 +98,8 @@ def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -
         if metric not in known:
             raise _unknown(metric, records)
         table.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
+        if metric.startswith(UNJUDGED):
+            continue
         bests = [record.best(metric) for record in records]
         told = [f"{best[1]:.6g} (step {best[0]})" if best else ABSENT for best in bests]
         table.add_row(f"{metric} best", *told)

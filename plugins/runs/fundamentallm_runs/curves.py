@@ -16,6 +16,7 @@ Axis: TypeAlias = Literal["step", "tokens", "time"]
 AXES = ("step", "tokens", "time")
 LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first row"}
 POINTS = 2000  # more than a picture has columns are only slow
+SIZE = (96, 24)  # of a drawing, in columns and lines
 SUFFIXES = (".png", ".svg", ".html")
 
 
@@ -54,7 +55,7 @@ def extremes(values: list[float], most: int) -> list[int]:
     the highest, so that no spike is lost, and the ends."""
     if len(values) <= most:
         return list(range(len(values)))
-    size = -(-2 * len(values) // most)
+    size = -(-len(values) // (most // 2))
     kept = {0, len(values) - 1}
     for first in range(0, len(values), size):
         part = values[first : first + size]
@@ -74,17 +75,20 @@ def smoothed(values: list[float], weight: float) -> list[float]:
     return found
 
 
-def drawn(curves: list[Curve], metric: str, axis: Axis, size: tuple[int, int] = (96, 24)) -> str:
-    """Return the curves as text, in colours of a terminal."""
+def drawn(curves: list[Curve], metric: str, axis: Axis, colours: bool = True) -> str:
+    """Return the curves as text: told apart by the colours of a terminal, or else by a digit."""
     import plotext
 
     figure = plotext.figure
     figure.clear()  # there is one figure in a process
-    figure.plot_size(*size)
+    figure.plot_size(*SIZE)
     figure.title(metric)
     figure.label(LABELS[axis], "x")
-    for one in curves:
-        signal = figure.signal(one.x, one.y)
+    # At the right, since losses fall from the left.
+    right, top = max(max(one.x) for one in curves), max(max(one.y) for one in curves)
+    figure.legend(x=right, y=top, ha="right", relative=True)
+    for number, one in enumerate(curves, 1):
+        signal = figure.signal(one.x, one.y, marker=None if colours else str(number % 10))
         signal.label(one.name)
         if len(one.x) > 1:
             signal.lines()

@@ -232,6 +232,15 @@ def long_run(folder: Path, seed: int) -> Path:
     return folder
 
 
+def test_curves_without_colours_are_told_apart_by_digits_and_only_what_can_be_better_has_a_best(two):
+    told = said(compare, *two)
+    drawing = told[told.index("┌") :]
+    assert {"1", "2"} <= set(re.sub(r"[\d.]+[┤┬]|[\w/-]{2,}", "", drawing))
+    assert "val/loss best" in told
+    assert "train/tokens last" in told
+    assert not re.search("(optim|tokens).* best", told)
+
+
 def test_two_long_runs_are_compared_with_each_line_read_once_and_a_picture_of_few_points(tmp_path, monkeypatch):
     """Counted, not timed: what is done for every line, and what is done for every point."""
     from fundamentallm_runs import comparing, rows
@@ -240,7 +249,7 @@ def test_two_long_runs_are_compared_with_each_line_read_once_and_a_picture_of_fe
     counts: dict[str, list[int]] = {"parsed": [], "drawn": []}
     monkeypatch.setattr(rows, "parsed", lambda line: counts["parsed"].append(len(line)) or parsed(line))
     shown = comparing.drawn
-    monkeypatch.setattr(comparing, "drawn", lambda curves, *more: counts["drawn"].extend(len(c.x) for c in curves) or shown(curves, *more))
+    monkeypatch.setattr(comparing, "drawn", lambda curves, *more, **so: counts["drawn"].extend(len(c.x) for c in curves) or shown(curves, *more, **so))
     told = said(compare, *folders, "--curve", "train/loss", "--smooth", "0.5")
     assert sum(counts["parsed"]) == sum((one / "metrics.jsonl").stat().st_size for one in folders)
     assert len(counts["drawn"]) == 2
