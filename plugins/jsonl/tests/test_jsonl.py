@@ -227,3 +227,17 @@ def test_no_file_stays_open(tiny_run: TinyRun, tmp_path: Path) -> None:
     before = len([*Path("/dev/fd").iterdir()])
     tiny_run(Jsonl(), length=2, run_dir=tmp_path / "other")
     assert len([*Path("/dev/fd").iterdir()]) == before
+
+
+def test_ten_thousand_rows_leave_nothing_in_memory(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run, one = tiny_run(length=2), Jsonl()
+    one.on_train_start(run)
+    blocks = 0
+    for step in range(1, 11_001):
+        run.progress.step = step
+        one.on_log(run, {f"train/m{n}": step + n / 10 for n in range(10)})
+        if step == 1000:
+            blocks = sys.getallocatedblocks()
+    assert sys.getallocatedblocks() - blocks < 500
+    one.on_train_end()
+    assert len((run.folder / "metrics.jsonl").read_bytes().splitlines()) == 11_000

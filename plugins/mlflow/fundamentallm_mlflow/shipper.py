@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,8 @@ _ENVIRONMENT = {
 }
 _ALWAYS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
+SUCCESSORS = 3  # what is killed more often than that is killed for a reason
+
 log = logging.getLogger("fundamentallm")
 
 
@@ -33,11 +36,17 @@ class Shipper:
 
     def __init__(self, folder: Path, request: dict[str, Any]) -> None:
         self._folder, self._place, self._uri = folder, request["place"], request["uri"]
+        self._patience = float(request["start_seconds"])
+        # In a run that is under way a store that is away is no reason to end.
+        self._again, self._successors = request | {"strict": False}, SUCCESSORS
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "ship.log").open("ab") as details:
+        self._begin(request)
+
+    def _begin(self, request: dict[str, Any]) -> None:
+        with (self._folder / "ship.log").open("ab") as details:
             self._process = subprocess.Popen(
                 # -P: a file mlflow.py in the folder of the command is not MLflow.
-                [sys.executable, "-P", "-m", "fundamentallm_mlflow.ship", str(folder)],
+                [sys.executable, "-P", "-m", "fundamentallm_mlflow.ship", str(self._folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=details,
@@ -48,7 +57,6 @@ class Shipper:
         os.set_blocking(self._pipe, False)
         self._read = b""
         self._since, self._waited = time.monotonic(), 0.0
-        self._patience = float(request["start_seconds"])
         self._say(request)
 
     def open(self) -> dict[str, Any]:
@@ -68,14 +76,24 @@ class Shipper:
         self._say({})
 
     def listen(self) -> None:
-        """Pass on what it says about the store, if it says anything. Does not wait."""
-        if self._pipe >= 0 and not self._hear():
-            self._pipe = -1
+        """Pass on what it says about the store, if it says anything; where it was killed, let
+        another one take over, a few times. Does not wait."""
+        if self._pipe < 0 or self._hear():
+            return
+        self._pipe = -1
+        if self._successors:
+            self._successors -= 1
+            log.warning("mlflow: the shipping process was killed: another one takes over")
+            self._let_go()
+            self._begin(self._again)
+            self.go_on()
+        else:
             log.warning("mlflow: the shipping process ended: the rows wait in %s", self._folder)
 
     def finish(self, patience: float | None) -> str | None:
         """Let the process ship the rest and end; return what went wrong, if anything did. None
         waits as long as rows arrive."""
+        self.listen()  # it may have been killed since the last row
         cast("IO[bytes]", self._process.stdin).close()
         try:
             # The process itself gives up after ``patience``: let it say so.
@@ -100,6 +118,10 @@ class Shipper:
         said = error.replace(self._uri, self._place)
         return (f"mlflow: the store {self._place} cannot be used: {said} "
                 f"(details: {self._folder / 'ship.log'})")  # fmt: skip
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()  # it has ended: this does not wait
 
     def _hear(self) -> bool:
         """Pass on what there is to read; False at the pipe's end."""

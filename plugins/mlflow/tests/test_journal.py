@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -133,3 +134,16 @@ def test_rows_are_no_longer_thinned_when_the_store_has_caught_up(tmp_path: Path)
     ledger.entries.append(Entry("r", "1", "p", "e", [0], history=False, shipped=950))
     ledger.keep()
     assert all(thinning.passes(1000 + i, validated=False) for i in range(16))
+
+
+def test_ten_thousand_rows_leave_nothing_in_memory(tmp_path: Path) -> None:
+    journal, thinning = Journal(tmp_path / "journal.jsonl"), Thinning(tmp_path, 500_000)
+    blocks = 0
+    for step in range(1, 11_001):
+        if thinning.passes(journal.size, validated=False):
+            journal.append("metrics", step=step, metrics={f"m{n}": n / 10 for n in range(10)})
+        if step == 1000:
+            blocks = sys.getallocatedblocks()
+    assert sys.getallocatedblocks() - blocks < 500
+    assert journal.size < 600_000
+    journal.close()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -19,6 +20,7 @@ from fundamentallm.testing import PluginContract, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
 from fundamentallm_mlflow.journal import Journal
+from fundamentallm_mlflow.ledger import shipped
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -154,6 +156,52 @@ def test_a_run_that_ends_in_every_way_and_is_continued_each_time_is_one_run_in_t
     assert "run.length: 8 steps -> 10 steps" in kept.data.tags["settings.changed"]
 
 
+@plugin
+class Assassin:
+    """Kills the process that ships, after some steps."""
+
+    steps: Any
+    """Which."""
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        if run.progress.step in self.steps:
+            (child,) = [one for one in psutil.Process().children() if one.status() != "zombie"]
+            child.kill()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+
+@pytest.mark.parametrize("steps", [(3,), (8,)])
+def test_where_the_process_that_ships_is_killed_another_takes_over_and_nothing_is_lost(
+    look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, steps: tuple[int, ...]
+) -> None:
+    one = logger(f"killed{steps}")
+    run = tiny_run(one, Assassin(steps=steps), length=8, log_every=1, validate_every=4)
+    kept = look.run(f"killed{steps}")
+    assert kept.info.status == "FINISHED"
+    for key in ("train/loss", "val/loss"):
+        wanted = [(int(row["step"]), row[key]) for row in run.history if key in row]
+        assert look.points(kept, key) == wanted
+    assert caplog.text.count("was killed: another one takes over") == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_is_given_up_and_sync_ships_the_rest(
+    look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"mlflow": {"experiment": "hunted", **PATIENT}}
+    hunter = Assassin(steps=range(2, 6))
+    run = tiny_run("mlflow", hunter, settings=settings, length=8, log_every=1)
+    assert caplog.text.count("was killed: another one takes over") == 3
+    assert caplog.text.count("the shipping process ended: the rows wait in") == 1
+    words = ["sync", str(run.folder)]
+    CliRunner().invoke(command, words, catch_exceptions=False, standalone_mode=False)
+    kept = look.run("hunted")
+    assert kept.info.status == "FINISHED"
+    wanted = [(int(row["step"]), row["train/loss"]) for row in run.history]
+    assert look.points(kept, "train/loss") == wanted
+
+
 def test_a_store_that_does_not_open_ends_the_run_at_its_start(tiny_run: TinyRun) -> None:
     wrong = Mlflow(tracking_uri="nonsense://me:secret@x", start_seconds=120.0)
     with pytest.raises(PluginError, match=r"mlflow: the store nonsense://me:\*+@x cannot be") as e:
@@ -240,6 +288,43 @@ def test_a_row_costs_the_training_process_one_write(
     monkeypatch.undo()
     one.on_train_end(run, "finished")
     assert json.loads((run.folder / "mlflow" / "runs.json").read_text())[0]["closed"]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_take_no_memory_and_wait_within_bounds_and_no_validation_is_lost(
+    look: Any, tiny_run: TinyRun
+) -> None:
+    """Faster than any store takes them: what the journal gets is thinned, and is all there."""
+    run = tiny_run(length=2)
+    run.plugins["mlflow"] = one = logger("many", waiting_mb=1.0, end_seconds=500.0)
+    run.wanted_checkpoint = None
+    one.on_run_start(run)
+    one.on_train_start(run)
+    folder, this = run.folder / "mlflow", psutil.Process()
+    blocks, memory, validated = 0, 0, 0
+    for step in range(1, 100_001):
+        run.progress.step = step
+        metrics = {f"train/m{n}": step + n / 10 for n in range(10)}
+        if step % 100 == 0:
+            metrics["val/loss"] = 1 / step
+            validated += len(json.dumps(metrics)) + 60
+            one.on_validation_end(run)
+        one.on_log(run, metrics)
+        if step == 1000:
+            blocks, memory = sys.getallocatedblocks(), this.memory_info().rss
+    assert sys.getallocatedblocks() - blocks < 1000
+    assert this.memory_info().rss - memory < 10_000_000
+    assert (folder / "journal.jsonl").stat().st_size - shipped(folder) < 1_000_000 + validated
+    one.on_train_end(run, "finished")
+    kept = look.run("many")
+    assert kept.info.status == "FINISHED"
+    assert look.points(kept, "val/loss") == [(n, 1 / n) for n in range(100, 100_001, 100)]
+    points = look.points(kept, "train/m3")
+    assert all(value == step + 0.3 for step, value in points)
+    steps = [step for step, _ in points]
+    assert steps == sorted(set(steps))
+    assert set(range(100, 100_001, 100)) <= set(steps)
+    assert len(steps) > 2000
 
 
 def test_a_full_disk_ends_the_logging_and_not_the_training(
