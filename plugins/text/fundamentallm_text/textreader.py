@@ -105,9 +105,16 @@ class TextReader:
     def _learn(self, text: list[Extent], vocab_size: int) -> vocabularies.Pairs:
         separator = self.settings.separator
         groups = self._groups("learning the tokenizer", text, vocabularies.Pairs.errors)
-        learned = (piece for group in groups for piece in group if piece != separator)
+
+        def learned() -> Iterator[str]:
+            for group in groups:
+                yield from (piece for piece in group if piece != separator)
+            self.report("merging pairs", 0, None)
+
         size = _size(text, "")
-        return beside(lambda: vocabularies.learn_pairs(learned, size, vocab_size, separator))
+        pairs = beside(lambda: vocabularies.learn_pairs(learned(), size, vocab_size, separator))
+        self.report("merging pairs", 1, 1)
+        return pairs
 
     def _tokenize(self, text: list[Extent], content: Any, vocabulary: Vocabulary) -> Split:
         separator = self.settings.separator

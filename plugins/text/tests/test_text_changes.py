@@ -206,6 +206,7 @@ class Terminates:
         ("char", "reading the alphabet"),
         ("byte", "tokenizing"),
         ("bpe", "learning the tokenizer"),
+        ("bpe", "merging pairs"),
         ("bpe", "tokenizing"),
     ],
 )
