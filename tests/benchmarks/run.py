@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import calls
 import instructions
@@ -40,6 +42,10 @@ def main() -> int:
     if not chosen.quick:
         within += [speed.report(chosen.pairs)]
         within += [logging_cost.report(max(8, chosen.pairs // 4))]  # as many steps
+        sys.stdout.flush()
+        # In a process of its own, whose memory is measured.
+        stall = [sys.executable, Path(__file__).with_name("checkpoint_stall.py")]
+        within += [subprocess.run(stall, check=False).returncode == 0]
     return 0 if all(within) else 1
 
 
