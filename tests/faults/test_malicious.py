@@ -43,6 +43,12 @@ def tensors(header, body=b"12345678"):
     return len(text).to_bytes(8, "little") + text + body
 
 
+def hollow(path, size):
+    """Put a file of holes in place of another, as large as its header and the manifest tell."""
+    head = tensors({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}, b"")
+    put(path.parent, path.name, head, len(head) + size)
+
+
 def list_file(name):
     def change(folder):
         (folder / "x").mkdir()
@@ -94,6 +100,7 @@ EVIL = {
     "a path below": list_file("x/../../outside"),
     "a link that leads out": link_out,
     "a terabyte of weights": lambda f: put(f, "model.safetensors", b"\xff" * 8, 2**40),
+    "terabytes of holes for a tensor": lambda f: hollow(f / "model.safetensors", 2**43),
     "a terabyte of state": lambda f: put(f, "state.json", b"{", 2**40),
     "a header of exabytes": lambda f: put(f, "optimizer.safetensors", (2**62).to_bytes(8, "little")),
     "a tensor of exabytes": lambda f: put(f, "model.safetensors", tensors({"w": F32 | {"shape": [2**60]}})),
