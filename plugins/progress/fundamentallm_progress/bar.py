@@ -76,7 +76,6 @@ class Bar:
             self._looks.stop()
         self._view.end_tasks()
         try:
-            live.transient = self._view.empty
             live.stop()
         finally:
             self._give_back()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from operator import add, sub
 from typing import TYPE_CHECKING
 
 import attrs
@@ -31,17 +30,20 @@ class Sight:
     samples: int
 
     def __add__(self, other: Sight) -> Sight:
-        return Sight(*map(add, attrs.astuple(self), attrs.astuple(other)))
+        return Sight(self.time + other.time, self.share + other.share, self.step + other.step,
+                     self.tokens + other.tokens, self.samples + other.samples)  # fmt: skip
 
     def __sub__(self, other: Sight) -> Sight:
-        return Sight(*map(sub, attrs.astuple(self), attrs.astuple(other)))
+        return Sight(self.time - other.time, self.share - other.share, self.step - other.step,
+                     self.tokens - other.tokens, self.samples - other.samples)  # fmt: skip
 
 
 class Pace:
     """Speed over the last minute of training, and the time left.
 
     Only what this process has seen counts, so a resumed run begins anew, and without its first
-    step, which takes longer than others, as soon as there are others. Between ``pause`` and
+    step, which takes longer than others, as soon as there are others. ``share`` is how much of the
+    run's length was done at the last look, 0 to 1. Between ``pause`` and
     ``go_on`` neither time nor work counts for the speed. ``clock`` returns seconds, from wherever.
     """
 
@@ -53,15 +55,13 @@ class Pace:
         self._away = self._now - self._now
         self._aside = 0.0  # seconds of pauses that come again and again
         self._seen = deque([self._now])
-
-    @property
-    def share(self) -> float:
-        """How much of the run's length is done, 0 to 1."""
-        return min(self._now.share, 1.0)
+        self._lately: Sight | None = None
+        self.share = min(self._now.share, 1.0)
 
     def look(self) -> None:
         """See how far the run is now."""
         before, self._now = self._now, self._sight()
+        self.share = min(self._now.share, 1.0)
         if self._now.step != before.step:
             self._moved = self._now.time
         if self._paused is not None:
@@ -88,7 +88,7 @@ class Pace:
 
     def speeds(self) -> list[str]:
         """Return tokens (or samples, where there are no tokens) and steps per second, if known."""
-        lately = self._lately()
+        lately = self._lately
         if lately is None:
             return []
         of, count = ("tokens", lately.tokens) if lately.tokens else ("samples", lately.samples)
@@ -100,7 +100,7 @@ class Pace:
 
         Pauses are expected to take the same part of the time as so far.
         """
-        whole, lately = self._run.settings.length.seconds, self._lately()
+        whole, lately = self._run.settings.length.seconds, self._lately
         if self.share == 1:
             return ""
         if whole is not None:
@@ -108,7 +108,7 @@ class Pace:
         if lately is None or lately.share <= 0:
             return ""
         now = self._paused or self._now
-        trained = (now - self._away - self._began).time
+        trained = now.time - self._away.time - self._began.time
         part = 1 + self._aside / max(trained, lately.time)
         return clock_face(round(lately.time / lately.share * (1 - self.share) * part))
 
@@ -123,12 +123,10 @@ class Pace:
                 seen.popleft()
         while len(seen) > 2 and sight.time - seen[1].time >= _SPAN:
             seen.popleft()
-
-    def _lately(self) -> Sight | None:
-        lately = self._seen[-1] - self._seen[0]
+        lately = seen[-1] - seen[0]
         known = lately.time > 0 and lately.step > 0
-        first = len(self._seen) == 2 and self._seen[0] is self._began and lately.step < _MANY
-        return lately if known and not first else None
+        first = len(seen) == 2 and seen[0] is self._began and lately.step < _MANY
+        self._lately = lately if known and not first else None
 
     def _sight(self) -> Sight:
         counts = self._run.progress

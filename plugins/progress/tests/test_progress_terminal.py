@@ -113,6 +113,8 @@ def _be_a_program(work: Callable[[], Any]) -> None:
         logging.getLogger().handlers = []
         logging.getLogger("fundamentallm").handlers = []
         logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("another").addHandler(logging.StreamHandler())
+        logging.getLogger("another").propagate = False
         signal.signal(signal.SIGINT, signal.default_int_handler)
         bar.SECONDS = 0.05
         work()
@@ -350,6 +352,8 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
         def on_step_end(self, run: Run) -> None:
             if run.progress.step == 20:
                 os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+            if run.progress.step == 50:
+                logging.getLogger().warning("half a second later")
 
     def work() -> None:
         logging.getLogger().handlers = [logging.FileHandler(tmp_path / "log")]
@@ -358,7 +362,9 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
 
     Terminal(work)
     assert (tmp_path / "outcome").read_text() == "finished"
-    assert (tmp_path / "log").read_text().count("progress failed and is muted") == 1
+    log = (tmp_path / "log").read_text()
+    assert log.count("progress failed and is muted") == 1
+    assert log.index("progress failed and is muted") < log.index("half a second later")
 
 
 class Written(io.StringIO):
