@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from fundamentallm_checkpoint.contents import Packed
 
-    Key: TypeAlias = tuple[str, str]
-    Place: TypeAlias = tuple[Key, torch.dtype, torch.Size]
+    Form: TypeAlias = tuple[torch.dtype, torch.Size]
     Pair: TypeAlias = tuple[Tensor, Tensor]
     Piece: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
@@ -48,7 +47,7 @@ class Arena:
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._memory: Tensor | None = None
-        self._places: list[Place] = []
+        self._forms: list[Form] = []
         self._copies: list[Tensor] = []
         self._crew = Crew()
         self._pinned = pinned
@@ -72,7 +71,7 @@ class Arena:
         own = {file: tensors.owners(part) for file, part in packed.parts.items()}
         keys = [(file, n) for file, owners in own.items() for n in dict.fromkeys(owners.values())]
         originals = [packed.parts[file][name].detach() for file, name in keys]
-        pairs = list(zip(self._fitting(keys, originals), originals, strict=True))
+        pairs = list(zip(self._fitting(originals), originals, strict=True))
         large = [pair for pair in pairs if pair[0].nbytes >= _LARGE and _is_plain(pair[1])]
         aside = {id(copy) for copy, _ in large}
         for copy, original in pairs:
@@ -101,18 +100,18 @@ class Arena:
         if self._registered and self._memory is not None:
             _runtime().cudaHostUnregister(self._memory.data_ptr())
         self._memory, self._registered = None, False
-        self._places, self._copies = [], []
+        self._forms, self._copies = [], []
 
-    def _fitting(self, keys: list[Key], originals: list[Tensor]) -> list[Tensor]:
-        """Return where the copies go: where they went before, as long as the tensors are alike."""
-        places = [(key, it.dtype, it.shape) for key, it in zip(keys, originals, strict=True)]
-        if places != self._places:
+    def _fitting(self, originals: list[Tensor]) -> list[Tensor]:
+        """Return where the copies go: where they went before, if all have the same forms."""
+        forms = [(original.dtype, original.shape) for original in originals]
+        if forms != self._forms:
             needed = sum(_padded(original.nbytes) for original in originals)
             if self._memory is None or self._memory.numel() < needed:
                 self._drop()  # before there is another
                 self._memory = self._made(needed)
             self._copies = list(_carved(self._memory, originals))
-            self._places = places
+            self._forms = forms
         return self._copies
 
     def _make_ready(self, size: int) -> None:

@@ -210,6 +210,7 @@ def test_places_are_found_anew_when_tensors_change_their_form_name_or_company() 
         {"a": wide.view(-1), "b": other, "c": torch.randn(4096, 500)},
         {"b": other},
     ):
+        weights(arena, a=wide, b=other)
         copies = weights(arena, **model)
         assert copies.keys() == model.keys()
         assert [name for name in model if not copies[name].equal(model[name])] == []
