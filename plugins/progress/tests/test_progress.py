@@ -17,6 +17,7 @@ from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_progress import Progress
 from fundamentallm_progress.bar import Bar
 from fundamentallm_progress.lines import Lines
+from fundamentallm_progress.notebook import Notebook
 from fundamentallm_progress.pace import Pace, clock_face, short
 from fundamentallm_progress.streams import BEGIN
 from fundamentallm_progress.view import View
@@ -467,21 +468,27 @@ class Area:
         self.shown.append(data["text/plain"])
 
 
-def test_a_notebook_has_one_area_that_changes_and_no_lines(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    areas: list[Area] = []
+@pytest.fixture
+def areas(monkeypatch: pytest.MonkeyPatch) -> list[Area]:
+    """The areas that are shown, in a process that a notebook's kernel is said to be."""
+    found: list[Area] = []
 
     def display(data: dict[str, str], *, raw: bool, display_id: bool) -> Area:
         assert (data, raw, display_id) == ({"text/plain": ""}, True, True)
-        areas.append(Area())
-        return areas[-1]
+        found.append(Area())
+        return found[-1]
 
     ipython, shown = types.ModuleType("IPython"), types.ModuleType("IPython.display")
     vars(ipython)["get_ipython"] = lambda: types.SimpleNamespace(kernel=object())
     vars(shown)["display"] = display
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    return found
+
+
+def test_a_notebook_has_one_area_that_changes_and_no_lines(
+    tiny_run: TinyRun, areas: list[Area], capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny_run(Progress(), Works(), length=200, log_every=1, validate_every=50)
     assert capsys.readouterr().err == ""
     (area,) = areas
@@ -489,6 +496,23 @@ def test_a_notebook_has_one_area_that_changes_and_no_lines(
     assert re.fullmatch(
         r"step 200/200 ━+ 100%  loss 0\.\d+  val/loss 0\.\d+  lr 0\.01  .*steps/s", area.shown[-1]
     )
+
+
+def test_an_area_changes_when_it_looks_and_only_if_there_is_another_text(
+    tmp_path: Path, areas: list[Area], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fundamentallm_progress.notebook._SECONDS", 1000.0)
+    run = a_run(tmp_path, 10**6)
+    notebook = Notebook(run, ["train/loss"])
+    notebook.start_training()
+    for step in range(1000):
+        run.progress.step = step
+        notebook.show_metrics({"train/loss": float(step)})
+    for _ in range(3):
+        notebook.look()
+    (area,) = areas
+    (text,) = area.shown
+    assert text.startswith("step 999/1,000,000 ")
 
 
 def test_samples_count_where_there_are_no_tokens(tmp_path: Path) -> None:
