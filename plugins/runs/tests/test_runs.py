@@ -259,7 +259,7 @@ def test_two_long_runs_are_compared_with_each_line_read_once_and_a_picture_of_fe
 
 
 def test_columns_take_few_bytes_for_each_number(tmp_path):
-    rows = (Row(n, n, float(n), dict.fromkeys(TEN, n / 7)) for n in range(LONG))
+    rows = (Row(n, n, float(n), {name: n / (7 + k) for k, name in enumerate(TEN)}) for n in range(LONG))
     tracemalloc.start()
     columns = gathered(rows)
     size, _ = tracemalloc.get_traced_memory()
