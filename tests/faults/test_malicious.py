@@ -86,6 +86,16 @@ def link_out(folder):
     path.symlink_to(folder.parent / "elsewhere")
 
 
+def link_of_the_same_size(folder):
+    """Lead out by a link that is as long as what it leads to, so that no size tells."""
+    target, size = folder.parent / "elsewhere", 1000
+    target.write_bytes(b"x" * size)
+    way = f"{target.parent}/".ljust(size - len(target.name), "/") + target.name
+    (folder / "more").symlink_to(way)
+    facts = {"size": size, "sha256": hashlib.sha256(b"x" * size).hexdigest()}
+    reseal(folder / "manifest.json", lambda table: table["files"].update(more=facts))
+
+
 def state(text):
     return lambda folder: put(folder, "state.json", text)
 
@@ -99,6 +109,7 @@ EVIL = {
     "an absolute path": list_file("/etc/hostname"),
     "a path below": list_file("x/../../outside"),
     "a link that leads out": link_out,
+    "a link of the same size": link_of_the_same_size,
     "a terabyte of weights": lambda f: put(f, "model.safetensors", b"\xff" * 8, 2**40),
     "terabytes of holes for a tensor": lambda f: hollow(f / "model.safetensors", 2**43),
     "a terabyte of state": lambda f: put(f, "state.json", b"{", 2**40),
@@ -154,7 +165,7 @@ def refuse(evil, run, folder):
     return started.peak
 
 
-QUICK = ("a pickle for weights", "a path that climbs", "a link that leads out",
+QUICK = ("a pickle for weights", "a path that climbs", "a link of the same size",
          "a terabyte of state", "a name twice", "a deep header", "a NaN for the time")  # fmt: skip
 
 
