@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fundamentallm import Run
 
+OVERFLOW = "the gradients overflowed in fp16"
 _OF_FP16 = ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale")
 
 
@@ -153,13 +154,18 @@ class Amp:
     @hookimpl
     def judge_step(self) -> str | None:
         """With fp16, reject a step whose gradients overflowed. The host waits for the device."""
-        return "the gradients overflowed in fp16" if self._scaling.overflows() else None
+        return OVERFLOW if self._scaling.overflows() else None
 
     @hookimpl
     def settle_step(self, run: Run) -> None:
-        """With fp16, let the scale follow; log it where a row is due; end when it has collapsed."""
+        """With fp16, let the scale follow; log it where a row is due; end when it has collapsed.
+
+        A step that another plugin rejects counts only if its reason speaks of gradients.
+        """
         scaling, progress = self._scaling, run.progress
-        if scaling.settle():
+        # Data that somebody rejects for what they are say nothing of the scale.
+        theirs = [why for why in run.rejected if "gradient" not in why]
+        if scaling.settle(counts=not theirs):
             self.overflows += 1
             self._insist_on_a_scale(run, scaling.scaler.get_scale())
         if run.settings.log_every.due(progress) or run.settings.length.reached(progress):

@@ -75,15 +75,17 @@ class Scaling:
             self.scaler.step(cast("Optimizer", self.verdict))
         return not self.verdict.accepts
 
-    def settle(self) -> bool:
+    def settle(self, counts: bool = True) -> bool:
         """Let the scale follow: back off, or grow when the time has come.
 
-        Return whether it backed off.
+        Return whether it backed off. A step that does not count leaves everything as it was.
         """
-        if self.scaled:
+        if self.scaled and counts:
             self.scaler.update()
+        elif self.scaled:  # told its scale, a GradScaler forgets the step, and not how old that is
+            self.scaler.update(self.scaler.get_scale())
         self.scaled = False
-        return not self.verdict.accepts
+        return counts and not self.verdict.accepts
 
     def scale(self) -> Tensor:
         """Return the scale, a 0-d tensor on the device that does not change later."""

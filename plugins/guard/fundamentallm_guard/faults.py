@@ -35,11 +35,11 @@ def find_fault(guard: Guard, loss: float, gradient: float) -> Fault | None:
     """Return what a guard has against a step with this mean loss and largest gradient."""
     if guard.nonfinite != "off" and not math.isfinite(loss):
         return Fault("loss", f"the loss is {loss}")
+    # Before the gradients: those of a spike may well overflow, in fp16 above all.
+    if guard.spike != "off" and len(guard.losses) >= guard.spike_window:
+        limit = spikes.limit(guard.losses, guard.spike_threshold)
+        if loss > limit:
+            return Fault("spike", f"the loss {loss:.6g} is a spike, which begins at {limit:.6g}")
     if guard.nonfinite != "off" and not math.isfinite(gradient):
         return Fault("gradient", f"the loss is {loss:.6g}, but a gradient is {gradient}")
-    if guard.spike == "off" or len(guard.losses) < guard.spike_window:
-        return None
-    limit = spikes.limit(guard.losses, guard.spike_threshold)
-    if loss <= limit:
-        return None
-    return Fault("spike", f"the loss {loss:.6g} is a spike, which begins at {limit:.6g}")
+    return None

@@ -333,6 +333,20 @@ def test_fp16_backs_off_as_it_does_without_a_guard(tiny_run: TinyRun, tmp_path: 
     assert_same_weights(plain, guarded)
 
 
+def test_data_that_are_skipped_say_nothing_of_the_loss_scale(
+    tiny_run: TinyRun, tmp_path: Any
+) -> None:
+    table = {"amp": {"dtype": "fp16", "init_scale": 2.0**40, "growth_interval": 4}}
+    bad = [8 * n for n in range(10, 20)]  # every second window from the 21st on
+    skipped = tiny_run("amp", Guard(), Poisoned(at=bad), settings=table, length=60)
+    lacking = Poisoned(at=bad, lacking=True)
+    other = tiny_run("amp", lacking, settings=table, length=50, run_dir=tmp_path / "other")
+    assert_same_weights(skipped, other)
+    states = [run.snapshot()["plugins"]["amp"] for run in (skipped, other)]
+    assert states[0] == states[1]
+    assert states[0]["overflows"] > 0
+
+
 def test_two_guards_do_not_take_each_other_for_somebody_who_scales(tiny_run: TinyRun) -> None:
     @plugin
     class Second(Guard):
