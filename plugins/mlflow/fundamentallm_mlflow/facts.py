@@ -84,7 +84,7 @@ def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str
         "mlflow.source.type": "LOCAL",
         # The page shows what follows the last slash of it; the description has it whole.
         "mlflow.source.name": program(command) if command else None,
-        "command": shlex.join(command),
+        "command": shlex.join([program(command), *command[1:]]) if command else None,
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.user": _user(),
         "mlflow.note.content": note(run, settings, environment),
