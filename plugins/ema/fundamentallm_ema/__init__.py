@@ -31,13 +31,14 @@ class Ema(Averaging):
     every: Period = Period(1)
     """How often the weights enter the average."""
     evaluate: bool = True
-    """Whether validation and samples use the average; else only checkpoints and `save` do."""
+    """Whether validation and samples use the average; else only checkpoints and `save` do. Of
+    several averages in a run, one may."""
     save: bool = False
     """Whether the end of the run writes the averaged model into the run folder, as
     `ema.safetensors`."""
 
     def __attrs_post_init__(self) -> None:
-        self.check_start()
+        self.settle()
 
     def rule(self) -> Rule:
         """Return how weights enter the average."""
@@ -60,13 +61,14 @@ class Swa(Averaging):
     every: Period = Period(1)
     """How often the weights enter the average."""
     evaluate: bool = True
-    """Whether validation and samples use the average; else only checkpoints and `save` do."""
+    """Whether validation and samples use the average; else only checkpoints and `save` do. Of
+    several averages in a run, one may."""
     save: bool = False
     """Whether the end of the run writes the averaged model into the run folder, as
     `swa.safetensors`."""
 
     def __attrs_post_init__(self) -> None:
-        self.check_start()
+        self.settle()
 
     def rule(self) -> Rule:
         """Return how weights enter the average."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, hookimpl
@@ -33,8 +32,10 @@ class Averaging(ABC):
     def rule(self) -> Rule:
         """Return how weights enter the average."""
 
-    def check_start(self) -> None:
-        """Raise ``ValueError`` for a fraction that is none."""
+    def settle(self) -> None:
+        """Follow the settings; raise ``ValueError`` for a fraction that is none."""
+        if not self.evaluate:  # hidden, so that another plugin may say what to evaluate with
+            self.evaluation_weights = None  # type: ignore[assignment,method-assign]
         if not isinstance(self.start, Period) and not 0 <= self.start < 1:
             raise ValueError(
                 f"start: a fraction of the run is at least 0 and less than 1, got {self.start:g};"
@@ -54,7 +55,8 @@ class Averaging(ABC):
     @hookimpl
     def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
         """Put the average in place of the weights for a while, once there is one."""
-        return self.average_of(run).in_place() if self.evaluate else nullcontext()
+        in_place: AbstractContextManager[None] = self.average_of(run).in_place()
+        return in_place
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:

@@ -59,6 +59,32 @@ def test_and_that_of_the_weights_until_the_average_begins_or_if_it_is_not_for_th
         assert run.history[-1]["val/loss"] == loss_with(run, weights(run.model))
 
 
+@pytest.mark.parametrize("names", [("ema", "swa"), ("swa", "ema")])
+@pytest.mark.parametrize("evaluating", ["ema", "swa", None])
+def test_of_two_averages_the_one_that_is_for_it_is_validated_with_and_both_are_what_they_are_alone(
+    tiny_run: TinyRun, tmp_path: Path, names: tuple[str, str], evaluating: str | None
+) -> None:
+    tables: dict[str, Any] = {"ema": {"decay": 0.9}, "swa": {"start": 0.5}}
+    for name, table in tables.items():
+        table |= {"evaluate": name == evaluating, "save": True}
+    run = tiny_run(*names, settings=tables, length=8, validate_every=4)
+    used = average(run, evaluating) if evaluating else weights(run.model)
+    assert run.history[-1]["val/loss"] == loss_with(run, used)
+    for name in names:
+        alone = tiny_run(name, settings={name: tables[name]}, length=8, run_dir=tmp_path / name)
+        assert same(average(run, name), average(alone, name))
+        assert same(load_file(run.folder / f"{name}.safetensors"), average(alone, name))
+    assert not same(average(run, "ema"), average(run, "swa"))
+
+
+def test_two_instances_of_one_average_need_but_one_that_is_not_for_validation(
+    tiny_run: TinyRun,
+) -> None:
+    tables = {"ema": {"decay": 0.5}, "slow": {"plugin": "ema", "decay": 0.99, "evaluate": False}}
+    run = tiny_run("slow", "ema", settings=tables, length=8, validate_every=4)
+    assert run.history[-1]["val/loss"] == loss_with(run, average(run))
+
+
 def test_the_average_is_in_the_memory_of_the_weights_and_goes_again(tiny_run: TinyRun) -> None:
     run = tiny_run(Swa(start=0.5), length=8)
     before, kept, mean = dict(run.model.named_parameters()), weights(run.model), average(run, "swa")
