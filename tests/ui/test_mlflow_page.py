@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.ui, pytest.mark.timeout(600)]
 
 RATES = {"lr-1e-4": 0.0001, "lr-1e-3": 0.001, "lr-1e-2": 0.01}
 CHARTS = {"optim/lr", "optim/grad_norm", "train/loss", "train/tokens", "val/loss"}
+LOSSES = {"train/loss", "val/loss"}
 ROW = "//*[@role='row']"
 SECTION = "[data-testid='experiment-view-compare-runs-add-chart']"
 CARD = "[data-testid='experiment-view-compare-runs-card']"
@@ -65,6 +66,18 @@ class Page:
         for one in self.all("//*[@data-component-id='mlflow.assistant.chat_panel.close']"):
             one.click()
 
+    def enter(self, name):
+        """Go on to the page of a run."""
+        self.click(f"//a[.='{name}']")
+        # From there on MLflow shows the menu that was chosen last, whatever the URL said.
+        self.click("//*[@role='button'][.='Model training']")
+        self.click(f"//a[.='{name}']")
+        self.until(lambda: "Model metrics" in self.text, f"the page of {name}")
+
+    def drawn(self):
+        """Return what ``charts`` does of those that are in sight by now."""
+        return {name: (n, text) for name, n, text in self.browser.execute_script(DRAWN) if n}
+
     def charts(self, names):
         """Return metric -> (points of each line, text) of the charts, once they are drawn."""
         found, looks = {}, count()
@@ -75,7 +88,7 @@ class Page:
                 return False
             look = sections[next(looks) % len(sections)]  # a chart is drawn when it is in sight
             self.browser.execute_script("arguments[0].scrollIntoView()", look)
-            found.update({t: (n, text) for t, n, text in self.browser.execute_script(DRAWN) if n})
+            found.update(self.drawn())
             return names <= set(found)
 
         self.until(drawn, f"the charts {sorted(names)}")
@@ -108,17 +121,14 @@ def test_the_printed_url_opens_the_charts_that_compare_the_runs(page, shown):
     sections = [one.text.split() for one in page.all("//*[@role='button'][contains(., 'Add chart')]")]
     assert [words[:2] for words in sections[:3]] == [["optim", "(2)"], ["train", "(2)"], ["val", "(1)"]]
     page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
-    page.until(lambda: page.charts({"train/loss", "val/loss"}), "the losses alone")
+    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, beside each other")
     page.keep("compare")
 
 
 @pytest.mark.parametrize("name", RATES)
 def test_a_run_is_described_with_its_metrics_and_parameters(page, shown, name):
     page.open(shown.url)
-    # From a run's page on, MLflow shows the menu that was chosen last, whatever the URL said.
-    page.click(f"//a[.='{name}']")
-    page.click("//*[@role='button'][.='Model training']")
-    page.click(f"//a[.='{name}']")
+    page.enter(name)
     page.until(lambda: "Parameters (" in page.text, "the parameters")
     (note,) = page.all("//*[@data-testid='note-editor-preview-content']")
     if page.all("//button[.='Show more']"):
@@ -143,13 +153,14 @@ def test_a_run_is_described_with_its_metrics_and_parameters(page, shown, name):
 
 def test_the_tabs_of_a_run_show_its_curves_and_the_machine(page, shown):
     page.open(shown.url)
-    page.click("//a[.='lr-1e-2']")
+    page.enter("lr-1e-2")
     page.click("//*[@role='tab'][.='Model metrics']")
     charts = page.charts(CHARTS)
     assert {name: lines for name, (lines, _) in charts.items()} == {
         name: [6 if name.startswith("val/") else 30] for name in CHARTS
     }
     page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
+    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, beside each other")
     page.keep("run")
     page.click("//*[@role='tab'][.='System metrics']")
     page.charts({"system/cpu_utilization_percentage", "system/training_memory_megabytes"})
