@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
@@ -15,9 +15,12 @@ from fundamentallm import SettingsError, StorageError
 from fundamentallm_lora.layer import LoraLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
+
+    from fundamentallm import Run
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -37,6 +40,29 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     if not merged:
         raise SettingsError("the run's model has no adapters: it was trained without 'lora'")
     return state
+
+
+@contextmanager
+def averaged_weights(run: Run) -> Iterator[None]:
+    """Put the weights that ``run`` is validated with in place of the trained ones for a while.
+
+    Raises ``SettingsError`` if these are the trained ones themselves.
+    """
+    listed = run.plugins.items()
+    if all(getattr(plugin, "evaluation_weights", None) is None for _, plugin in listed):
+        known = ", ".join(name for name, _ in listed)
+        raise SettingsError(
+            f"{run.folder}: there are no averaged weights to merge: no plugin of the run has others"
+            f" to evaluate with than the trained ones (listed: {known}); leave out --averaged"
+        )
+    trained = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    with run.hook.evaluation_weights(run=run):
+        if all(weight.equal(trained[name]) for name, weight in run.model.named_parameters()):
+            raise SettingsError(
+                f"{run.folder}: the averaged weights of this checkpoint are the trained ones: the"
+                f" average has not begun, or has just; leave out --averaged"
+            )
+        yield
 
 
 def write(state: dict[str, Tensor], path: Path) -> None:

@@ -56,16 +56,57 @@ class Net8:
 '''
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    (tmp_path / "net8.py").write_text(MODEL)
-    tables: dict[str, Any] = {
-        "plugins": [str(tmp_path / "net8.py"), "lora", "checkpoint"],
+AVERAGE = '''
+from contextlib import contextmanager
+import torch
+from fundamentallm import hookimpl, plugin, state
+
+@plugin
+class Middle:
+    """Evaluates with the equal average of the trained weights since a step."""
+
+    since: int = 1
+    """The step."""
+    count: int = state(0)
+    mean: dict = state(factory=dict)
+
+    def get_state(self): return {"count": self.count, "mean": self.mean}
+
+    def set_state(self, kept): self.count, self.mean = kept["count"], kept["mean"]
+
+    @hookimpl
+    def settle_step(self, run):
+        if run.progress.step < self.since: return
+        now = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+        mean = self.mean or now
+        self.mean = {n: (mean[n] * self.count + now[n]) / (self.count + 1) for n in now}
+        self.count += 1
+
+    @hookimpl
+    @contextmanager
+    def evaluation_weights(self, run):
+        own = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        run.model.load_state_dict(self.mean, strict=False)
+        yield
+        run.model.load_state_dict(own, strict=False)
+'''
+
+
+def trained(folder: Path, *more: str, **tables: Any) -> Run:
+    (folder / "net8.py").write_text(MODEL)
+    (folder / "middle.py").write_text(AVERAGE)
+    settings = {
+        "plugins": [str(folder / "net8.py"), "lora", "checkpoint", *more],
         "run": {"length": 3, "device": "cpu"},
         "lora": {"rank": 2, "except_for": ["tied", "twin"], "train_also": ["out.bias"]},
         "checkpoint": {"every": 1},
     }
-    return train(tables, run_dir=tmp_path / "run")
+    return train(settings | tables, run_dir=folder / "run")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return trained(tmp_path)
 
 
 def merge(*words: object) -> str:
@@ -136,6 +177,53 @@ def test_at_names_the_checkpoint(run: Run, tmp_path: Path) -> None:
     first, last, latest = (load_file(out)["again.weight"] for out in outs)
     assert not first.equal(last)
     assert last.equal(latest)
+
+
+def merged_by_hand(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    a, b, weight = (state[f"{name}.{part}"].double() for part in ("lora_a", "lora_b", "weight"))
+    return (weight + 16.0 / 2 * b @ a).to(state[f"{name}.weight"].dtype)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_averaged_the_weights_that_the_run_is_validated_with_are_merged(
+    tmp_path: Path, place: int
+) -> None:
+    names = ["net8.py", "lora", "checkpoint"]
+    names.insert(place, "middle.py")
+    listed = [str(tmp_path / name) if name.endswith(".py") else name for name in names]
+    run = trained(tmp_path, plugins=listed)
+    raw = run.model.state_dict()
+    mean = raw | run.plugins["middle"].mean
+    outs = [tmp_path / "raw", tmp_path / "averaged"]
+    merge(run.folder, outs[0])
+    merge(run.folder, outs[1], "--averaged")
+    for out, state in zip(outs, (raw, mean), strict=True):
+        found = load_file(out)
+        assert set(found) == {"again.bias", "again.weight", "out.bias", "out.weight", "tied.bias",
+                              "tied.weight"}  # fmt: skip
+        for name, own in (("again", "inner"), ("out", "out")):
+            assert found[f"{name}.bias"].equal(state[f"{own}.bias"])
+            by_hand = merged_by_hand(state, own)
+            assert torch.allclose(found[f"{name}.weight"], by_hand, rtol=1e-7, atol=1e-9)
+    assert not load_file(outs[0])["out.bias"].equal(load_file(outs[1])["out.bias"])
+    assert not load_file(outs[0])["again.weight"].equal(load_file(outs[1])["again.weight"])
+
+
+def test_averaged_without_an_average_is_refused_with_what_there_is(
+    run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="no averaged weights") as caught:
+        merge(run.folder, tmp_path / "out", "--averaged")
+    assert "(listed: net8, lora, checkpoint); leave out --averaged" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_averaged_before_the_average_has_begun_is_refused(tmp_path: Path) -> None:
+    run = trained(tmp_path, str(tmp_path / "middle.py"), middle={"since": 2})
+    with pytest.raises(SettingsError, match="averaged weights of this checkpoint are the trained"):
+        merge(run.folder, tmp_path / "out", "--averaged", "--at", "step-00000001")
+    assert not (tmp_path / "out").exists()
+    merge(run.folder, tmp_path / "out", "--averaged")
 
 
 def test_the_run_stays_as_it_was(run: Run, tmp_path: Path) -> None:
