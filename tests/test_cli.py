@@ -320,7 +320,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-odd\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[fundamentallm.commands]\nodd = acme_odd:odd\n[fundamentallm]\nbroken = no_such_module:Broken\n"
+        "[fundamentallm.commands]\nodd = acme_odd:odd\nodder = acme_odd:no_such_command\n[fundamentallm]\nbroken = no_such_module:Broken\n"
     )
     (tmp_path / "site" / "acme_odd.py").write_text(COMMANDS)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -329,12 +329,21 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_command_of_another_distribution_is_listed_unloaded_and_loaded_when_called(call: Call) -> None:
+def test_a_command_of_another_distribution_is_loaded_to_be_listed_or_called(call: Call) -> None:
+    assert "loaded" not in call("train", "--help").out
     listing = call("--help").out
-    assert "odd" in listing
-    assert "(acme-odd)" in listing
-    assert "loaded" not in listing
-    assert call("odd", "--help").out.startswith("loaded\n")
+    assert "loaded" in listing
+    assert "Do something odd." in listing
+    assert "Do something odd." in call("odd", "--help").out
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_command_that_cannot_be_loaded_says_so_and_hides_no_other(call: Call) -> None:
+    listing = call("--help")
+    assert listing.code == 0
+    assert "odder" in listing.out
+    assert "(cannot be loaded: AttributeError: " in listing.out
+    assert "Train as SETTINGS say" in listing.out
 
 
 @pytest.mark.parametrize(("how", "code"), [("exit", 3), ("error", 4), ("abort", 130), ("return", 0)])

@@ -45,6 +45,23 @@ FEATURES = {
     "throughput": {"sample_every": 2, "table": False},
     "validation": {"perplexity": True},
 }
+# Other settings of the same, of which one or the other is drawn.
+VARIANTS = {
+    "amp": {"dtype": "fp16", "init_scale": 2.0**24, "growth_interval": 3},
+    "guard": {"nonfinite": "rewind", "oom": "split", "max_rewinds": 100},
+}
+POISON = '''
+from fundamentallm import hookimpl, plugin
+
+@plugin
+class Poison:
+    """Spoils the losses of some data."""
+
+    @hookimpl(wrapper=True)
+    def forward(self, batch):
+        loss = yield
+        return loss * float("nan") if batch.first % 22 == 6 else loss
+'''
 MORE = {
     "compile": {"backend": "aot_eager"},
     "sgd": {"lr": 0.1, "momentum": 0.9},
@@ -60,9 +77,9 @@ TIMED = ("perf/", "system/")
 folders = count()
 
 
-def ended(plugins: list[str], folder, cache):
+def ended(plugins: list[str], folder, cache, variants=()):
     """Train with the plugins in an order; return all that may not differ, by name."""
-    known = FEATURES | TABLES | MORE
+    known = FEATURES | TABLES | MORE | {name: VARIANTS[name] for name in variants}
     tables = {name: table for name, table in known.items() if name in [*plugins, "run"]}
     tables["text"] = {**TABLES["text"], "cache_dir": str(cache)}
     run = train({"plugins": plugins, **tables}, run_dir=folder / str(next(folders)))
@@ -100,10 +117,14 @@ def test_any_features_in_any_order_end_in_the_same_bits(data, tmp_path_factory):
     optimizer = data.draw(st.sampled_from(OPTIMIZERS))
     if "ema" in chosen and data.draw(st.booleans()):  # only one of them can answer for the weights
         chosen = chosen - {"ema"} | {"swa"}
-    plugins = ["text", "gpt", optimizer, *sorted(chosen)]
-    shuffled = data.draw(st.permutations(plugins))
+    variants = data.draw(st.sets(st.sampled_from(sorted(VARIANTS))))
     folder = tmp_path_factory.mktemp("runs")
-    one, other = ended(plugins, folder, cache), ended(list(shuffled), folder, cache)
+    plugins = ["text", "gpt", optimizer, *sorted(chosen)]
+    if "guard" in chosen:  # else a run of NaN would end with an error
+        (folder / "poison.py").write_text(POISON)
+        plugins.append(str(folder / "poison.py"))
+    shuffled = data.draw(st.permutations(plugins))
+    one, other = (ended(list(names), folder, cache, variants) for names in (plugins, shuffled))
     assert differing(one, other) == []
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
-from rich.console import Console
-from rich.table import Table
 
 from fundamentallm import SettingsError
 from fundamentallm_runs.curves import AXES, Axis, curve, drawn, write
 from fundamentallm_runs.record import Record, read
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ABSENT = "-"
@@ -42,16 +43,18 @@ class Look:
               help="Also write a .png, .svg or .html file.")  # fmt: skip
 def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
     """Compare RUNS: settings that differ, last and best metrics, and curves."""
+    from fundamentallm_runs.tables import console
+
     look, records = Look(**chosen), [read(folder) for folder in runs]
     names = _names(records)
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(_settings(records, names))
-    console.print(_metrics(records, names, look.metrics))
+    screen = console(140)
+    screen.print(_settings(records, names))
+    screen.print(_metrics(records, names, look.metrics))
     metric = look.metric or _usual(records)
     curves = [made for one in records if (made := curve(one, metric, look.axis, look.smooth))]
     if not curves:
         raise _unknown(metric, records)
-    click.echo(drawn(curves, metric, look.axis, colours=console.color_system is not None))
+    click.echo(drawn(curves, metric, look.axis, colours=screen.color_system is not None))
     if look.output is not None:
         write(look.output, curves, metric, look.axis)
         click.echo(f"written: {look.output}")
@@ -81,29 +84,33 @@ def _names(records: list[Record]) -> list[str]:
 
 
 def _settings(records: list[Record], names: list[str]) -> Table:
-    table = Table("setting", *names, box=None, pad_edge=False, header_style="bold")
+    from fundamentallm_runs.tables import table
+
+    rows = table("setting", *names)
     for name, values in differences(records).items():
-        table.add_row(name, *values)
-    if not table.row_count:
-        table.add_row("all settings are the same")
-    return table
+        rows.add_row(name, *values)
+    if not rows.row_count:
+        rows.add_row("all settings are the same")
+    return rows
 
 
 def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -> Table:
-    table = Table("metric", *names, box=None, pad_edge=False, header_style="bold")
-    table.add_row("state", *(record.state for record in records))
-    table.add_row("step", *(str(record.step) for record in records))
+    from fundamentallm_runs.tables import table
+
+    rows = table("metric", *names)
+    rows.add_row("state", *(record.state for record in records))
+    rows.add_row("step", *(str(record.step) for record in records))
     known = _known(records)
     for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
         if metric not in known:
             raise _unknown(metric, records)
-        table.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
+        rows.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
         if metric.startswith(UNJUDGED):
             continue
         bests = [record.best(metric) for record in records]
         told = [f"{best[1]:.6g} (step {best[0]})" if best else ABSENT for best in bests]
-        table.add_row(f"{metric} best", *told)
-    return table
+        rows.add_row(f"{metric} best", *told)
+    return rows
 
 
 def _unknown(metric: str, records: list[Record]) -> SettingsError:

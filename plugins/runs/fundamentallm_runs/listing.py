@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from fundamentallm import StorageError
 from fundamentallm_runs.record import Record, is_run, is_running, read
@@ -35,12 +33,14 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
     if not rows:
         click.echo(f"{folder}: no runs")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "state", "step", "done", f"best {metric}", "at step", "last row"):
-        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    from fundamentallm_runs.tables import console, table
+
+    shown = table("run", "state")
+    for name in ("step", "done", f"best {metric}", "at step", "last row"):
+        shown.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*map(_shown, row.values()))
-    Console(width=None if Console().is_terminal else 120).print(table)
+        shown.add_row(*map(_shown, row.values()))
+    console(120).print(shown)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fundamentallm import FundamentalError, SettingsError, attribute_docs, load_run, setting_fields
+from fundamentallm import FundamentalError, SettingsError, attribute_docs, setting_fields
 from fundamentallm_sample import BETWEEN, Sample
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def sample(run: Path, seed: int | None, at: str, interactive: bool, **given: Any
     What is not given is as in the run's settings for the plugin 'sample', or else that plugin's
     default. Without a seed every call writes another text; the seed it took is told on stderr.
     """
+    from fundamentallm import load_run  # imports torch, which --help can do without
     from fundamentallm_sample.generate import check_model
     from fundamentallm_sample.texts import random_source, texts
 

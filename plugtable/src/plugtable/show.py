@@ -31,12 +31,17 @@ class Commands(click.Group):
         return entry.load() if own is None and entry else own
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """List commands without loading them: the help of an entry is its distribution's."""
-        by = {n: entry.dist.name if entry.dist else "?" for n, entry in self._entries().items()}
-        own = {name: command.get_short_help_str(90) for name, command in self.commands.items()}
-        rows = [(name, own.get(name, f"({by.get(name)})")) for name in self.list_commands(context)]
+        """List the commands; one that cannot be loaded says so and hides no other."""
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
+            names = self.list_commands(context)
+            formatter.write_dl([(name, self._short_help(context, name)) for name in names])
+
+    def _short_help(self, context: click.Context, name: str) -> str:
+        try:
+            command = self.get_command(context, name)
+        except Exception as error:  # noqa: BLE001 - whatever another's module does
+            return f"(cannot be loaded: {type(error).__name__}: {error})"
+        return command.get_short_help_str(90) if command else ""
 
     def _entries(self) -> dict[str, metadata.EntryPoint]:
         return {e.name: e for e in metadata.entry_points(group=self.offered_in)}
