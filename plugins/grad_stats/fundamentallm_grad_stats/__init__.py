@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fundamentallm_grad_stats.norms import Weights
+    from fundamentallm_grad_stats.takers import Takers
 
 __all__ = ["GradStats"]
 
@@ -48,7 +49,8 @@ class GradStats:
     max_keys: int = field(default=120, validator=ge(METRICS))
     """The most metrics to log; where there would be more, neighbouring groups are put together."""
     histograms: bool = False
-    """Write how many gradient values have which size to `grad_stats.jsonl` in the run folder."""
+    """Count how many gradient values have which size: in `grad_stats.jsonl` in the run folder, and
+    for every logger that takes histograms."""
 
     pending: list[Any] = state(factory=list)
     """Histograms that are not written yet: step, groups, and counts on the device."""
@@ -64,6 +66,7 @@ class GradStats:
         self._every = 1
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._weights: Weights | None = None
+        self._takers: Takers | None = None
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -73,6 +76,10 @@ class GradStats:
         parameters = dict(run.model.named_parameters())
         self._groups = {group: [parameters[name] for name in names]
                         for group, names in self._sorted(list(parameters)).items()}  # fmt: skip
+        if self.histograms:
+            from fundamentallm_grad_stats.takers import Takers
+
+            self._takers = Takers(run.plugins)
         self._forget_later(run)
 
     @hookimpl
@@ -103,8 +110,10 @@ class GradStats:
 
     @hookimpl
     def on_log(self, run: Run) -> None:
-        """Write the histograms."""
-        self._write(run)
+        """Write the histograms, and hand their sums to the loggers that take them."""
+        for group, counts in self._write(run).items():
+            if self._takers is not None:
+                self._takers.hand(f"{self._name(run)}/{group}", run.progress.step, counts)
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
@@ -127,17 +136,21 @@ class GradStats:
                         "put together", len(found), self.max_keys)  # fmt: skip
         return naming.merged(found, most)
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: Run) -> dict[str, list[int]]:
+        """Write the histograms, and return by group what they make together."""
         if not self.pending or run.rank:
-            return
+            return {}
         from fundamentallm_grad_stats import lines, norms
 
         pending, self.pending = self.pending, []
-        rows = []
+        rows, sums = [], dict[str, list[int]]()
         for step, names, counts in pending:
             found = dict(zip(names, counts.tolist(), strict=True))
             rows.append({"step": step, "edges": norms.EDGES, "counts": found})
+            for group, new in found.items():
+                sums[group] = [*map(sum, zip(new, sums.get(group, [0] * len(new)), strict=True))]
         lines.append(self._path(run), rows)
+        return sums
 
     def _forget_later(self, run: Run) -> None:
         step = run.progress.step
@@ -150,5 +163,7 @@ class GradStats:
             lines.drop_after(last, self._path(run))
 
     def _path(self, run: Run) -> Path:
-        name = next(name for name, one in run.plugins.items() if one is self)
-        return run.folder / f"{name}.jsonl"
+        return run.folder / f"{self._name(run)}.jsonl"
+
+    def _name(self, run: Run) -> str:
+        return next(name for name, one in run.plugins.items() if one is self)

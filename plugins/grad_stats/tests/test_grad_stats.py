@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Run, SettingsError, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights
 from fundamentallm_grad_stats import GradStats
 from fundamentallm_grad_stats.groups import group_of, grouped, matched, merged
 from fundamentallm_grad_stats.norms import EDGES, histogram, norm
@@ -293,8 +293,125 @@ def test_each_measured_step_has_a_line_with_the_counts_of_its_gradients(tiny_run
             assert sum(line["counts"][group]) == sum(grad.numel() for grad in grads)
 
 
-def test_without_histograms_there_is_no_file(tiny_run: TinyRun):
-    assert not (tiny_run(GradStats(every=1)).folder / "grad_stats.jsonl").exists()
+def test_without_histograms_there_is_no_file_and_nothing_to_take(tiny_run: TinyRun):
+    takes = Takes()
+    assert not (tiny_run(GradStats(every=1), takes).folder / "grad_stats.jsonl").exists()
+    assert takes.given == []
+
+
+@plugin
+class Takes:
+    """A logger that takes histograms; it may fail to from some moment on."""
+
+    observer = True
+
+    most: int = 1000
+
+    def __attrs_post_init__(self) -> None:
+        self.given: list[tuple[str, int, list[float], list[int]]] = []
+        self.rows: list[int] = []
+
+    @hookimpl
+    def on_log(self, run: Run) -> None:
+        self.rows.append(run.progress.step)
+
+    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
+        self.given.append((name, step, edges, list(counts)))
+        counts.clear()  # what the next one gets is its own
+        if len(self.given) == self.most:
+            raise OSError("the disk is full")
+
+
+@plugin
+class AlsoTakes(Takes):
+    """Another one."""
+
+
+def summed(lines: list[dict[str, Any]], rows: list[int], name: str = "grad_stats") -> list[Any]:
+    """What a taker is to be given: for each row the sum of the lines since the last one."""
+    found = []
+    for last, row in pairwise([0, *rows]):
+        counts = [line["counts"] for line in lines if last < line["step"] <= row]
+        found += [(f"{name}/{group}", row, [float(e) for e in range(-13, 6)],
+                   [sum(each) for each in zip(*(one[group] for one in counts), strict=True)])
+                  for group in (counts[0] if counts else ())]  # fmt: skip
+    return found
+
+
+def test_every_logger_that_takes_histograms_is_given_those_of_each_row_wherever_it_is_listed(
+    tiny_run: TinyRun,
+):
+    one, other = Takes(), AlsoTakes()
+    run = tiny_run(one, GradStats(every=2, histograms=True), other, length=11, log_every=4)
+    assert one.rows == [4, 8, 11]
+    assert one.given == other.given == summed(read(run), one.rows)
+    assert [(name, step) for name, step, *_ in one.given] == [
+        (f"grad_stats/{group}", step) for step in (4, 8, 11) for group in ("hidden", "out")
+    ]
+    total = sum(p.numel() for p in run.parameters)
+    assert sum(sum(counts) for *_, counts in one.given) == 5 * total
+
+
+def test_a_row_without_a_measured_step_has_no_histograms(tiny_run: TinyRun):
+    takes = Takes()
+    tiny_run(takes, GradStats(every=6, histograms=True), length=8, log_every=2)
+    assert [step for _, step, *_ in takes.given] == [6, 6]
+
+
+def test_a_logger_that_fails_to_take_one_is_given_no_more_and_nothing_else_changes(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+):
+    bad, good = Takes(most=3), AlsoTakes()
+    tables = {"grad_stats": {"every": 1, "histograms": True}}
+    run = tiny_run(bad, "grad_stats", good, settings=tables, length=6, log_every=1)
+    assert run.outcome == "finished"
+    assert len(bad.given) == 3
+    assert bad.rows == good.rows
+    assert good.given == summed(read(run), good.rows)
+    told = [text for text in caplog.messages if "histogram" in text]
+    (said,) = told
+    assert said.startswith("takes failed to take a histogram and is given no more: OSError('the d")
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_resumed_run_hands_over_what_the_whole_one_did(
+    tiny_run: TinyRun, tmp_path: Path, step: int, closed: bool
+):
+    memory, whole, resumed = Memory(step=step), Takes(), Takes()
+    stats: dict[str, Any] = {"every": 2, "histograms": True}
+    tiny_run(memory, GradStats(**stats), whole, length=10, log_every=5)
+    assert memory.kept is not None
+    if not closed:  # a signal left no time for a row, whether it was due or not
+        memory.kept = stopped_at(step, tiny_run, stats, tmp_path)
+    tiny_run(memory, GradStats(**stats), resumed, length=10, log_every=5)
+    settled = step - (not closed)
+    assert resumed.given == [given for given in whole.given if given[1] > settled]
+    assert [given[1] for given in whole.given] == [5, 5, 10, 10]
+
+
+def stopped_at(step: int, tiny_run: TinyRun, stats: dict[str, Any], tmp_path: Path) -> Any:
+    """The checkpoint of a run that a signal stopped in a step."""
+
+    @plugin
+    class Stop:
+        @hookimpl
+        def on_step_end(self, run: Run) -> None:
+            run.signal = 15 if run.progress.step == step else None
+
+    memory, takes = Memory(step=step), Takes()
+    tiny_run(memory, Stop(), GradStats(**stats), takes, length=10, log_every=5,
+             run_dir=tmp_path / "stopped")  # fmt: skip
+    assert takes.given == []
+    return memory.kept
+
+
+def test_a_run_that_goes_back_hands_over_the_void_rows_again(tiny_run: TinyRun):
+    takes, memory = Takes(), Memory(step=4, later=7)
+    listed = [memory, takes, GradStats(every=2, histograms=True)]
+    run = tiny_run(*listed, length=8, log_every=5)
+    assert [step for _, step, *_ in takes.given] == [5, 5, 5, 5, 8, 8]
+    assert takes.given[2:] == summed(read(run), [5, 8])
 
 
 @pytest.mark.parametrize("stop", [3, 5, 6])
@@ -356,10 +473,14 @@ def test_a_second_instance_has_a_file_of_its_own(tiny_run: TinyRun):
         "grad_stats": {"every": 2, "histograms": True},
         "fine": {"plugin": "grad_stats", "every": 4, "per": "parameter", "histograms": True},
     }
-    run = tiny_run("grad_stats", "fine", length=8, log_every=8, settings=settings)
+    takes = Takes()
+    run = tiny_run("grad_stats", takes, "fine", length=8, log_every=8, settings=settings)
     assert [line["step"] for line in read(run)] == [2, 4, 6, 8]
     assert [line["step"] for line in read(run, "fine")] == [4, 8]
     assert {"grad_norm/hidden", "grad_norm/hidden.bias"} <= measured(run.history[-1]).keys()
+    assert {name for name, *_ in takes.given} == {"grad_stats/hidden", "grad_stats/out"} | {
+        f"fine/{layer}.{kind}" for layer in ("hidden", "out") for kind in ("weight", "bias")
+    }
 
 
 # --- and nothing else
@@ -426,9 +547,13 @@ class Between:
         self.found += event == "call"
 
 
-def test_a_step_that_is_not_measured_costs_four_python_calls(tiny_run: TinyRun, tmp_path: Path):
+@pytest.mark.parametrize("histograms", [False, True])
+def test_a_step_that_is_not_measured_costs_four_python_calls(
+    tiny_run: TinyRun, tmp_path: Path, histograms: bool
+):
     counts = []
-    for number, listed in enumerate(([], [GradStats(every=100)])):
+    stats = GradStats(every=100, histograms=histograms)
+    for number, listed in enumerate(([], [stats, *([Takes()] if histograms else [])])):
         between = Between(first=3, last=6)
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(between.found)

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.metadata import create_summary_metadata
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 log = logging.getLogger("fundamentallm")
 
@@ -44,6 +47,14 @@ class EventFile:
         """Write the metrics of a step, in one record; a value has the 32 bits of the format."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
+
+    def histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
+        """Write how many values lie between which edges, one more than there are counts."""
+        bins = list(zip(edges[:-1], edges[1:], counts, strict=True))
+        tensor = make_tensor_proto(bins, dtype=np.float64)  # (bins, 3): left, right, count
+        metadata = create_summary_metadata(display_name=None, description=None)
+        value = Summary.Value(tag=name, metadata=metadata, tensor=tensor)
+        self._write(Event(step=step, summary=Summary(value=[value])))
 
     def settings(self, step: int, tables: dict[str, Any], hparams: bool) -> None:
         """Write the settings that hold from a step on, as text and as values to compare by."""

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,32 @@ def rounded(rows: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
         for name, value in row.items():
             if name != "step":
                 found.setdefault(name, []).append((int(row["step"]), float(np.float32(value))))
+    return found
+
+
+HISTOGRAMS = {"grad_stats": {"every": 2, "histograms": True}}
+
+
+def histograms(folder: Path) -> dict[str, list[tuple[int, list[list[float]]]]]:
+    """Step and bins (left, right, count) by name, as the server that draws them has them."""
+    sizes = {"scalars": 0, "tensors": 0}
+    found = ServerAccumulator(str(folder / "tensorboard"), sizes, {"histograms": 0}).Reload()
+    return {tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).tolist())
+                  for e in found.Tensors(tag)]
+            for tag in found.Tags()["tensors"]
+            if found.SummaryMetadata(tag).plugin_data.plugin_name == "histograms"}  # fmt: skip
+
+
+def counted(folder: Path, rows: list[int]) -> dict[str, list[tuple[int, list[list[float]]]]]:
+    """The same from the lines of the plugin that counts: sums of what a row's steps have."""
+    lines = [json.loads(line) for line in (folder / "grad_stats.jsonl").read_text().splitlines()]
+    found: dict[str, list[tuple[int, list[list[float]]]]] = {}
+    for last, row in pairwise([0, *rows]):
+        counts = [line["counts"] for line in lines if last < line["step"] <= row]
+        for group in counts[0]:
+            sums = [sum(each) for each in zip(*(one[group] for one in counts), strict=True)]
+            bins = [[left, left + 1.0, n] for left, n in zip(range(-13, 5), sums, strict=True)]
+            found.setdefault(f"grad_stats/{group}", []).append((row, bins))
     return found
 
 
@@ -176,6 +203,34 @@ def test_the_settings_are_hyperparameters_if_wanted(hparams: bool, tiny_run: Tin
         assert values["run.seed"].number_value == run.settings.seed
         assert values["run.device"].string_value == "cpu"
         assert values["tensorboard.hparams"].bool_value is True
+
+
+@pytest.mark.parametrize("names", [("tensorboard", "grad_stats"), ("grad_stats", "tensorboard")])
+def test_histograms_of_other_plugins_are_shown_at_the_steps_of_their_rows(
+    names: tuple[str, str], tiny_run: TinyRun
+) -> None:
+    run = tiny_run(*names, settings=HISTOGRAMS, length=8, log_every=4)
+    assert histograms(run.folder) == counted(run.folder, [4, 8])
+    assert set(histograms(run.folder)) == {"grad_stats/hidden", "grad_stats/out"}
+    assert points(run.folder) == rounded(run.history)
+
+
+def test_a_resumed_run_has_every_histogram_once(tiny_run: TinyRun) -> None:
+    memory = Memory(step=5)
+    listed = ["tensorboard", "grad_stats", memory]
+    tiny_run(*listed, settings=HISTOGRAMS, length=8, log_every=4)
+    run = tiny_run(*listed, settings=HISTOGRAMS, length=12, log_every=4)
+    assert histograms(run.folder) == counted(run.folder, [4, 8, 12])
+
+
+def test_a_run_that_goes_back_has_no_histograms_of_the_void_steps(tiny_run: TinyRun) -> None:
+    listed = [Memory(step=4, later=7), "tensorboard", "grad_stats"]
+    run = tiny_run(*listed, settings=HISTOGRAMS, length=10, log_every=5)
+    assert histograms(run.folder) == counted(run.folder, [5, 10])
+
+
+def test_without_an_open_file_a_histogram_goes_nowhere() -> None:
+    Tensorboard().take_histogram("some/name", 1, [0.0, 1.0], [3])
 
 
 def test_what_is_no_number_and_what_32_bits_cannot_hold_is_no_error(tiny_run: TinyRun) -> None:

@@ -56,6 +56,12 @@ class Session:
         """Hand over a row; it is one step of the W&B run."""
         self._run.log(metrics, step=step)
 
+    def histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
+        """Add a histogram to the row of the step, whichever of them comes first."""
+        # Lists do as well as the arrays that its types ask for.
+        found = wandb.Histogram(np_histogram=(counts, edges))  # type: ignore[arg-type]
+        self._run.log({name: found}, step=step)
+
     def close(self, exit_code: int, **summary: str | None) -> None:
         """Tell how the run ended, and wait until the rows are where they belong."""
         self._run.summary.update({name: text for name, text in summary.items() if text})

@@ -213,6 +213,30 @@ def test_showing_the_settings_does_not_import_wandb(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.parametrize("names", [("wandb", "grad_stats"), ("grad_stats", "wandb")])
+def test_histograms_of_other_plugins_are_in_the_rows_of_their_steps(
+    names: tuple[str, str], tiny_run: TinyRun
+) -> None:
+    stats = {"every": 3, "histograms": True}
+    run = tiny_run(*names, settings={"grad_stats": stats}, length=8, log_every=3)
+    (session,) = sessions(run.folder)
+    text = (run.folder / "grad_stats.jsonl").read_text()
+    counts = {line["step"]: line["counts"] for line in map(json.loads, text.splitlines())}
+    expected = []
+    for row in run.history:
+        found: dict[str, Any] = dict(row)
+        for group, values in counts.get(int(row["step"]), {}).items():
+            parts = {"_type": "histogram", "values": values, "bins": list(range(-13, 6))}
+            found |= {f"grad_stats/{group}/{part}": value for part, value in parts.items()}
+        expected.append(found)
+    assert rows(session) == expected
+    assert [row["step"] for row in expected if "grad_stats/out/values" in row] == [3, 6]
+
+
+def test_without_an_open_run_a_histogram_goes_nowhere() -> None:
+    Wandb(mode="disabled").take_histogram("some/name", 1, [0.0, 1.0], [3])
+
+
 def test_online_without_a_login_the_run_goes_on_and_the_warning_says_what_to_do(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
