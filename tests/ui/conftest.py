@@ -80,9 +80,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser():
-    """A headless Chromium. That there is none is an error: `make test-ui` is how to get it."""
+    """A headless Chromium that has never been anywhere. That there is none is an error."""
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 
