@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from fundamentallm import Run
+    from fundamentallm_throughput.clock import Clock
     from fundamentallm_throughput.watch import Watch
 
 __all__ = ["Throughput"]
@@ -56,7 +57,15 @@ class Throughput:
         names = [name for name, one in run.plugins.items() if isinstance(one, Throughput)]
         if len(names) > 1:
             raise SettingsError(f"{' and '.join(names)} are both throughput: list it once")
-        self._watch = Watch(run, names[0], self.sample_every)
+        self._watch = Watch(run, names[0], self.sample_every, self.clock(run))
+
+    def clock(self, run: Run) -> Clock:
+        """Return the clock to time with: the host's, and on a GPU that of the GPU for the parts of
+        steps. For whoever has another one."""
+        from fundamentallm_throughput.clock import Clock
+        from fundamentallm_throughput.device import marks
+
+        return Clock(marks=marks(run.device))
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -74,11 +83,8 @@ class Throughput:
             self._watch.step_ended(run)
 
     @hookimpl(wrapper=True)
-    def validate(self, run: Run) -> Generator[None, dict[str, float], dict[str, float]]:
-        """Let the device finish the step first, so that its time is not taken for validation's."""
-        from fundamentallm_throughput.device import catch_up
-
-        catch_up(run.device)
+    def validate(self) -> Generator[None, dict[str, float], dict[str, float]]:
+        """Note that what is reduced next are no metrics of a row."""
         self._validating = True
         return (yield)
 
@@ -116,8 +122,8 @@ class Throughput:
 
         found = self._watch.period(run) if self._watch is not None else {}
         if found and self._peak is not None:
-            length = round(run.progress.tokens / run.progress.samples)
+            tokens, samples = (found[f"perf/{unit}_per_second"] for unit in ("tokens", "samples"))
+            length = round(tokens / samples)  # of this period: it may follow a schedule
             flops = self.flops_per_token or flops_per_token(run.model, length)
-            reached = flops * found["perf/tokens_per_second"]
-            found["perf/mfu"] = reached / (self._peak * run.world_size)
+            found["perf/mfu"] = flops * tokens / (self._peak * run.world_size)
         return found | memory(run) if found else {}

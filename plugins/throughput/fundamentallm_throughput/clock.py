@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from operator import sub
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     Call: TypeAlias = Callable[..., Any]
+    Key: TypeAlias = tuple[str, str]  # phase and plugin
+    Part: TypeAlias = tuple[Key | None, Key | None, Any, Any]
 
 PHASES: Mapping[str, tuple[str, ...]] = {
     "start-up": (
@@ -33,45 +38,74 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 PHASE_OF = {hook: phase for phase, hooks in PHASES.items() for hook in hooks}
 BETWEEN = frozenset(("start-up", "restore", "validation", "log", "safe point"))
 """The phases outside the steps: rare enough to be timed always."""
+SPLIT = ("", "micro-batch")
+"""Within these a call has a phase of its own."""
+
+
+@attrs.frozen
+class Marks:
+    """Moments of a step, as the host comes to them or, later, a device that works off a queue."""
+
+    take: Callable[[], Any]
+    seconds: Callable[[Any, Any], float]
+    """From the second moment to the first; both have been reached."""
+    reached: Callable[[Any], bool]
+    wait: Callable[[], None]
+    """Until all that is queued is done."""
+
+
+def of_host(now: Callable[[], float]) -> Marks:
+    """Return the marks of one that queues nothing, and whose moments are seconds."""
+    return Marks(now, sub, lambda _: True, lambda: None)
 
 
 class Clock:
-    """Adds up the seconds of the calls that it has timed.
+    """Times calls: what lies between steps in the host's seconds, the parts of steps by marks.
 
     A call inside another counts for its own plugin and not for the outer one, and in the phase of
     the outermost: the forward passes of a validation are validation. Only those of a micro-batch
     keep a phase of their own. ``now`` returns seconds, from wherever.
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, marks: Marks | None = None
+    ) -> None:
         self.now = now
+        self.marks = marks or of_host(now)
         self.between = 0.0
         """What the calls between steps took, all in all."""
-        self._taken: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0])
+        self.parts: list[Part] = []
+        """What was timed in a step: whose it is, in whose call, and from when to when; with
+        neither, what lay between steps meanwhile."""
+        self._taken: defaultdict[Key, list[float]] = defaultdict(lambda: [0.0])
         self._phase = ""
+        self._key: Key | None = None
         self._inside = 0.0
         self._since = 0.0
 
     @property
-    def seconds(self) -> dict[tuple[str, str], float]:
-        """By phase and plugin: what the calls took, less those inside of them."""
+    def seconds(self) -> dict[Key, float]:
+        """By phase and plugin: what the calls between steps took, less those inside of them."""
         return {key: taken[0] for key, taken in self._taken.items()}
 
     def in_steps(self) -> float:
         """Return the seconds until now, from wherever, that no call between steps took."""
         return (self._since if self._phase in BETWEEN else self.now()) - self.between
 
-    def timed(self, plugin: str, hook: str, call: Call) -> Call:
-        """Return ``call``, timed."""
-        own, now = PHASE_OF[hook], self.now
-        between = own in BETWEEN
+    def timed(self, plugin: str, hook: str, call: Call, *, in_step: bool = False) -> Call:
+        """Return ``call``, timed; ``in_step`` if a step is timed inside meanwhile."""
+        part = self._part(plugin, hook, call)
+        if PHASE_OF[hook] not in BETWEEN:
+            return part
+        own, now, mark = PHASE_OF[hook], self.now, self.marks.take
         taken = self._taken[own, plugin]
 
         # Some of these are called in every step: the usual case, in few words, comes first.
         def timer(**given: Any) -> Any:
             if self._phase:
-                return self._nested(own, plugin, call, given)
+                return part(**given)
             self._phase, self._inside = own, 0.0
+            began = mark() if in_step else None
             self._since = start = now()
             try:
                 return call(**given)
@@ -79,19 +113,47 @@ class Clock:
                 spent = now() - start
                 self._phase = ""
                 taken[0] += spent - self._inside
-                if between:
-                    self.between += spent
+                self.between += spent
+                if in_step:
+                    self.parts.append((None, None, began, mark()))
 
         return timer
 
-    def _nested(self, own: str, plugin: str, call: Call, given: dict[str, Any]) -> Any:
-        outer, inside = self._phase, self._inside
-        phase = own if outer == "micro-batch" else outer
-        self._phase, self._inside = phase, 0.0
+    def _part(self, plugin: str, hook: str, call: Call) -> Call:
+        own, mark = PHASE_OF[hook], self.marks.take
+
+        def part(**given: Any) -> Any:
+            outer, parent = self._phase, self._key
+            if outer in BETWEEN:
+                return self._nested(plugin, call, given)
+            self._phase = phase = own if outer in SPLIT else outer
+            self._key = key = (phase, plugin)
+            start = mark()
+            try:
+                return call(**given)
+            finally:
+                self.parts.append((key, parent, start, mark()))
+                self._phase, self._key = outer, parent
+
+        return part
+
+    def _nested(self, plugin: str, call: Call, given: dict[str, Any]) -> Any:
+        inside, self._inside = self._inside, 0.0
         start = self.now()
         try:
             return call(**given)
         finally:
             spent = self.now() - start
-            self._taken[phase, plugin][0] += spent - self._inside
-            self._phase, self._inside = outer, inside + spent
+            self._taken[self._phase, plugin][0] += spent - self._inside
+            self._inside = inside + spent
+
+
+def added(parts: list[Part], seconds: Callable[[Any, Any], float]) -> dict[Key | None, float]:
+    """Add up parts by phase and plugin, each less those inside; None: what lay between steps."""
+    taken: defaultdict[Key | None, float] = defaultdict(float)
+    for key, parent, start, end in parts:
+        spent = seconds(end, start)
+        taken[key] += spent
+        if parent is not None:
+            taken[parent] -= spent
+    return taken

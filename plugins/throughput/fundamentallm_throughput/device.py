@@ -1,14 +1,16 @@
-"""What the model costs and what the device can: FLOPs and memory."""
+"""What the model costs and what the device can: FLOPs, memory, and moments of its own."""
 
 from __future__ import annotations
 
 import re
 import resource
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from fundamentallm_throughput.clock import Marks
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -66,7 +68,19 @@ def memory(run: Run) -> dict[str, float]:
     return found
 
 
-def catch_up(device: str) -> None:
-    """Wait until a GPU has done what is queued, so that what follows is not charged with it."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+def marks(device: str) -> Marks | None:
+    """Return the moments of ``run.device``; None of one that has none, where the host's do."""
+    if not device.startswith("cuda"):
+        return None
+
+    event: Any = torch.cuda.Event  # its methods are not annotated
+
+    def take() -> Any:
+        moment = event(enable_timing=True)
+        moment.record(torch.cuda.current_stream(device))
+        return moment
+
+    def seconds(end: Any, start: Any) -> float:
+        return float(start.elapsed_time(end)) / 1000
+
+    return Marks(take, seconds, event.query, lambda: torch.cuda.synchronize(device))

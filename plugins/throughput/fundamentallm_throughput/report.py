@@ -8,19 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fundamentallm_throughput.clock import BETWEEN, PHASES
+from fundamentallm_throughput.clock import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from fundamentallm import Run
+    from fundamentallm_throughput.clock import Key
     from fundamentallm_throughput.watch import Watch
 
 FILE = "throughput.json"
+FIRST = "first step"
+OTHER = "other steps"
+"""What the steps that were not timed inside took more than those that were: whose it is, is not
+known."""
 REST = "rest"
 """The loop itself, the host waiting for the device before a row of metrics, and whatever else
 happens in no hook."""
+UNKNOWN = "unknown"
+PLACES: dict[str, float] = {name: place for place, name in enumerate(PHASES)}
+PLACES |= {FIRST: PLACES["data"] - 0.5, OTHER: PLACES["events"] + 0.5, REST: len(PHASES)}
+ORDER = sorted(PLACES, key=PLACES.__getitem__)
 
 
 @attrs.frozen
@@ -33,31 +42,49 @@ class Row:
     share: float
 
 
-def rows(timed: Mapping[tuple[str, str], float], factor: float, wall: float) -> list[Row]:
-    """Return who took what of ``wall`` seconds, by phase, and who took most first.
+def rows(taken: Mapping[Key, float], wall: float) -> list[Row]:
+    """Return who took what of ``wall`` seconds, by phase, and who took most first."""
+    rest = {(REST, "core"): wall - sum(taken.values())}
+    found = {key: seconds for key, seconds in {**taken, **rest}.items() if seconds > 0}
+    total = sum(found.values())
+    listed = [Row(phase, plugin, seconds, seconds / total)
+              for (phase, plugin), seconds in found.items()]  # fmt: skip
+    return sorted(listed, key=lambda row: (PLACES[row.phase], -row.seconds, row.plugin))
 
-    ``timed`` are seconds by phase and plugin; those inside of steps were timed in some steps alone,
-    and are taken ``factor`` times.
+
+def first_step(watch: Watch) -> dict[Key, float]:
+    """Return what the first step took, by plugin; the loop's own share is the core's."""
+    taken: dict[Key, float] = {}
+    for (_, plugin), seconds in watch.samples.first.items():
+        taken[FIRST, plugin] = taken.get((FIRST, plugin), 0.0) + seconds
+    left = (FIRST, "core" if taken else UNKNOWN)
+    taken[left] = taken.get(left, 0.0) + max(watch.first_seconds - sum(taken.values()), 0.0)
+    return taken
+
+
+def other_steps(watch: Watch) -> dict[Key, float]:
+    """Return what the others took, as far as it can be told from those that were timed inside.
+
+    These stand for all. Should the others have been quicker than that, all took that much less;
+    should they have been slower, nobody knows why, and nobody is charged with it.
     """
-    taken = {key: seconds * (1.0 if key[0] in BETWEEN else factor)
-             for key, seconds in timed.items()}  # fmt: skip
-    taken[REST, "core"] = max(wall - sum(taken.values()), 0.0)
-    order = {phase: index for index, phase in enumerate((*PHASES, REST))}
-    total = sum(taken.values())
-    found = [Row(*key, seconds, seconds / total) for key, seconds in taken.items() if seconds]
-    return sorted(found, key=lambda row: (order[row.phase], -row.seconds, row.plugin))
+    samples, factor = watch.samples, 0.0
+    if samples.seconds > 0:
+        factor = min((watch.steps - 1) / samples.weight, watch.step_seconds / samples.seconds)
+    taken = {key: factor * seconds for key, seconds in samples.parts.items()}
+    return taken | {(OTHER, UNKNOWN): watch.step_seconds - factor * samples.seconds}
 
 
 def facts(run: Run, watch: Watch) -> dict[str, Any]:
     """Return what a finished run's file says."""
     progress, wall = run.progress, watch.clock.now() - watch.began
-    factor = watch.step_seconds / watch.sampled_seconds if watch.sampled_steps else 0.0
+    taken = watch.clock.seconds | first_step(watch) | other_steps(watch)
     return {
         "seconds": wall,
         "steps": progress.step - watch.first_step,
-        "timed_steps": watch.sampled_steps,
+        "timed_steps": watch.samples.count,
         "tokens": progress.tokens - watch.first_tokens,
-        "where": [attrs.asdict(row) for row in rows(watch.clock.seconds, factor, wall)],
+        "where": [attrs.asdict(row) for row in rows(taken, wall)],
     }
 
 
@@ -66,7 +93,7 @@ def table(facts: dict[str, Any]) -> str:
     head = (f"where the time went: {facts['seconds']:.1f} s, {facts['steps']} steps, "
             f"{facts['timed_steps']} of them timed inside")  # fmt: skip
     lines = [head]
-    for phase in (*PHASES, REST):
+    for phase in ORDER:
         there = [row for row in facts["where"] if row["phase"] == phase]
         if there:
             seconds, share = (sum(row[key] for row in there) for key in ("seconds", "share"))

@@ -4,73 +4,89 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from operator import sub
+from random import Random
+from typing import TYPE_CHECKING, Any
 
-from fundamentallm_throughput.clock import BETWEEN, PHASE_OF, Clock
+from fundamentallm_throughput.clock import BETWEEN, PHASE_OF
+from fundamentallm_throughput.samples import Samples, turns
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
     from fundamentallm import Run
-    from fundamentallm_throughput.clock import Call
+    from fundamentallm_throughput.clock import Call, Clock
 
 
 class Watch:
-    """Times what lies between the steps always, and the inside of one step in ``every``.
+    """Times what lies between the steps always, and the inside of the first and of some others.
 
-    The second of each ``every`` steps is the one: the first of a run, in which much is made ready,
-    would speak for none of the others.
+    The first, in which much is made ready, speaks for itself alone. Steps are counted from the
+    start of the process: one that is repeated after a rewind counts again.
     """
 
-    def __init__(self, run: Run, name: str, every: int) -> None:
-        self.clock = Clock()
-        self.began = self.clock.now()
-        self.sampled_steps = 0
-        self.sampled_seconds = self._earlier = 0.0
+    def __init__(self, run: Run, name: str, every: int, clock: Clock) -> None:
+        self.clock = clock
+        self.began = clock.now()
+        self.samples = Samples(clock.marks)
         self.started = False
+        self.steps = 0
         self._ends: list[float] = [0.0]
         self._before = run.hook
-        self._name, self._every, self._turn = name, every, 1 % every
-        self._plain = run.bind(partial(self._around, BETWEEN))
-        self._sampling = run.bind(partial(self._around, frozenset(PHASE_OF.values())))
+        self._name = name
+        # A generator of its own: the run's random state is not for looking on.
+        self._turns = turns(every, Random(run.seed_for("throughput")))  # noqa: S311
+        self._chosen, self._weight = 1, 0
+        self._open: int | None = None
+        self._start: Any = None
+        self._plain = run.bind(partial(self._around, in_step=False))
+        self._sampling = run.bind(partial(self._around, in_step=True))
         run.hook = self._plain
 
     def start(self, run: Run) -> None:
         """Begin with the steps, and with the first log period."""
         self.started = True
         self.first_step, self.first_tokens = run.progress.step, run.progress.tokens
-        self._take_turn(run)
+        self._begun = self._first_end = self.clock.in_steps()
         self._begin_period(run)
+        self._start, self._open = self.clock.marks.take(), 0
+        if run.hook is self._plain:
+            run.hook = self._sampling
 
     def step_ended(self, run: Run) -> None:
         """Note how long the step took, and choose whether the next is timed inside."""
         # Not the run's own seconds: they go on while it validates and saves.
         end = self.clock.now() - self.clock.between
         self._ends.append(end)
-        if run.hook is self._sampling:
-            self.sampled_steps += 1
-            self.sampled_seconds += end - self._ends[-2]
-            run.hook = self._plain
-        if run.progress.step % self._every == self._turn:
-            self._take_turn(run)
+        self.steps += 1
+        if self.steps == 1:
+            self._first_end = end
+        # The loop takes the hooks anew at the start of a step: these are for the next. Hooks that
+        # somebody else has put there, who traces some steps, stay.
+        if self.steps + 1 >= self._chosen and run.hook is self._plain:
+            run.hook = self._sampling
+
+    @property
+    def first_seconds(self) -> float:
+        """What the first step took; nothing if there was none."""
+        return self._first_end - self._begun
 
     @property
     def step_seconds(self) -> float:
-        """What the steps have taken so far, all together."""
-        return self._earlier + self._ends[-1] - self._ends[0]
+        """What the others have taken so far, all together."""
+        return max(self._ends[-1] - self._first_end, 0.0)
 
     def stop(self, run: Run) -> None:
         """Time nothing any more."""
         if run.hook is self._plain or run.hook is self._sampling:
             run.hook = self._before
+        self.samples.settle()
 
     def period(self, run: Run) -> dict[str, float]:
         """Return the rates and step times since the last call; empty if there was no step."""
+        self.samples.settle()
         progress, steps = run.progress, len(self._ends) - 1
         seconds = self.clock.in_steps() - self._ends[0]
         tokens, samples = progress.tokens - self._tokens, progress.samples - self._samples
-        each = sorted(b - a for a, b in pairwise(self._ends))
+        each = sorted(map(sub, self._ends[1:], self._ends))
         if not steps or seconds <= 0:
             return {}
         self._begin_period(run)
@@ -83,22 +99,52 @@ class Watch:
         }
 
     def _begin_period(self, run: Run) -> None:
-        self._earlier = self.step_seconds
         self._tokens, self._samples = run.progress.tokens, run.progress.samples
         self._ends = [self.clock.in_steps()]
 
-    def _take_turn(self, run: Run) -> None:
-        # The loop takes the hooks anew at the start of a step: these are for the next. Hooks that
-        # somebody else has put there, who traces some steps, stay.
-        if run.progress.step % self._every == self._turn and run.hook is self._plain:
-            run.hook = self._sampling
-
-    def _around(self, phases: Container[str], plugin: str, hook: str, call: Call) -> Call:
+    def _around(self, plugin: str, hook: str, call: Call, *, in_step: bool) -> Call:
         if plugin == self._name:
             # The one call that every step makes. It cannot fail: it needs nobody who catches.
             return self.step_ended if hook == "on_step_end" else call
-        timed = PHASE_OF.get(hook, "") in phases
-        return self.clock.timed(plugin, hook, call) if timed else call
+        if hook == "stop_agreed" and plugin and in_step:
+            return self._bounded(call)
+        phase = PHASE_OF.get(hook)
+        if phase is None or not (in_step or phase in BETWEEN):
+            return call
+        timed = self.clock.timed(plugin, hook, call, in_step=in_step)
+        return self._caught_up(timed) if hook == "validate" and not plugin else timed
+
+    def _caught_up(self, call: Call) -> Call:
+        def caught_up(**given: Any) -> Any:
+            # What steps have queued is not a validation's.
+            self.clock.marks.wait()
+            return call(**given)
+
+        return caught_up
+
+    def _bounded(self, call: Call) -> Call:
+        """Return ``stop_agreed``, which every step leads to and no plugin's step goes beyond, as
+        the end of a step that is timed inside, and the begin of the next."""
+
+        def bounded(run: Run, **given: Any) -> Any:
+            answer = call(run=run, **given)
+            clock, mark = self.clock, self.clock.marks.take()
+            parts, clock.parts = clock.parts, []
+            # Not if there was more than one: hooks of somebody else, or a rewind.
+            if self._open == self.steps - 1:
+                self.samples.pending.append((self._weight, self._start, mark, parts))
+                if self.steps == 1:
+                    self._first_end = clock.now() - clock.between
+            while self._chosen <= self.steps:
+                self._chosen, self._weight = next(self._turns)
+            if self._chosen == self.steps + 1:
+                self._start, self._open = mark, self.steps
+            else:
+                self._open = None
+                run.hook = self._plain if run.hook is self._sampling else run.hook
+            return answer
+
+        return bounded
 
 
 def quantile(ordered: list[float], q: float) -> float:

@@ -7,7 +7,10 @@ import json
 import logging
 import math
 import sys
+from collections import Counter, deque
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,18 +20,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm import HOOKS, Run, SettingsError, hookimpl, plugin
+from fundamentallm import HOOKS, Batch, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import (
+    Memory,
     PluginContract,
     Recorder,
+    TinyData,
     TinyModel,
     TinyRun,
     assert_same_weights,
 )
 from fundamentallm_throughput import Throughput
-from fundamentallm_throughput.clock import PHASE_OF, Clock
+from fundamentallm_throughput.clock import PHASE_OF, Clock, Marks, added
 from fundamentallm_throughput.device import flops_per_token, matrix_parameters, peak_of
 from fundamentallm_throughput.report import rows
+from fundamentallm_throughput.samples import turns
 from fundamentallm_throughput.watch import quantile
 
 SPEEDS = {
@@ -68,6 +74,22 @@ class Seconds:
         return self.time
 
 
+def timing(clock: Clock, **settings: Any) -> Throughput:
+    """Make the plugin with a clock of its own."""
+
+    class Told(Throughput):
+        """Throughput by the clock that it is given."""
+
+        def clock(self, run: Run) -> Clock:
+            return clock
+
+    return Told(**settings)
+
+
+def parts(clock: Clock) -> dict[tuple[str, str] | None, float]:
+    return added(clock.parts, clock.marks.seconds)
+
+
 # --- the clock
 
 
@@ -89,12 +111,12 @@ def test_a_call_inside_another_counts_once_and_for_the_inner_one():
     backward = clock.timed("core", "backward", spend(16))
     microbatch = clock.timed("core", "train_microbatch", spend(2, forward, backward))
     assert microbatch() == "answer"
-    assert clock.seconds == {("micro-batch", "core"): 2, ("forward", "amp"): 8, ("backward", "core"): 16}
+    assert parts(clock) == {("micro-batch", "core"): 2, ("forward", "amp"): 8, ("backward", "core"): 16}
     assert clock.between == 0
     clock.timed("core", "validate", spend(32, forward, forward))()
     assert clock.seconds["validation", "amp"] == 16
     assert clock.seconds["validation", "core"] == 32
-    assert clock.seconds["forward", "amp"] == 8
+    assert parts(clock)["forward", "amp"] == 8
     assert clock.between == 48
 
 
@@ -114,7 +136,8 @@ def test_a_call_that_raises_is_timed_and_leaves_the_clock_in_order():
 
     clock.timed("sample", "on_safe_point", outer)()
     clock.timed("core", "forward", lambda: None)()
-    assert clock.seconds == {("safe point", "sample"): 4, ("validation", "sample"): 0, ("forward", "core"): 0}
+    assert clock.seconds == {("safe point", "sample"): 4, ("validation", "sample"): 0}
+    assert parts(clock) == {("forward", "core"): 0}
     assert clock.between == 4
 
 
@@ -133,7 +156,24 @@ def test_however_calls_are_nested_the_seconds_add_up(tree):
         return spend
 
     call(tree, 0)()
-    assert math.isclose(sum(clock.seconds.values()), now.time - 1)
+    assert math.isclose(sum(clock.seconds.values()) + sum(parts(clock).values()), now.time - 1)
+
+
+def test_what_lies_between_steps_is_told_from_the_parts_of_a_step_that_is_timed():
+    now = Seconds()
+    clock = Clock(now)
+
+    def spend(**_):
+        now.time += 4
+
+    def evaluate(**_):
+        clock.timed("core", "forward", spend, in_step=True)()
+
+    clock.timed("core", "forward", spend, in_step=True)()
+    clock.timed("sample", "on_safe_point", evaluate, in_step=True)()
+    clock.timed("text", "collect_batches", clock.timed("bar", "on_progress", spend, in_step=True))()
+    assert clock.seconds["safe point", "core"] == clock.between == 4
+    assert parts(clock) == {("forward", "core"): 4, None: 4, ("data", "bar"): 4, ("data", "text"): 0}
 
 
 def test_every_hook_has_a_phase_but_for_the_first_the_last_and_the_question_of_every_step():
@@ -191,6 +231,44 @@ def test_mfu_is_flops_times_tokens_over_what_the_device_can_do(tiny_run: TinyRun
         assert row["perf/mfu"] == 6.0 * parameters * row["perf/tokens_per_second"] / 1e9
     run = tiny_run(Throughput(peak_flops=1e9, flops_per_token=5.0), run_dir=tmp_path / "told")
     assert run.history[0]["perf/mfu"] == 5.0 * run.history[0]["perf/tokens_per_second"] / 1e9
+
+
+def test_mfu_follows_a_schedule_of_the_context_length(tiny_run: TinyRun):
+    class Growing:
+        epoch_samples, fingerprint = 16, "growing"
+
+        def __init__(self, samples):
+            self.samples = samples
+
+        def batches(self, progress):
+            for number, batch in enumerate(self.samples.batches(progress)):
+                yield Batch(batch.data, batch.weight, 4, 4 * (32 if number < 3 else 96))
+
+        def validation(self):
+            return {}
+
+    @plugin
+    class Longer(TinyData):
+        """Samples of 32 tokens in three steps, and then of 96."""
+
+        @hookimpl
+        def build_data(self, run):
+            return Growing(TinyData.build_data(self, run))
+
+    @plugin
+    class Counted(TinyModel):
+        """A model that says what a token costs."""
+
+        @hookimpl
+        def build_model(self):
+            model = TinyModel.build_model(self)
+            model.flops_per_token = lambda length: 1000 * length
+            return model
+
+    run = tiny_run(Longer(), Counted(), Throughput(peak_flops=1e9), length=6, log_every=3)
+    for row, length in zip(run.history, (32, 96), strict=True):
+        expected = 1000 * length * row["perf/tokens_per_second"] / 1e9
+        assert math.isclose(row["perf/mfu"], expected)
 
 
 def test_a_model_may_say_itself_what_a_token_costs():
@@ -268,7 +346,7 @@ def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
         def forward(self, run: Run):
             return (yield)
 
-    run = tiny_run(Busy(), Throughput(sample_every=3), length=12, validate_every=4)
+    run = tiny_run(Busy(), Throughput(sample_every=3), length=10, validate_every=4)
     facts = read(run)
     assert facts["timed_steps"] == 4
     assert math.isclose(sum(row["share"] for row in facts["where"]), 1)
@@ -280,22 +358,208 @@ def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
     } <= took(run).keys()  # fmt: skip
 
 
-def test_what_was_timed_in_some_steps_stands_for_all_and_what_is_between_them_for_itself():
-    timed = {("forward", "core"): 2.0, ("backward", "amp"): 3.0, ("validation", "core"): 10.0}
-    found = rows(timed, 4.0, 40.0)
-    assert [(row.phase, row.plugin, row.seconds, row.share) for row in found] == [
-        ("forward", "core", 8.0, 0.2), ("backward", "amp", 12.0, 0.3),
-        ("validation", "core", 10.0, 0.25), ("rest", "core", 10.0, 0.25),
+def test_rows_are_in_the_order_of_a_run_and_what_is_in_none_is_the_rest():
+    taken = {("other steps", "unknown"): 3.0, ("forward", "core"): 8.0, ("backward", "amp"): 12.0,
+             ("first step", "core"): 5.0, ("validation", "core"): 10.0, ("log", "bar"): 0.0}  # fmt: skip
+    assert [(row.phase, row.plugin, row.seconds, row.share) for row in rows(taken, 40.0)] == [
+        ("first step", "core", 5.0, 0.125), ("forward", "core", 8.0, 0.2),
+        ("backward", "amp", 12.0, 0.3), ("other steps", "unknown", 3.0, 0.075),
+        ("validation", "core", 10.0, 0.25), ("rest", "core", 2.0, 0.05),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("every", "length", "timed"), [(1, 7, 7), (2, 7, 3), (5, 12, 3), (20, 1, 0), (20, 2, 1)])
-def test_one_step_in_so_many_is_timed_inside_beginning_with_the_second(
+@given(st.integers(1, 40), st.integers(0, 2**63))
+def test_one_step_of_each_window_has_its_turn_and_in_the_end_each_place_once(every, seed):
+    small = (every - 1).bit_length()
+    steps, weights = zip(*islice(turns(every, Random(seed)), small + 2 * every), strict=True)
+    assert weights == (*(2**n for n in range(small)), *[every] * 2 * every)
+    end = 1
+    for step, weight in zip(steps, weights, strict=True):
+        assert end < step <= end + weight
+        end += weight
+    for places in (steps[small : small + every], steps[small + every :]):
+        assert sorted((step - 2**small - 1) % every for step in places) == list(range(every))
+
+
+@pytest.mark.parametrize(
+    ("every", "length", "timed"),
+    [(1, 7, 6), (2, 6, 3), (5, 13, 4), (20, 1, 0), (20, 2, 1), (20, 52, 6)],
+)
+def test_one_step_in_so_many_is_timed_inside_and_more_of_the_first(
     tiny_run: TinyRun, every: int, length: int, timed: int
 ):
     run = tiny_run(Throughput(sample_every=every), length=length)
     assert read(run)["timed_steps"] == timed
     assert (("forward", "core") in took(run)) == (timed > 0)
+    assert ("first step", "core") in took(run)
+
+
+@plugin
+class Spender:
+    """Lets a clock go on: by some seconds in each step, and by more at some times."""
+
+    now: Any
+    always: float = 0.0
+    once: float = 0.0
+    tenth: float = 0.0
+    at: int = 0
+    there: float = 0.0
+    between: float = 0.0
+
+    @hookimpl
+    def on_safe_point(self):
+        self.now.time += self.between
+
+    @hookimpl
+    def on_step_start(self, run: Run):
+        self.now.time += self.always + self.once
+        self.once = 0.0
+
+    @hookimpl
+    def on_step_end(self, run: Run):
+        self.now.time += self.tenth if run.progress.step % 10 == 0 else 0.0
+        self.now.time += self.there if run.progress.step == self.at else 0.0
+
+
+@plugin
+class Odd(Spender):
+    """Another one."""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_plugin_does_in_every_tenth_step_is_told_about_right(tiny_run: TinyRun, first: bool):
+    now = Seconds()
+    watch = timing(Clock(now))
+    spenders = [Spender(now=now, always=0.03), Odd(now=now, tenth=0.3)]
+    listed = [watch, *spenders] if first else [*spenders, watch]
+    run = tiny_run(*listed, length=432, log_every=50)
+    facts = read(run)
+    assert facts["timed_steps"] == 25
+    assert math.isclose(facts["seconds"], 432 * 0.03 + 43 * 0.3)
+    shares = {row["plugin"]: row["share"] for row in facts["where"] if row["phase"] == "events"}
+    assert abs(shares["spender"] - 0.5) < 0.1
+    assert abs(shares["odd"] - 0.5) < 0.1
+
+
+def test_a_slow_first_step_is_charged_to_nobody_else_and_so_is_that_after_a_resume(
+    tiny_run: TinyRun, tmp_path: Path
+):
+    now, memory = Seconds(), Memory(step=12)
+    for name, steps in (("run", 32), ("continued", 20)):
+        usual, slow = Spender(now=now, always=0.25, between=4.0), Odd(now=now, once=64.0)
+        run = tiny_run(usual, slow, timing(Clock(now)), memory, length=32, run_dir=tmp_path / name)
+        found = took(run)
+        assert read(run)["steps"] == steps
+        assert found["first step", "odd"] == 64
+        assert found["first step", "spender"] == 0.25
+        assert math.isclose(found["events", "spender"], 0.25 * (steps - 1))
+        assert found["safe point", "spender"] == 4 * steps
+        assert ("other steps", "unknown") not in found
+        assert ("events", "odd") not in found
+        assert ("rest", "core") not in found
+
+
+def test_what_a_single_step_took_more_is_charged_to_nobody_unless_it_was_timed(tiny_run, tmp_path):
+    now, timed = Seconds(), Timed()
+    tiny_run(timing(Clock(now)), timed, length=60, run_dir=tmp_path / "looked on")
+    assert timed.steps[0] == 1
+    slow = min(set(range(30, 60)) - set(timed.steps))
+    usual, odd = Spender(now=now, always=0.25), Odd(now=now, at=slow, there=64.0)
+    found = took(tiny_run(usual, odd, timing(Clock(now)), length=60, run_dir=tmp_path / "slow"))
+    assert math.isclose(found["other steps", "unknown"], 64)
+    assert math.isclose(found["events", "spender"], 0.25 * 59)
+    assert ("events", "odd") not in found
+
+
+@plugin
+class Timed:
+    """Notes which steps are timed inside."""
+
+    def __attrs_post_init__(self):
+        self.hooks, self.steps = [], []
+
+    @hookimpl
+    def on_step_start(self, run: Run):
+        self.hooks.append(run.hook)
+        if run.hook is self.hooks[0]:
+            self.steps.append(run.progress.step + 1)
+
+
+class Device:
+    """Works off what the host has queued, in its own time; the host is a step ahead at most."""
+
+    def __init__(self, now: Seconds) -> None:
+        self.now, self.time, self.fence = now, 0.0, [0.0]
+        self.queue: deque[tuple[float, Any]] = deque()
+        self.marks = Marks(self.mark, lambda end, start: end[0] - start[0], bool, self.wait)
+        self.waits = 0
+
+    def add(self, seconds: float) -> None:
+        self.queue.append((self.now.time, seconds))
+
+    def mark(self) -> list[float]:
+        self.queue.append((self.now.time, []))
+        return self.queue[-1][1]
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.work()
+
+    def work(self, until: list[float] | None = None) -> None:
+        while self.queue and not until:
+            queued, what = self.queue.popleft()
+            self.time = max(self.time, queued)
+            if isinstance(what, list):
+                what.append(self.time)
+            else:
+                self.time += what
+        self.now.time = max(self.now.time, self.time)
+
+    def wait_for_the_step_before(self) -> None:
+        before, self.fence = self.fence, self.mark()
+        self.work(before)
+
+
+@plugin
+class Queuing:
+    """Gives a device work, and is quick about it."""
+
+    device: Any
+
+    @hookimpl
+    def on_step_start(self):
+        self.device.wait_for_the_step_before()
+        self.device.now.time += 0.001
+        self.device.add(0.25)
+
+    @hookimpl
+    def edit_gradients(self):
+        self.device.now.time += 0.001
+        self.device.add(0.75)
+
+    @hookimpl
+    def on_validation_end(self):
+        self.device.now.time += 8.0
+
+
+def test_parts_of_a_step_take_what_the_device_takes_for_them_not_what_queuing_takes(tiny_run):
+    now = Seconds()
+    device = Device(now)
+    run = tiny_run(Queuing(device=device), timing(Clock(now, device.marks)), length=150, log_every=10)
+    found = took(run)
+    assert read(run)["timed_steps"] >= 10
+    assert math.isclose(found["events", "queuing"], 0.25 * 149, rel_tol=0.02)
+    assert math.isclose(found["gradients", "queuing"], 0.75 * 149, rel_tol=0.02)
+    assert device.waits == 1  # for the validation at the end
+
+
+def test_what_steps_have_queued_is_no_time_of_a_validation(tiny_run: TinyRun):
+    now = Seconds()
+    device = Device(now)
+    listed = [Queuing(device=device), timing(Clock(now, device.marks))]
+    run = tiny_run(*listed, length=4, validate_every=2)
+    assert sum(s for (phase, _), s in took(run).items() if phase == "validation") == 16
+    assert [math.isclose(row["perf/step_ms"], 1000, rel_tol=0.01) for row in run.history] == [True] * 2
 
 
 def test_each_second_of_a_timed_step_counts_once(tiny_run: TinyRun):
@@ -455,12 +719,24 @@ class Between:
 
 
 def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
-    """Count the Python calls of three steps that neither log nor are timed."""
-    found = 0
+    """Count the Python calls of a step that neither logs nor is timed: the fewest of some."""
+    found: Counter[int] = Counter()
+
+    @plugin
+    class Counting:
+        """Tells one step from another."""
+
+        step: int = 0
+
+        @hookimpl(wrapper=True)
+        def collect_batches(self, run: Run):
+            self.step = run.progress.step
+            return (yield)
+
+    counting = Counting()
 
     def note(frame: Any, event: str, _: object) -> None:
-        nonlocal found
-        found += event == "call"
+        found[counting.step] += event == "call"
 
     def start() -> None:
         gc.disable()  # when a collection falls due is chance, and torch listens to it
@@ -470,9 +746,9 @@ def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
         sys.setprofile(None)
         gc.enable()
 
-    between = Between(first=3, last=6, start=start, stop=stop)
-    tiny_run(between, *listed, length=7, log_every=100, run_dir=folder)
-    return found
+    between = Between(first=33, last=52, start=start, stop=stop)
+    tiny_run(between, counting, *listed, length=53, log_every=100, run_dir=folder)
+    return min(found[step] for step in range(34, 51))
 
 
 def test_a_step_that_is_not_timed_makes_one_call_more_and_one_for_each_at_the_safe_point(
@@ -487,9 +763,9 @@ def test_a_step_that_is_not_timed_makes_one_call_more_and_one_for_each_at_the_sa
             pass
 
     bare = calls(tiny_run, tmp_path / "bare")
-    assert calls(tiny_run, tmp_path / "watched", Throughput()) - bare == 3
+    assert calls(tiny_run, tmp_path / "watched", Throughput()) - bare == 1
     saving = calls(tiny_run, tmp_path / "saving", Saver())
-    assert calls(tiny_run, tmp_path / "both", Saver(), Throughput()) - saving == 6
+    assert calls(tiny_run, tmp_path / "both", Saver(), Throughput()) - saving == 2
 
 
 def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
