@@ -209,7 +209,8 @@ class Guard:
         text = describe(run, fault, self._origin)
         self._origin.put_back()
         if how == "stop":
-            raise NotFiniteError(text)
+            setting = f"{self._name(run)}.{'spike' if fault.kind == 'spike' else 'nonfinite'}"
+            raise NotFiniteError(f"{text}; {setting} = 'skip' passes such data by")
         if how == "rewind" and self._rewind(run, text):
             return
         self.in_a_row += 1

@@ -114,6 +114,7 @@ class Mlflow:
         if run.rank:  # only now is it known that another process logs for all
             self._drop_shipper()
             return
+        run.report("opening the MLflow store", 0)
         self._check(answer := shipper.open())
         try:
             self._journal = journal = Journal(folder / "journal.jsonl")
@@ -122,6 +123,7 @@ class Mlflow:
             path = folder / "journal.jsonl"
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
         self._thinning = Thinning(folder, int(self.waiting_mb * 1e6))
+        run.report("opening the MLflow store", 1, 1)
         if "error" in answer:
             shipper.go_on()
             return

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from fundamentallm import FundamentalError, PluginError, StorageError, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun
+from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
 from fundamentallm_mlflow.journal import Journal
@@ -68,6 +68,15 @@ class Saves:
             folder = run.folder / "checkpoints" / f"step-{run.progress.step:08d}"
             folder.mkdir(parents=True)
             run.hook.on_checkpoint_saved(run=run, folder=folder)
+
+
+def test_those_who_wait_for_the_store_see_what_for(tiny_run: TinyRun) -> None:
+    recorder = Recorder()
+    tiny_run(logger("shown"), trace=recorder, length=1)
+    told = [given for hook, given in recorder.calls if hook == "on_progress"]
+    (task,) = {given["task"] for given in told if "MLflow" in given["task"]}
+    ends = [(given["done"], given["total"]) for given in told if given["task"] == task]
+    assert ends == [(0, None), (1, 1)]
 
 
 def test_a_run_is_in_the_store_as_it_was(
