@@ -382,6 +382,19 @@ def test_one_step_of_each_window_has_its_turn_and_in_the_end_each_place_once(eve
 
 
 @pytest.mark.parametrize(
+    ("period", "length", "off"), [(10, 500, 1 / 4), (10, 2000, 1 / 15), (7, 2000, 1 / 3), (50, 2000, 0.8)]
+)
+def test_what_comes_back_is_met_about_as_often_as_it_happens(period: int, length: int, off: float):
+    errors = []
+    for seed in range(200):
+        timed = [turn for turn in islice(turns(20, Random(seed)), length) if turn[0] <= length]
+        met = sum(weight for step, weight in timed if (step + seed) % period == 0)
+        errors.append(met / sum(weight for _, weight in timed) * period - 1)
+    assert abs(sum(errors) / 200) < 0.1
+    assert math.sqrt(sum(error**2 for error in errors) / 200) < off
+
+
+@pytest.mark.parametrize(
     ("every", "length", "timed"),
     [(1, 7, 6), (2, 6, 3), (5, 13, 4), (20, 1, 0), (20, 2, 1), (20, 52, 6)],
 )
