@@ -30,7 +30,19 @@ class Shown:
 
 
 @pytest.fixture(scope="session")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+def programs() -> dict[str, str]:
+    """Where the browser and its driver are. That they are missing is an error, told at once."""
+    found = {program: shutil.which(program) for program in ("chromium", "chromedriver")}
+    for program, path in found.items():
+        if path is None:
+            pytest.fail(f"{program} is not installed; 'make test-ui' installs it", pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def shown(
+    programs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shown]:
     """Train the runs by the command line, and show them by it."""
     folder = tmp_path_factory.mktemp("shown")
     (folder / "settings").symlink_to(ROOT / "settings")
@@ -81,15 +93,11 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def browser():
-    """A headless Chromium that has never been anywhere. That there is none is an error."""
+def browser(programs):
+    """A headless Chromium that has never been anywhere."""
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 
-    programs = {program: shutil.which(program) for program in ("chromium", "chromedriver")}
-    for program, path in programs.items():
-        if path is None:
-            pytest.fail(f"{program} is not installed; 'make test-ui' installs it", pytrace=False)
     options = ChromeOptions()
     options.binary_location = programs["chromium"]
     for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu",
