@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ RATE = click.FloatRange(min=0, max=1e6, min_open=True)
 
 @click.command()
 @settings_options
-@click.option("--steps", type=AMOUNT, help="How many: by default 2, or 300 on one batch.")
+@click.option("--steps", type=AMOUNT, help="By default 2, or 300 and more on one batch.")
 @click.option("--overfit-one-batch", is_flag=True, help="See if the first batch can be learned.")
 def check(settings: Path, steps: int | None, overfit_one_batch: bool, **choice: Any) -> None:
     """Try what SETTINGS say, and estimate memory and time of the run.
@@ -24,16 +25,16 @@ def check(settings: Path, steps: int | None, overfit_one_batch: bool, **choice: 
     With --overfit-one-batch: trains on the first batch alone until its loss is near zero. Ends
     with the exit code of the run's error; with 1 where that batch cannot be learned.
     """
-    composed = compose(settings, **choice)
     if overfit_one_batch:
+        composed = compose(settings, **choice)
         from fundamentallm_tuning.overfitting import learn
 
-        click.echo(learn(composed, steps or 300, click.echo))
+        click.echo(learn(composed, steps, click.echo))
         return
+    compose(settings, **choice)  # mistakes are told before torch is imported
     from fundamentallm_tuning.inspection import inspect
 
-    again = compose(settings, **choice)
-    for line in inspect(composed, again, steps or 2):
+    for line in inspect(partial(compose, settings, **choice), steps or 2):
         click.echo(line)
 
 

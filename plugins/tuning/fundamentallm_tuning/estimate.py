@@ -1,14 +1,14 @@
-"""How long a whole run will take, from what a few steps of it took."""
+"""How long a whole run will take, from what some steps of it took."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from statistics import median
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fundamentallm import Composed, Period
-from fundamentallm_tuning.findings import line
+from fundamentallm_tuning.findings import in_step, line
+from fundamentallm_tuning.points import Point, Total, passed
 from fundamentallm_tuning.trial import answers
 from fundamentallm_tuning.units import counted, duration
 
@@ -34,53 +34,73 @@ class Plan(NamedTuple):
         return cls(run.length, run.validate_every, run.validate_first, saves)
 
 
-class Speed(NamedTuple):
-    """What a step is made of, to turn periods into steps."""
+class Once(NamedTuple):
+    """What a first time takes on top of what a later one does: compiling, say."""
 
-    seconds: float
-    tokens: int
-    samples: int
-    epoch_samples: int | None
+    step: float
+    validation: float
 
-    def steps_in(self, period: Period) -> float:
-        """Return how many steps a period has, if all are like this one."""
-        if period.seconds is not None:
-            return period.seconds / self.seconds
-        if period.unit == "epochs":
-            return period.amount * (self.epoch_samples or 0) / self.samples
-        return period.amount / (self.tokens if period.unit == "tokens" else 1)
+    @classmethod
+    def of(cls, probe: Probe, point: Point) -> Once:
+        """Return it for the probe of a run's start, where a step is typically like ``point``."""
+        first = max([*probe.validations[:1], point.validation])
+        return cls(max(probe.seconds["step"][0] - point.seconds, 0.0), first - point.validation)
 
 
-def estimated(plan: Plan, probe: Probe) -> Iterator[str]:
-    """Tell the speed, and what the whole run will take."""
-    taken = probe.seconds["step"]
-    typical = median(taken[1:] or taken)
-    counts = probe.counts
-    speed = Speed(typical, counts["tokens"], counts["samples"], probe.epoch_samples)
+def estimated(plan: Plan, probe: Probe, points: Sequence[Point]) -> Iterator[str]:
+    """Tell the speed, and what the whole run will take: ``probe`` is that of its start, where the
+    first of the ``points`` is too."""
+    start, taken = points[0], probe.seconds["step"]
     first = f"; the first {duration(taken[0])}" if taken[1:] else ""
-    rate = counts["tokens"] / typical
-    yield line("speed", f"{duration(typical)} for a step{first}; {rate:,.0f} tokens/s")
-    length = speed.steps_in(plan.length)
-    steps = _whole(length)
-    validation = max(probe.seconds["validate"], default=0.0) if probe.metrics else 0.0
-    validations = _times(plan.validates, length, speed) + plan.validates_first
+    rate = f"{start.tokens / start.seconds:,.0f} tokens/s"
+    yield line("speed", f"{duration(start.seconds)} for a step{first}; {rate}")
+    for point in points[1:]:
+        where = "at the end" if point.at == 1 else f"after {point.at:.0%}"
+        rate = f"{point.tokens / point.seconds:,.0f} tokens/s"
+        size = f"{in_step(point.samples, point.tokens)}; {rate}"
+        yield line("", f"{where} {duration(point.seconds)} for a step of {size}")
+    yield line("run", _whole_run(plan, probe, points))
+
+
+def _whole_run(plan: Plan, probe: Probe, points: Sequence[Point]) -> str:
+    once, epoch = Once.of(probe, points[0]), probe.epoch_samples
+    total = _total(plan.length, points, epoch, once.step)
+    steps = max(_whole(total.steps), 1)
+    tokens = counted(steps * total.tokens / total.steps, "token")
+    seconds = steps * total.seconds / total.steps + once.step
+    first = _first(probe.seconds["step"], once.step)
+    parts = [f"{counted(steps, 'step')} of {_range(points)}{first}"]
+    if probe.metrics:
+        due = 1 if plan.validates is None else _whole(total.times(plan.validates, epoch))
+        count = due + plan.validates_first
+        seconds += count * total.validation + once.validation
+        parts.append(f"{counted(count, 'validation')} of {duration(total.validation)}"
+                     f"{_first(probe.validations, once.validation)}")  # fmt: skip
     save = max(probe.seconds["on_safe_point"], default=0.0) if plan.saves else 0.0
-    saves = sum(_times(every, length, speed) for every in plan.saves)
-    tokens = counted(steps * counts["tokens"], "token")
-    parts = [f"{counted(steps, 'step')} of {duration(typical)}"]
-    if validation:
-        parts.append(f"{counted(validations, 'validation')} of {duration(validation)}")
     if save:
-        parts.append(f"{counted(saves, 'save')} of {duration(save)} at most")
-    total = steps * typical + validations * validation + saves * save
-    yield line("run", f"about {duration(total)} for {tokens}: {', '.join(parts)}")
+        count = sum(_whole(total.times(every, epoch)) for every in plan.saves)
+        seconds += count * save
+        parts.append(f"{counted(count, 'save')} of {duration(save)} at most")
+    return f"about {duration(seconds)} for {tokens}: {', '.join(parts)}"
 
 
-def _times(every: Period | None, length: float, speed: Speed) -> int:
-    """Return how often something is done: when it is due, and at the end."""
-    return 1 if every is None else _whole(length / speed.steps_in(every))
+def _total(length: Period, points: Sequence[Point], epoch: int | None, once: float) -> Total:
+    # Of a run that lasts some time, the first step takes its part; there is one in any case.
+    part = 1 - once / length.seconds if length.seconds is not None else 1.0
+    least = min(points[0].amount(length, epoch), 1.0)
+    return passed(length, points, epoch, max(part, least))
+
+
+def _range(points: Sequence[Point]) -> str:
+    low, high = (duration(kind(point.seconds for point in points)) for kind in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _first(taken: Sequence[float], once: float) -> str:
+    """Tell of the first time, where it stands out."""
+    return f" (the first {duration(taken[0])})" if once > 0.5 * taken[0] else ""
 
 
 def _whole(count: float) -> int:
     """Round up; but what is 3.0000000000000004 in binary is 3."""
-    return math.ceil(count * (1 - 1e-12))
+    return math.ceil(count * (1 - 1e-9))

@@ -18,6 +18,11 @@ def line(label: str, text: str) -> str:
     return f"{label:<10} {text}"
 
 
+def in_step(samples: int, tokens: int) -> str:
+    """Tell what a step is made of."""
+    return f"{counted(samples, 'sample')}, {counted(tokens, 'token')}"
+
+
 def taking_part(composed: Composed, left_out: Sequence[str]) -> Iterator[str]:
     """Tell which plugins run, and which only follow the run and are left out."""
     names = [name for name in composed.plugins if name not in left_out]
@@ -34,7 +39,7 @@ def all_of(probe: Probe) -> Iterator[str]:
         yield from _steps(probe)
     if probe.metrics:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in sorted(probe.metrics.items()))
-        yield line("validation", f"{shown}; took {duration(probe.seconds['validate'][-1])}")
+        yield line("validation", f"{shown}; took {duration(probe.validations[-1])}")
     if "peak" in probe.sizes:
         yield line("memory", _memory(probe))
 
@@ -50,8 +55,8 @@ def _model(probe: Probe) -> Iterator[str]:
 
 def _steps(probe: Probe) -> Iterator[str]:
     counts, losses = probe.counts, probe.losses
-    in_step = f"{counted(counts['samples'], 'sample')}, {counted(counts['tokens'], 'token')}"
-    yield line("step", f"{in_step}, in {counted(counts['microbatches'], 'micro-batch')}"
+    made_of = in_step(counts["samples"], counts["tokens"])
+    yield line("step", f"{made_of}, in {counted(counts['microbatches'], 'micro-batch')}"
                        .replace("batchs", "batches"))  # fmt: skip
     yield line("loss", ", ".join(f"{loss:.4g}" for loss in losses[:5]) + _chance(probe))
     rates = ", ".join(f"{rate:.3g}" for rate in probe.rates[:5])

@@ -24,10 +24,16 @@ NEAR_ZERO = 0.05
 FRACTION = 1 / 20
 """Of the first loss: where that is small, ``NEAR_ZERO`` alone would say nothing."""
 
+STEPS = 300
+"""By default; where the loss still falls after these, as many again,"""
+AGAIN = 4
+"""so many times."""
+
 
 @plugin
 class OneWindow:
-    """Give every step the first window, and stop when its loss is near zero."""
+    """Give every step the first window, and stop when its loss is near zero, or after ``steps`` no
+    longer falls."""
 
     steps: int
 
@@ -75,19 +81,25 @@ class OneWindow:
         if self.learned or not math.isfinite(self.losses[-1]):
             run.stop("the loss is near zero" if self.learned else "the loss is no number")
             return run.stop_reason
+        done = len(self.losses)
+        if done >= self.steps and not done % self.steps and not still_falls(self.losses):
+            run.stop("the loss no longer falls")
+            return run.stop_reason
         return None
 
 
-def learn(composed: Composed, steps: int, tell: Callable[[str], object]) -> str:
-    """Train on the first window, and return what to say of it.
+def learn(composed: Composed, steps: int | None, tell: Callable[[str], object]) -> str:
+    """Train on the first window for so many ``steps``, and return what to say of it.
+
+    Without a number, for as long as the loss still falls, within limits.
 
     Raises ``NotFiniteError`` if the loss becomes NaN or infinite, ``FundamentalError`` if it does
     not come near zero in time.
     """
-    one = OneWindow(steps=steps)
+    one = OneWindow(steps=steps or STEPS)
     one.tell = tell
     with scratch() as folder:
-        ended(train(lean(composed, steps, one), run_dir=folder / "run"))
+        ended(train(lean(composed, steps or AGAIN * STEPS, one), run_dir=folder / "run"))
     losses, done = one.losses, len(one.losses)
     if not math.isfinite(losses[-1]):
         raise NotFiniteError(
@@ -103,6 +115,11 @@ def learn(composed: Composed, steps: int, tell: Callable[[str], object]) -> str:
             f"updates: this model can learn from this data")  # fmt: skip
 
 
+def still_falls(losses: list[float]) -> bool:
+    """Tell whether the last fifth of the steps has taken anything off the loss."""
+    return losses[-1] < 0.97 * losses[-max(len(losses) // 5, 1)]
+
+
 def advice(losses: list[float]) -> str:
     """Return what to look at, from how the losses went."""
     first, last, lowest = losses[0], losses[-1], min(losses)
@@ -114,7 +131,7 @@ def advice(losses: list[float]) -> str:
                 "small (fundamentallm lr-finder) and whether anything is frozen.")  # fmt: skip
     if last > 1.5 * lowest:
         return f"It was at {lowest:.4g} and rose again: try a smaller learning rate."
-    if last < 0.9 * losses[-max(len(losses) // 5, 1)]:
+    if still_falls(losses):
         return "It is still falling: try more --steps, a larger learning rate or a smaller batch."
     return ("It has come to a halt: the model may be too small for the batch, equal inputs may "
             "have different targets, or the loss may have a floor (label smoothing).")  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import field, hookimpl, plugin
+from fundamentallm import Period, field, hookimpl, plugin
 from fundamentallm_tuning.digests import differences, digests
 from fundamentallm_tuning.trial import OWN, catch_up, peak_memory, window_loss
 
@@ -22,9 +23,13 @@ class Probe:
     """Measure some steps and what is around them, and note the state they leave."""
 
     steps: int
+    passed: dict[str, Any] = field(factory=dict)
+    """Counts of the progress that the run is to begin with, as if so much had been trained."""
 
     seconds: dict[str, list[float]] = field(init=False, factory=lambda: defaultdict(list))
     """What calls of ``TIMED`` hooks and steps (as ``"step"``) took."""
+    validations: list[float] = field(init=False, factory=list)
+    """What validations took, in seconds."""
     losses: list[float] = field(init=False, factory=list)
     rates: list[float] = field(init=False, factory=list)
     rejections: list[str] = field(init=False, factory=list)
@@ -51,11 +56,15 @@ class Probe:
     def on_run_start(self, run: Run) -> None:
         """Put a clock around what is heard from now on."""
         self.device = run.device
+        for name, value in self.passed.items():
+            setattr(run.progress, name, value)
         run.hook = run.bind(self._clock)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
         """Count and weigh what has been built."""
+        if self.passed:
+            self._make_room(run)
         named = dict(run.model.named_parameters())
         held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
         self.without_optimizer = [
@@ -97,13 +106,14 @@ class Probe:
         self.counts["samples"] = progress.samples - progress.before[0]
         self.counts["tokens"] = progress.tokens - progress.before[1]
         self.counts["microbatches"] = len(run.window)
-        if progress.step >= self.steps:
+        if len(self.seconds["step"]) >= self.steps:
             run.stop("checked")
 
     @hookimpl
     def on_validation_end(self, metrics: dict[str, float]) -> None:
-        """Keep what was found."""
+        """Keep what was found, and what it took: whoever surrounds others took the longest."""
         self.metrics = metrics
+        self.validations.append(max(self.seconds.pop("validate", [0.0])))
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
@@ -118,6 +128,12 @@ class Probe:
     def on_checkpoint_saved(self) -> None:
         """Note that there is one."""
         self.saved = True
+
+    def _make_room(self, run: Run) -> None:
+        """Let the run be longer than it is, so that its end can be left after some steps."""
+        length = run.settings.length
+        longer = math.ceil(1.1 * length.amount) + self.steps
+        run.settings.length, run.ending = Period(longer, length.unit), False
 
     def _look_at_gradients(self, run: Run) -> None:
         import torch

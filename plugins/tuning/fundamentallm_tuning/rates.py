@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -10,6 +11,12 @@ from fundamentallm_tuning.units import toml_float
 
 REACH = 1 / 20
 """With how much of the curve on each side a loss is averaged."""
+
+CERTAIN = 6.0
+"""How many standard errors the loss has to fall by: of 1,000 curves of nothing but noise, about 1
+does if that is normal, and fewer than 25 do however skewed or coarse it is."""
+LEAST = 0.01
+"""What part of the loss it has to fall by, however little noise there is."""
 
 
 class Choice(NamedTuple):
@@ -54,6 +61,33 @@ class Curve(NamedTuple):
             found.append(math.fsum(parts) / sum(weights))
         return found
 
+    def falls_to(self, bottom: int, lowest: float) -> bool:
+        """Tell whether the averaged loss at ``bottom`` is lower than where the curve begins, by
+        more than noise has it: noise alone has a lowest point too."""
+        begin = self.losses[: max(bottom // 5, 1)]
+        fall = math.fsum(begin) / len(begin) - lowest
+        weights = range(1, self.reach + 1)
+        whole = 2 * sum(weights) + self.reach + 1
+        share = (2 * sum(w * w for w in weights) + (self.reach + 1) ** 2) / whole**2
+        error = self.noise(bottom) * math.sqrt(share + 1 / len(begin))
+        return fall > max(CERTAIN * error, LEAST * abs(self.losses[0]))
+
+    def noise(self, bottom: int) -> float:
+        """Return the standard deviation of a loss around the curve, from how it differs from the
+        middle of its neighbours up to ``bottom``: a steep fall hardly adds to that. A distance from
+        an average would be too small where the loss itself is a part of it.
+
+        It is no less than what most neighbours differ by: before ``bottom`` there may be few.
+        """
+        bends = [abs(b - (a + c) / 2) for a, b, c in
+                 zip(self.losses, self.losses[1:], self.losses[2:], strict=False)]  # fmt: skip
+        before = bends[: bottom + self.reach - 1]
+        # Of a normal distribution, half is within 0.6745 standard deviations, and the mean distance
+        # is sqrt(2 / pi) of them; that of the middle of two neighbours adds half of the variance.
+        mean = math.fsum(before) / len(before) * math.sqrt(math.pi / 3)
+        typical = median(abs(b - a) for a, b in pairwise(self.losses)) / (0.6745 * math.sqrt(2))
+        return max(mean, typical)
+
     def drawn(self, mark: float, width: int = 60, height: int = 12) -> list[str]:
         """Draw the averaged curve over the logarithm of the rate, with a column at ``mark``."""
         smooth = self.smoothed()
@@ -84,12 +118,11 @@ def choose(curve: Curve) -> Choice | None:
     if len(inner) < 3:  # no slope to speak of
         return None
     bottom = min(inner, key=smooth.__getitem__)
-    # Noise alone has a lowest point too.
-    noise = median(abs(a - b) for a, b in zip(curve.losses, smooth, strict=True))
-    fall = max(smooth[inner[0] : bottom + 1]) - smooth[bottom]
-    if bottom == inner[0] or fall <= max(2 * noise, 1e-3 * abs(smooth[0])):
+    if bottom == inner[0] or not curve.falls_to(bottom, smooth[bottom]):
         return None
-    slopes = {at: smooth[at + 1] - smooth[at - 1] for at in range(inner[0], bottom)}
+    # Where a loss only comes back from a rise, it has not learned.
+    lows = list(accumulate(smooth, min))
+    slopes = {at: lows[at + 1] - lows[at - 1] for at in range(inner[0], bottom)}
     steepest = min(slopes, key=slopes.__getitem__)
     return Choice(curve.rates[steepest], curve.rates[bottom], smooth[bottom])
 

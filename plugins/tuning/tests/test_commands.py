@@ -24,6 +24,7 @@ from fundamentallm import (
     compose,
     find_plugins,
     hook_methods,
+    train,
 )
 from fundamentallm_tuning.command import batch_size_finder, check, lr_finder
 from fundamentallm_tuning.measuring import run_trial
@@ -75,6 +76,10 @@ class Parts:
 
     @hookimpl
     def on_step_start(self, run):
+        if self.flaw == "memory later" and run.progress.step > 400:
+            raise MemoryError("no more")
+        if self.flaw == "data later" and run.progress.step > 900:
+            raise DataError("no more samples")
         if self.flaw == "interrupted":
             os.kill(os.getpid(), signal.SIGINT)
         if self.flaw == "slow":
@@ -97,6 +102,9 @@ class Net(nn.Module):
     def forward(self, inputs, targets):
         out = self.out(self.dropout(torch.tanh(self.hidden(inputs))))
         loss = nn.functional.mse_loss(out, targets)
+        if self.flaw == "compiles" and not self.training:
+            time.sleep(0.5)
+            self.flaw = ""
         if self.flaw == "no number":
             loss = loss * float("nan")
         return loss * 0 + 1 if self.flaw == "flat" else loss
@@ -214,6 +222,63 @@ lr_schedule = { warmup = "1000 tokens" }
     }
 
 
+def test_check_estimates_a_run_whose_steps_grow_from_its_end_and_middle(place: Path) -> None:
+    (place / "here" / "text.txt").write_text("the cat sat on the mat. " * 60)
+    (place / "here" / "run.toml").write_text("""
+plugins = ["text", "gpt", "adamw", "schedules", "ema"]
+run = { length = "60 steps", device = "cpu" }
+text = { path = "text.txt", cache_dir = "cache", context_length = 8, batch_size = 2 }
+gpt = { num_layers = 1, num_heads = 1, d_model = 8, context_length = 32 }
+[schedules.of.text]
+batch_size = { end = 16.0 }
+context_length = { end = 32.0 }
+""")
+    text = said(call(check))
+    assert "step       2 samples, 16 tokens" in text
+    assert "for a step of 9 samples, 180 tokens" in text
+    assert "for a step of 16 samples, 512 tokens" in text
+    told = int(text[text.index(" tokens: 60 steps") - 6 :].split()[0].replace(",", ""))
+    made = train("run.toml").progress.tokens
+    assert told == pytest.approx(made, rel=0.1)
+    # What stays as it is has one point, though somebody acts at every step.
+    words = [f"schedules.of.text.{name}.end={end}"
+             for name, end in (("batch_size", "2.0"), ("context_length", "8.0"))]  # fmt: skip
+    assert "tokens: 60 steps of" in said(call(check, *(w for word in words for w in ("--set", word))))
+
+
+def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
+    words = ["--plugin", "freeze", "--set", 'freeze.patterns=["hidden.*"]']
+    frozen = said(call(check, *words))
+    assert "gradients 68 bytes;" in frozen
+    late = said(call(check, *words, "--set", "freeze.unfreeze={\"*\" = '700 steps'}"))
+    assert "161 parameters in 4 tensors, 144 of them frozen" in late
+    assert "gradients 644 bytes;" in late
+
+
+def test_check_counts_what_the_first_validation_alone_takes_once(place: Path) -> None:
+    text = said(call(check, flaw="compiles"))
+    assert "10 validations of " in text
+    assert " (the first 5" in text
+
+
+def test_memory_that_does_not_hold_a_later_step_is_an_error_that_says_when(place: Path) -> None:
+    result = call(check, "--plugin", "ema", flaw="memory later")
+    assert isinstance(result.exception, OutOfMemoryError)
+    assert "that was after 100% of the run" in "".join(result.exception.__notes__)
+    assert "peak of the process" in result.output
+    assert "run        " not in result.output
+    # Where nobody acts at later steps, these are not tried.
+    assert "nothing wrong was found\n" in said(call(check, flaw="memory later"))
+    assert left(place) == set()
+
+
+def test_what_keeps_later_steps_from_a_trial_is_a_note(place: Path) -> None:
+    text = said(call(check, "--plugin", "ema", flaw="data later"))
+    assert "note: time and memory are those of the first steps; later ones fail: no more samp" in text
+    assert "1,000 steps of " in text
+    assert left(place) == set()
+
+
 @pytest.mark.parametrize(
     ("flaw", "kind", "complaint"),
     [
@@ -237,7 +302,7 @@ def test_check_ends_with_the_error_of_the_run(
 def test_check_tells_what_it_found_before_the_error(place: Path) -> None:
     text = call(check, flaw="no number").output
     assert "161 parameters" in text
-    assert "loss       nan, nan" in text
+    assert "loss       nan" in text
 
 
 @pytest.mark.parametrize("command", [check, lr_finder, batch_size_finder])
@@ -259,6 +324,19 @@ def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place:
     text = said(call(check, *words, flaw="drops"))
     assert "updates: this model can learn from this data" in text
     assert left(place) == set()
+
+
+def test_one_batch_is_given_as_long_as_its_loss_falls(place: Path) -> None:
+    text = said(call(check, "--overfit-one-batch", "--set", "parts.lr=0.003"))
+    assert 300 < int(text.split(" updates: ")[0].split()[-1]) < 1200
+    with pytest.raises(FundamentalError, match="is 1 after 300 steps"):
+        raise call(check, "--overfit-one-batch", flaw="flat").exception or AssertionError
+    with pytest.raises(FundamentalError, match="after 200 steps.* still falling"):
+        words = ("--steps", 200, "--set", "parts.lr=0.003")
+        raise call(check, "--overfit-one-batch", *words).exception or AssertionError
+    with pytest.raises(FundamentalError, match="after 1200 steps.* still falling"):
+        words = ("--set", "parts.lr=0.0008")
+        raise call(check, "--overfit-one-batch", *words).exception or AssertionError
 
 
 @pytest.mark.parametrize(
