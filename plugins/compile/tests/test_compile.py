@@ -163,6 +163,28 @@ def test_equal_blocks_share_their_code_however_many_they_are(tiny_run: TinyRun) 
     assert len(compiled) == 2, "the first block's input has no gradient, that of all others has"
 
 
+def test_text_is_generated_by_blocks_as_they_are_written_whatever_their_sizes(
+    tiny_run: TinyRun,
+) -> None:
+    run = tiny_run(Build(), length=1)
+    compiled = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    net, settings = Net(), Compile(scope="blocks")
+    settings.backend = backend  # type: ignore[assignment]
+    switch(run, find_blocks(net, None, "compile"), settings, "compile")
+    with torch.no_grad():
+        for length in range(1, 9):
+            for block in net.eval().blocks:
+                block(torch.zeros(1, length, 8))
+    assert not compiled
+    net.train()(*run.data.validation()["val"][0].data).backward()
+    assert compiled
+
+
 def test_progress_shows_that_the_compiler_is_at_work_until_the_second_step(
     tiny_run: TinyRun,
 ) -> None:
