@@ -13,8 +13,8 @@ REACH = 1 / 20
 """With how much of the curve on each side a loss is averaged."""
 
 CERTAIN = 6.0
-"""How many standard errors the loss has to fall by: of 1,000 curves of nothing but noise, about 1
-does if that is normal, and fewer than 25 do however skewed or coarse it is."""
+"""How many standard errors the loss has to fall by: of 1,000 curves of nothing but noise, fewer
+than 1 do if that is normal, and fewer than 25 however skewed or coarse it is."""
 LEAST = 0.01
 """What part of the loss it has to fall by, however little noise there is."""
 

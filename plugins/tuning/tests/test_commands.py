@@ -28,6 +28,7 @@ from fundamentallm import (
 )
 from fundamentallm_tuning.command import batch_size_finder, check, lr_finder
 from fundamentallm_tuning.measuring import run_trial
+from fundamentallm_tuning.probe import Probe
 from fundamentallm_tuning.range_test import measure
 from fundamentallm_tuning.trial import follows, lean, shapes_steps
 
@@ -253,6 +254,14 @@ def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
     late = said(call(check, *words, "--set", "freeze.unfreeze={\"*\" = '700 steps'}"))
     assert "161 parameters in 4 tensors, 144 of them frozen" in late
     assert "gradients 644 bytes;" in late
+
+
+def test_a_probe_of_the_end_makes_all_its_steps_though_one_would_be_the_last(place: Path) -> None:
+    passed = {"step": 999, "applied": 999, "tokens": 3996, "samples": 3996, "seconds": 1.0}
+    probe = Probe(steps=3, passed=passed)
+    run = train("run.toml", plugins=[probe], overrides=["run.length='4000 tokens'"],
+                run_dir=place / "temporary" / "run")  # fmt: skip
+    assert (len(probe.losses), run.progress.step, run.progress.tokens) == (3, 1002, 4008)
 
 
 def test_check_counts_what_the_first_validation_alone_takes_once(place: Path) -> None:

@@ -66,7 +66,7 @@ def test_of_noise_around_a_constant_next_to_nothing_is_suggested(kind: str, step
     rates, noise = RATES[:steps], NOISES[kind]
     found = sum(choose(Curve(rates, [20 + noise(rng) for _ in rates])) is not None
                 for _ in range(150))  # fmt: skip
-    # About 1 of 1,000 where noise is normal, fewer than 25 where it is skewed or coarse.
+    # Fewer than 1 of 1,000 where noise is normal, fewer than 25 where it is skewed or coarse.
     assert found <= (1 if kind in ("normal", "uniform") else 4)
 
 
