@@ -194,7 +194,7 @@ def test_the_plugin_of_the_guide_passes_the_tests_of_the_guide(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert "12 passed" in done.stdout
 
 
 def test_the_readme_s_settings_and_plugin_compose(tmp_path):
