@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from fundamentallm import SettingsError
+from fundamentallm import DataError, SettingsError
 from fundamentallm_runs.curves import AXES, Axis, curve, drawn, write
 from fundamentallm_runs.record import Record, read
 
@@ -46,15 +46,28 @@ def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
     from fundamentallm_runs.tables import console
 
     look, records = Look(**chosen), [read(folder) for folder in runs]
-    names = _names(records)
+    names, known = _names(records), _known(records)
+    for metric in (*look.metrics, *filter(None, [look.metric])):
+        if known and metric not in known:
+            raise _unknown(metric, known)
     screen = console(140)
     screen.print(_settings(records, names))
     screen.print(_metrics(records, names, look.metrics))
-    metric = look.metric or _usual(records)
+    if known:
+        _draw(records, look, look.metric or _usual(known), screen.color_system is not None)
+    else:
+        click.echo("no rows yet")
+
+
+def _draw(records: list[Record], look: Look, metric: str, colours: bool) -> None:
     curves = [made for one in records if (made := curve(one, metric, look.axis, look.smooth))]
     if not curves:
-        raise _unknown(metric, records)
-    click.echo(drawn(curves, metric, look.axis, colours=screen.color_system is not None))
+        told = f"{metric}: no finite value to draw"
+        if look.output is not None:
+            raise DataError(f"{told}; {look.output} is not written")
+        click.echo(told)
+        return
+    click.echo(drawn(curves, metric, look.axis, colours=colours))
     if look.output is not None:
         write(look.output, curves, metric, look.axis)
         click.echo(f"written: {look.output}")
@@ -102,8 +115,6 @@ def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -
     rows.add_row("step", *(str(record.step) for record in records))
     known = _known(records)
     for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
-        if metric not in known:
-            raise _unknown(metric, records)
         rows.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
         if metric.startswith(UNJUDGED):
             continue
@@ -113,9 +124,9 @@ def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -
     return rows
 
 
-def _unknown(metric: str, records: list[Record]) -> SettingsError:
-    known = ", ".join(_known(records))
-    return SettingsError(f"{metric}: none of the runs has logged it; known: {known}")
+def _unknown(metric: str, known: list[str]) -> SettingsError:
+    told = ", ".join(known)
+    return SettingsError(f"{metric}: none of the runs has logged it; known: {told}")
 
 
 def _number(value: float | None) -> str:
@@ -126,6 +137,5 @@ def _known(records: list[Record]) -> list[str]:
     return sorted({name for record in records for name in record.columns.names})
 
 
-def _usual(records: list[Record]) -> str:
-    known = _known(records)
-    return next((name for name in ("val/loss", "train/loss") if name in known), "train/loss")
+def _usual(known: list[str]) -> str:
+    return next((name for name in ("val/loss", "train/loss") if name in known), known[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -30,14 +31,14 @@ class Curve:
 
 
 def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | None:
-    """Return the curve of a metric, or None if the run has none of it.
+    """Return the curve of a metric's finite values, or None if the run has none.
 
     ``smoothing``, from 0 to below 1, is the weight of what came before in an exponential moving
     average whose start is corrected (Kingma and Ba, *Adam*, 2015, section 3).
     """
     columns = record.columns
     both = zip(*columns.series(metric), strict=True)
-    series = [(place, value) for place, value in both if value == value]  # noqa: PLR0124
+    series = [(place, value) for place, value in both if math.isfinite(value)]
     if not series:
         return None
     y = smoothed([value for _, value in series], smoothing)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import time
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 
 import click
 
-from fundamentallm import StorageError
+from fundamentallm import FundamentalError, StorageError
 from fundamentallm_runs.record import Record, is_run, is_running, read
 from fundamentallm_runs.rows import Row, parsed
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
+TOLD = ("run", "state", "step", "done", "best", "best_step", "written")
 
 
 @click.command()
@@ -24,20 +26,20 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
     """List the runs in FOLDER (by default runs/), the newest last."""
     if not folder.is_dir():
         raise StorageError(f"{folder}: there is no such folder")
-    found = [read(inner) for inner in sorted(folder.iterdir()) if is_run(inner)]
-    found.sort(key=lambda record: record.environment.get("started", 0.0))
-    rows = [_told(record, metric) for record in found]
+    folders = [inner for inner in sorted(folder.iterdir()) if is_run(inner)]
+    looks = sorted((_looked_at(inner, metric) for inner in folders), key=itemgetter(0))
+    rows = [row for _, row in looks]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps(rows, indent=2, allow_nan=False))
         return
     if not rows:
         click.echo(f"{folder}: no runs")
         return
-    from fundamentallm_runs.tables import console, table
+    from fundamentallm_runs.tables import add_column, console, table
 
     shown = table("run", "state")
     for name in ("step", "done", f"best {metric}", "at step", "last row"):
-        shown.add_column(name, justify="right")
+        add_column(shown, name, justify="right")
     for row in rows:
         shown.add_row(*map(_shown, row.values()))
     console(120).print(shown)
@@ -74,18 +76,37 @@ def _after(path: Path, position: int) -> bytes:
         return file.read()
 
 
+def _looked_at(folder: Path, metric: str) -> tuple[float, dict[str, object]]:
+    """Return when a run started, and what to tell of it: a bad folder must not hide the others."""
+    try:
+        record = read(folder)
+    except FundamentalError as error:
+        click.echo(str(error), err=True)
+        return 0.0, dict.fromkeys(TOLD) | {"run": folder.name, "state": "unreadable"}
+    return record.started, _told(record, metric)
+
+
 def _told(record: Record, metric: str) -> dict[str, object]:
-    best, share, last = record.best(metric), record.share, record.written
-    written = None if last is None else datetime.fromtimestamp(last, UTC)
-    return {
-        "run": record.name,
-        "state": record.state,
-        "step": record.step,
-        "done": None if share is None else f"{share:.0%}",
-        "best": best[1] if best else None,
-        "best_step": best[0] if best else None,
-        "written": written.isoformat(" ", "seconds") if written else None,
-    }
+    best, share = record.best(metric), record.share
+    values = (
+        record.name,
+        record.state,
+        record.step,
+        None if share is None else f"{share:.0%}",
+        best[1] if best else None,
+        best[0] if best else None,
+        _when(record.written),
+    )
+    return dict(zip(TOLD, values, strict=True))
+
+
+def _when(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
+    except (OverflowError, ValueError, OSError):  # a damaged row may say anything
+        return None
 
 
 def _shown(value: object) -> str:

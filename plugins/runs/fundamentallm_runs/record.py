@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,9 +34,18 @@ class Record:
         return self.folder.name
 
     @property
+    def started(self) -> float:
+        """When the run was started last, in Unix seconds; 0 if its folder does not tell."""
+        found = self.environment.get("started")
+        return float(found) if isinstance(found, float | int) else 0.0
+
+    @property
     def share(self) -> float | None:
         """How much of its length the run has behind it, up to 1; None if that cannot be told."""
-        length = Period.parse(self.settings["run"]["length"])
+        try:
+            length = Period.parse(self.settings["run"]["length"])
+        except (LookupError, TypeError, ValueError):  # settings of something else
+            return None
         if length.unit not in ("steps", "tokens"):
             return None
         tokens = self.columns.tokens[-1] if self.columns.tokens else 0
@@ -58,10 +68,10 @@ class Record:
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """Return the step and the value of a metric's best: the lowest, or of those that grow as
-        they get better the highest. What is not a number is never the best."""
+        they get better the highest. What is not finite is never the best."""
         best = max if metric.rpartition("/")[2] in MAXIMA else min
         places, values = self.columns.series(metric)
-        known = [value for value in values if value == value]  # noqa: PLR0124
+        known = [value for value in values if math.isfinite(value)]
         if not known:
             return None
         value = best(known)

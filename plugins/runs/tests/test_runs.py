@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm import FundamentalError, SettingsError, StorageError, train
+from fundamentallm import DataError, FundamentalError, SettingsError, StorageError, train
 from fundamentallm_runs.comparing import compare, differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
@@ -138,7 +138,10 @@ def test_a_run_without_a_row_is_a_run_all_the_same(copies):
     (copies[0] / "metrics.jsonl").unlink()
     assert (read(copies[0]).step, read(copies[0]).written) == (0, None)
     assert "slow" in said(runs, copies[0].parent)
-    assert "none of the runs has logged it" in said(compare, copies[0], fails=SettingsError)
+    told = said(compare, copies[0], "--curve", "train/loss")
+    assert re.search(r"^step +0 *$", told, re.MULTILINE)
+    assert told.endswith("\nno rows yet\n")
+    assert "┌" in said(compare, *copies)  # the other one has a curve
 
 
 @given(st.binary(max_size=80))
@@ -178,6 +181,86 @@ def test_a_metric_that_nobody_logged_is_told_with_those_that_are_known(two):
     text = said(compare, *two, "--metric", "val/los", fails=SettingsError)
     assert "val/los: none of the runs has logged it" in text
     assert "val/loss" in text
+
+
+@pytest.mark.parametrize("option", ["--metric", "--curve"])
+def test_an_unknown_metric_is_refused_before_anything_is_shown(two, option):
+    done = CliRunner().invoke(compare, [*map(str, two), option, "val/los"])
+    assert isinstance(done.exception, SettingsError)
+    assert done.output == ""
+
+
+def logged(folder, *metrics):
+    """Put rows with these metrics, as JSON, in place of those of a run."""
+    rows = [f'{{"time": {n}.5, "step": {n}, "tokens": {n}, "metrics": {one}}}\n' for n, one in enumerate(metrics, 1)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+
+
+@pytest.mark.parametrize("bad", ['"Infinity"', '"-Infinity"', '"NaN"', "1e999"])
+def test_a_run_that_diverged_is_compared_by_its_finite_values(copies, bad):
+    logged(copies[0], '{"train/loss": 2.5}', f'{{"train/loss": {bad}}}')
+    assert curve(read(copies[0]), "train/loss", "step", 0.5).y == [2.5]
+    assert read(copies[0]).best("train/loss") == (1, 2.5)
+    told = said(compare, *copies, "--curve", "train/loss")
+    assert "2.5 (step 1)" in told
+    assert "┌" in told
+
+
+@pytest.mark.parametrize("bad", ['"Infinity"', '"-Infinity"', '"NaN"'])
+def test_where_no_value_is_finite_there_is_no_best_and_no_curve(copies, tmp_path, bad):
+    logged(copies[0], f'{{"val/loss": {bad}}}')
+    told = said(compare, copies[0])
+    assert re.search(r"^val/loss best +- *$", told, re.MULTILINE)
+    assert told.endswith("\nval/loss: no finite value to draw\n")
+    path = tmp_path / "losses.svg"
+    assert "no finite value" in said(compare, copies[0], "-o", path, fails=DataError)
+    assert not path.exists()
+    rows = json.loads(said(runs, copies[0].parent, "--json"), parse_constant=pytest.fail)
+    assert [row["best"] for row in rows if row["run"] == "slow"] == [None]
+
+
+@pytest.mark.parametrize("name", ["h.[ab].weight", "[/x]", "[red]x[/red]", ":smile:", "[link=a]b"])
+def test_names_and_values_are_shown_as_they_are(copies, name):
+    logged(copies[0], json.dumps({name: 2.0}))
+    tables = (copies[0] / "settings.toml").read_text()
+    (copies[0] / "settings.toml").write_text(tables + f"\n[other]\nfreeze = [{json.dumps(name)}]\n")
+    named = copies[0].rename(copies[0].parent / name.replace("/", "_"))
+    told = said(compare, copies[1], named)
+    assert f"{name} last" in told
+    assert re.search(rf"^other.freeze +- +{re.escape(name)}$", told, re.MULTILINE)
+    assert re.search(rf"^metric +fast +{re.escape(named.name)}", told, re.MULTILINE)
+    listed = said(runs, copies[1].parent, "--metric", name)
+    assert f"best {name}" in listed
+    assert f"\n{named.name} " in listed
+
+
+FOREIGN = ["a = 1\n", "run = 1\n", "[run]\n", "[run]\nlength = []\n", '[run]\nlength = "5 apples"\n']
+
+
+@pytest.mark.parametrize("settings", FOREIGN)
+def test_a_folder_of_something_else_ends_no_command_with_a_traceback(copies, settings):
+    (copies[0] / "settings.toml").write_text(settings)
+    assert read(copies[0]).share is None
+    assert re.search(r"^slow +\S+ +8 +-", said(runs, copies[0].parent), re.MULTILINE)
+    assert "val/loss best" in said(compare, *copies)
+    assert "step 8:" in said(watch, copies[0])
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(copies):
+    (copies[0] / "settings.toml").write_bytes(b"a = \xff\n")
+    done = CliRunner().invoke(runs, [str(copies[0].parent), "--json"])
+    listed = {row["run"]: row for row in json.loads(done.stdout)}
+    assert listed["slow"] == dict.fromkeys(listed["fast"]) | {"run": "slow", "state": "unreadable"}
+    assert listed["fast"]["state"] == "finished"
+    assert f"{copies[0]}: cannot be read" in done.stderr
+    assert re.search("^slow +unreadable", said(runs, copies[0].parent), re.MULTILINE)
+
+
+@pytest.mark.parametrize("time", ["1e300", '"NaN"', '"Infinity"'])
+def test_a_row_of_no_time_at_all_is_listed_all_the_same(copies, time):
+    (copies[0] / "metrics.jsonl").write_text(f'{{"time": {time}, "step": 1, "tokens": 4, "metrics": {{}}}}\n')
+    rows = json.loads(said(runs, copies[0].parent, "--json"))
+    assert [row["written"] for row in rows if row["run"] == "slow"] == [None]
 
 
 @pytest.mark.parametrize("axis", ["step", "tokens", "time"])
