@@ -30,12 +30,12 @@ def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
+@plugtable.choice_options
 @click.option("--from", "at", help="step-00000500, best or latest, in place of the newest sound.")
-def resume(run: Path, overrides: tuple[str, ...], at: str | None) -> None:
+def resume(run: Path, at: str | None, **choice: Any) -> None:
     """Continue the run in folder RUN from a checkpoint."""
     from fundamentallm.launch import recorded
-    _train(recorded(run, overrides), run, at)
+    _train(recorded(run, **choice), run, at)
 
 
 @cli.command()

@@ -47,9 +47,9 @@ def train(
         settings = compose(settings, overrides=overrides, plugins=plugins)
     run, registry = prepare(settings, run_dir)
     run.wanted_checkpoint = at
-    with locked(run.folder):
+    with locked(run.folder), signals(run):
         try:
-            with signals(run), told(registry, settings.brought):
+            with told(registry, settings.brought):
                 run.hook.on_run_start(run=run)
                 build(run)
                 # Not before: settings that do not fit a run's checkpoints must not replace its own.
@@ -78,12 +78,12 @@ def load_run(folder: Path | str, *, at: str = "latest") -> Run:
     return run
 
 
-def recorded(folder: Path | str, overrides: Iterable[str] = ()) -> Composed:
-    """Compose the settings that a run folder records."""
+def recorded(folder: Path | str, overrides: Iterable[str] = (), **choice: Any) -> Composed:
+    """Compose the settings that a run folder records; ``choice`` is as in ``compose``."""
     path = Path(folder) / "settings.toml"
     if not path.is_file():
         raise SettingsError(f"{folder}: is not a run folder: it has no settings.toml")
-    return compose(path, overrides=overrides)
+    return compose(path, overrides=overrides, **choice)
 
 
 def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginManager]:
@@ -124,8 +124,8 @@ def build(run: Run, *, weights_only: bool = False) -> None:
     snapshot = hook.read_checkpoint(run=run)
     if snapshot is not None:
         run.restore(snapshot, weights_only=weights_only)
-    elif run.wanted_checkpoint:
-        raise SettingsError(f"{run.folder}: there is no checkpoint to load")
+    elif run.wanted_checkpoint or any((run.folder / "checkpoints").rglob("step-*/manifest.json")):
+        raise SettingsError(f"{run.folder}: no listed plugin finds a checkpoint to go on from")
     elif (run.folder / "settings.toml").exists():
         log.warning("%s: there is no checkpoint: the run begins at step 0", run.folder)
 
@@ -133,10 +133,10 @@ def build(run: Run, *, weights_only: bool = False) -> None:
 @contextlib.contextmanager
 def signals(run: Run) -> Iterator[None]:
     """Let SIGINT, SIGTERM, SIGUSR1 and ``max_time`` ask for the end at the next safe point;
-    the next SIGINT or SIGTERM ends at once."""
+    a SIGINT after that ends at once."""
 
     def ask(number: int, _: object) -> None:
-        if run.signal is not None and number in (signal.SIGINT, signal.SIGTERM):
+        if run.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         # Time that is up is what a batch system warns of with SIGUSR1.
         run.signal = run.signal or (signal.SIGUSR1 if number == signal.SIGALRM else number)

@@ -49,7 +49,7 @@ def train(run: Run) -> None:
 def train_step(run: Run, started: float) -> None:
     """Attempt one update: window, gradients, judgement, update, settlement."""
     hook, progress = run.hook, run.progress
-    run.moment = 2 * progress.step + 1
+    run.moment, run.window, run.losses = 2 * progress.step + 1, [], []
     for parameter in run.parameters:
         parameter.grad = None
     if hook.on_step_start:

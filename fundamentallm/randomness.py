@@ -38,6 +38,6 @@ def set_random_state(kept: dict[str, Any]) -> None:
     torch.set_rng_state(kept["torch"])
     random.setstate(tuple(tuple(k) if isinstance(k, list) else k for k in kept["python"]))
     if "cuda" in kept:
-        torch.cuda.set_rng_state_all(kept["cuda"])
+        torch.cuda.set_rng_state_all(kept["cuda"][: torch.cuda.device_count()])
     if "numpy" in kept and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(tuple(kept["numpy"]))

@@ -38,13 +38,13 @@ def new_folder(composed: Composed) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder; raise ``StorageError`` while another live process does. The lock is the
-    kernel's: it ends with its process, however that ends."""
+    """Hold a run folder while this process lives; ``StorageError`` if another one holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    except OSError as why:
+        raise StorageError(f"{why.filename or folder}: cannot be written: {why.strerror}") from why
+    os.register_at_fork(after_in_child=lock.close)  # or it would outlive this process in a child
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,5 +66,5 @@ def write_record(folder: Path, composed: Composed) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             (folder / f".{name}").replace(folder / name)
-    except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    except OSError as why:
+        raise StorageError(f"{why.filename or folder}: cannot be written: {why.strerror}") from why

@@ -197,7 +197,25 @@ def test_resume_goes_on_from_the_checkpoint_that_is_asked_for(call: Call) -> Non
     assert steps == ["step 3", "step 4"]
     ended = call("resume", "runs/tiny", "--from", "step-00000009")
     assert ended.code == 2
-    assert "there is no checkpoint to load" in ended.err
+    assert "no listed plugin finds a checkpoint to go on from" in ended.err
+
+
+def test_resume_takes_plugins_away_and_adds_them(call: Call) -> None:
+    call("train", "tiny.toml", "--plugin", "./saver.py", "--plugin", "jsonl", "--set", "run.length=2")
+    ended = call("resume", "runs/tiny", "--no-plugin", "jsonl", "--plugin", "csv", "--set", "run.length=4")
+    assert ended.code == 0, ended.err
+    assert Path("runs/tiny/metrics.csv").is_file()
+    assert len(Path("runs/tiny/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_whose_checkpoints_nobody_reads_does_not_begin_anew(call: Call) -> None:
+    words = ("train", "tiny.toml", "--plugin", "checkpoint", "--run-dir", "mine")
+    assert call(*words).code == 0
+    before = Path("mine/settings.toml").read_text()
+    ended = call("resume", "mine", "--no-plugin", "checkpoint", "--set", "run.length=6")
+    assert ended.code == 2
+    assert "mine: no listed plugin finds a checkpoint to go on from" in ended.err
+    assert Path("mine/settings.toml").read_text() == before
 
 
 def test_resume_continues_from_what_the_folder_records(call: Call) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +81,36 @@ def test_a_missing_device_is_told_before_a_folder_is_made(tmp_path):
     with pytest.raises(SettingsError, match=f"there is no '{missing}' device here"):
         train(compose_tiny(folder=str(tmp_path / "runs"), device=missing))
     assert not (tmp_path / "runs").exists()
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from fundamentallm import hookimpl, plugin, train
+from fundamentallm.testing import compose_tiny
+
+@plugin
+class Forks:
+    @hookimpl
+    def on_step_start(self, run):
+        child = os.fork()
+        if child == 0:  # as a worker that loads data, and does not notice that nobody wants them
+            time.sleep(60)
+            os._exit(0)
+        print(child, flush=True)
+        os.kill(os.getpid(), 9)
+
+train(compose_tiny(Forks()), run_dir=Path(sys.argv[1]))
+"""
+
+
+def test_a_child_that_outlives_a_killed_run_does_not_hold_its_folder(tiny_run, tmp_path):
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        child = int(killed.stdout.readline())
+        try:
+            assert killed.wait(timeout=60) == -signal.SIGKILL
+            os.kill(child, 0)  # it is there
+            assert tiny_run(run_dir=tmp_path / "run").outcome == "finished"
+        finally:
+            os.kill(child, signal.SIGKILL)

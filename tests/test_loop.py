@@ -155,6 +155,55 @@ def test_a_second_signal_ends_at_once(tiny_run):
     assert (run.outcome, run.progress.step, ended) == ("interrupted", 0, ["interrupted"])
 
 
+@pytest.mark.parametrize("first", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_batch_system_that_insists_does_not_cost_the_state(tiny_run, first):
+    saved = []
+
+    @plugin
+    class Insists:
+        """Is warned, and then told to end, as batch systems do."""
+
+        @hookimpl
+        def on_step_start(self):
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        @hookimpl
+        def on_safe_point(self, run):
+            saved.append(run.progress.step)
+
+    run = tiny_run(Insists())
+    assert (run.outcome, run.signal, saved) == ("interrupted", first, [1])
+
+
+def test_a_signal_after_the_last_step_cuts_nobody_s_end_short(tiny_run):
+    ended = []
+
+    @plugin
+    class Requeues:
+        @hookimpl
+        def on_train_end(self, outcome):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            ended.append(outcome)
+
+    run = tiny_run(Requeues())
+    assert (run.outcome, ended) == ("finished", ["finished"])
+
+
+def test_the_window_of_a_step_is_never_that_of_another(tiny_run):
+    seen = []
+
+    @plugin
+    class Looks:
+        @hookimpl
+        def on_step_start(self, run):
+            seen.append((list(run.window), list(run.losses)))
+
+    tiny_run(Looks())
+    assert seen == [([], [])] * 4
+
+
 def test_the_final_step_is_validated_and_logged_whatever_the_periods(tiny_run):
     run = tiny_run(length=7, log_every=3, validate_every=5)
     assert [row["step"] for row in run.history] == [3, 5, 6, 7]

@@ -23,14 +23,15 @@ from plugtable.dispatch import Around, blame, freeze
 from plugtable.environment import environment
 from plugtable.finding import Found, find
 from plugtable.hosts import Host, Kind, class_problems, hook_methods, kind
-from plugtable.show import Commands, described, settings_options
+from plugtable.show import Commands, choice_options, described, settings_options
 from plugtable.sources import Key, Origin, Source, read
 from plugtable.structure import build, plain, structure, suggest, walk, written
 
 __all__ = [
     "Around", "Commands", "Composed", "Found", "Host", "Key", "Kind", "Origin", "Source",
-    "attribute_docs", "blame", "build", "class_problems", "compose", "described", "environment",
-    "field", "find", "freeze", "get_state", "hook_methods", "kind", "order", "plain", "plugin",
-    "plugin_name", "read", "register", "set_state", "setting_fields", "settings_options", "state",
-    "state_fields", "structure", "suggest", "table", "walk", "written",
+    "attribute_docs", "blame", "build", "choice_options", "class_problems", "compose",
+    "described", "environment", "field", "find", "freeze", "get_state", "hook_methods", "kind",
+    "order", "plain", "plugin", "plugin_name", "read", "register", "set_state", "setting_fields",
+    "settings_options", "state", "state_fields", "structure", "suggest", "table", "walk",
+    "written",
 ]  # fmt: skip

@@ -47,16 +47,20 @@ class Commands(click.Group):
         return {e.name: e for e in metadata.entry_points(group=self.offered_in)}
 
 
-def settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what every command takes that reads a settings file."""
+def choice_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that change what a settings file says."""
     for option in (
         click.option("--no-plugin", "remove", multiple=True, help="Leave a plugin out."),
         click.option("--plugin", "add", multiple=True, help="Add a plugin to the list."),
         click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML."),
-        click.argument("settings", type=click.Path(path_type=Path)),
     ):
         command = option(command)
     return command
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every command takes that reads a settings file: its path, and these options."""
+    return click.argument("settings", type=click.Path(path_type=Path))(choice_options(command))
 
 
 def described(composed: Composed) -> list[str]:
