@@ -74,12 +74,13 @@ class Checkpoint:
     @hookimpl
     def on_run_start(self, run: Run) -> None:
         """Finish what a process that was killed had begun. Training it is: not just loading."""
-        from fundamentallm_checkpoint import identity, leftovers
+        from fundamentallm_checkpoint import identity, leftovers, places
 
         self._trains, self._record = True, None
         self.run_id = identity.known(run.folder)
         if self.run_id:
-            leftovers.recover(self.home(run))
+            for home in {self.home(run), *places.of(run.folder)}:
+                leftovers.recover(home)
 
     @hookimpl
     def read_checkpoint(self, run: Run) -> Snapshot | None:
@@ -96,9 +97,10 @@ class Checkpoint:
         """Make the folder ready, set an abandoned continuation aside, and see that there is room
         for a checkpoint, and leave to write it."""
         if run.rank == 0:
-            from fundamentallm_checkpoint import identity, preparation, siblings, store
+            from fundamentallm_checkpoint import identity, places, preparation, siblings, store
 
             self.run_id = identity.settle(run.folder, self.run_id)
+            places.note(run.folder, self.home(run))
             store.prepare(self.home(run))
             siblings.abandon(run, self)
             siblings.warn(run, self)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fundamentallm import SettingsError, compose
-from fundamentallm_checkpoint import identity, manifest, retention, store
+from fundamentallm_checkpoint import identity, manifest, places, retention, store
 from fundamentallm_checkpoint.manifest import Manifest, Unsound
 from fundamentallm_checkpoint.retention import BEST, Rules
 
@@ -69,8 +69,13 @@ def _homes(run: Path, run_id: str) -> dict[Path, tuple[str, Rules]]:
     if not (run / "settings.toml").is_file() and not (run / "checkpoints").is_dir():
         raise SettingsError(f"{run}: is not a run folder: it has neither settings nor checkpoints")
     found = {run / "checkpoints": ("checkpoint", _ANY)}
-    found |= {home: (home.name, _ANY) for home in store.homes_below(run / "checkpoints")}
+    found |= {home: (_name(run, home), _ANY) for home in places.of(run)[1:]}
     return found | _listed(run, run_id)
+
+
+def _name(run: Path, home: Path) -> str:
+    """Return what tells a folder's checkpoints from others: for one outside, its whole path."""
+    return home.name if home.is_relative_to(run) else str(home)
 
 
 def _listed(run: Path, run_id: str) -> dict[Path, tuple[str, Rules]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm_checkpoint import changes, choice, identity, store
+from fundamentallm_checkpoint import changes, choice, identity, places
 from fundamentallm_checkpoint.choice import Wish
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
     for instance in instances.values():
         instance.run_id = run_id
     own = [one.home(run) for one in instances.values() if run_id or not one.folder]
-    homes = dict.fromkeys([*own, *store.homes_below(run.folder / "checkpoints")])
+    homes = {home.absolute(): home for home in [*own, *places.of(run.folder)]}.values()
     first, *_ = instances.values()
     judge = next((one for one in instances.values() if one.keep_best), first)
     wish = Wish(name=run.wanted_checkpoint, rules=judge.rules(), run=run_id, resumes=resumes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from fundamentallm_checkpoint import store
+from fundamentallm_checkpoint import places, store
 from fundamentallm_checkpoint.manifest import ALL
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ def of(run: Run, cls: type[Checkpoint]) -> dict[str, Checkpoint]:
 
 def abandon(run: Run, instance: Checkpoint) -> list[Path]:
     """Set the checkpoints of later steps aside that are in an instance's folder; the first one
-    sees to the folders of instances that are no longer listed. Return where they are now."""
-    instances = of(run, type(instance)).values()
-    homes = [instance.home(run)]
+    sees to the folders that no instance has any more. Return where they are now."""
+    instances, step = of(run, type(instance)).values(), run.progress.step
+    moved = [store.abandon(instance.home(run), step, instance.run_id)]
     if instance is next(iter(instances)):
-        others = {one.home(run) for one in instances}
-        homes += [h for h in store.homes_below(run.folder / "checkpoints") if h not in others]
-    moved = [store.abandon(home, run.progress.step, instance.run_id) for home in homes]
+        own = {one.home(run).absolute() for one in instances}
+        former = [home for home in places.of(run.folder) if home.absolute() not in own]
+        moved += [store.abandon(home, step, instance.run_id, used=False) for home in former]
     return [path for path in moved if path is not None]
 
 

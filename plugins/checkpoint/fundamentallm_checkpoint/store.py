@@ -79,14 +79,15 @@ def prepare(home: Path, run: str = "") -> None:
         raise StorageError(f"{error.filename}: {error.strerror}") from error
 
 
-def abandon(home: Path, step: int, run: str = "") -> Path | None:
+def abandon(home: Path, step: int, run: str = "", *, used: bool = True) -> Path | None:
     """Move the run's checkpoints of later steps than the one that it goes on from out of the way.
 
     They belong to a continuation that is abandoned, and would be taken for its newest. Returns
-    where they are now; raises ``StorageError`` if another run's are in the way.
+    where they are now; raises ``StorageError`` if another run's are in the way, ``used`` being
+    whether this one saves there.
     """
     own, others = parted([folder for folder in folders(home) if _step(folder) > step], run)
-    if others:
+    if others and used:
         raise StorageError(
             f"{others[0]} is a checkpoint of another run than {run}, and in the way of this one's:"
             f" move it and what else {home} holds of that run away"

@@ -96,6 +96,7 @@ def test_finds_what_sizes_tell_and_ends_with_the_code_of_storage(run: Path) -> N
 def listed_alone(run: Path, *words: str) -> list[str]:
     """List a copied run: its archive stays with the original."""
     (run / "settings.toml").unlink()
+    (run / "checkpoint-folders").unlink()
     return listed(run, *words)
 
 
@@ -121,7 +122,7 @@ def test_those_of_another_run_are_told_from_its_own(run: Path) -> None:
 
 def test_a_run_whose_plugins_are_gone_is_listed_all_the_same(run: Path) -> None:
     (run / "settings.toml").write_text('plugins = ["no_such_plugin"]\n[run]\nlength = 5\n')
-    assert len(listed(run)) == 4
+    assert len(listed(run)) == 6
 
 
 def test_says_what_is_no_run_folder_and_where_there_is_none(tmp_path: Path) -> None:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fundamentallm import Period, StorageError, hookimpl, plugin
+from fundamentallm import FundamentalError, Period, StorageError, hookimpl, plugin
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights
 from fundamentallm_checkpoint import Checkpoint, choice, publication, store
 from fundamentallm_checkpoint import contents as files_of
 from fundamentallm_checkpoint.choice import Wish
+from fundamentallm_checkpoint.listing import rows
 from fundamentallm_checkpoint.manifest import Manifest
 from fundamentallm_checkpoint.retention import Rules
 
 if TYPE_CHECKING:
     from fundamentallm import Run
 
+KEPT = {"every": 2, "keep_last": 9}
 RULES = Rules(keep_last=3, monitor="val/loss")
 
 
@@ -191,6 +193,8 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
     shutil.copytree(mixed, run / "checkpoints")
     before, trace = contents(mixed), Recorder()
     with pytest.raises(StorageError, match=r"step-00000008 is a checkpoint of another run than ccc"):
+        store.abandon(run / "checkpoints", 4, "c" * 12)
+    with pytest.raises(FundamentalError, match="checkpoint"):
         tiny_run(Checkpoint(every=Period(2)), length=4, trace=trace)
     assert "on_step_start" not in trace.names
     assert contents(run / "checkpoints") == before
@@ -203,3 +207,46 @@ def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
     shutil.rmtree(mixed / "step-00000008")
     store.abandon(mixed, 5, MINE)
     assert steps(mixed) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("here", "far"), ("far", "here"), ("far", "near"), ("far", "renamed"), ("here", "renamed")])  # fmt: skip
+def test_a_run_goes_on_though_its_checkpoints_are_no_longer_where_its_settings_say(
+    before: str, after: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    tables = {"here": {"checkpoint": KEPT},
+              "far": {"checkpoint": KEPT | {"folder": str(tmp_path / "far")}},
+              "near": {"checkpoint": KEPT | {"folder": str(tmp_path / "near")}},
+              "renamed": {"mine": KEPT | {"plugin": "checkpoint"}}}  # fmt: skip
+
+    def goes_on(which: str, length: int) -> Recorder:
+        trace = Recorder()
+        tiny_run(*tables[which], settings=tables[which], length=length, trace=trace)
+        return trace
+
+    goes_on(before, 4)
+    assert goes_on(after, 5).names.count("on_step_start") == 1
+    # Nothing new is saved before step 6 by one that is killed: the former place is still known.
+    for home in tmp_path.rglob("step-00000005"):
+        shutil.rmtree(home)
+    assert goes_on(after, 6).names.count("on_step_start") == 2
+    assert goes_on(before, 7).names.count("on_step_start") == 1
+
+
+def test_checkpoints_in_a_former_folder_are_listed_and_set_aside(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    @plugin
+    class Asks:
+        @hookimpl
+        def on_run_start(self, run: Run) -> None:
+            run.wanted_checkpoint = "step-2"
+
+    run = tiny_run(shared(tmp_path), length=4)
+    home = tmp_path / "store" / "run" / run_id(run)
+    tiny_run(Checkpoint(every=Period(2)), length=4)
+    assert {row.name for row in rows(run.folder, verify=False)} >= {f"{home}/step-00000004"}
+    tiny_run(Checkpoint(every=Period(3)), Asks(), length=3)
+    assert steps(home) == [2]
+    (aside,) = home.glob("superseded-*")
+    assert steps(aside) == [4]
