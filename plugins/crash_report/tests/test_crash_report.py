@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fundamentallm import PluginError, hookimpl, plugin
-from fundamentallm.testing import PluginContract
-from fundamentallm_crash_report import CrashReport
+from fundamentallm import (
+    DataError,
+    FundamentalError,
+    PluginError,
+    SettingsError,
+    hookimpl,
+    plugin,
+    train,
+)
+from fundamentallm.testing import PluginContract, compose_tiny
+from fundamentallm_crash_report import CrashReport, memory
 
 
 class TestContract(PluginContract):
@@ -19,12 +30,13 @@ class TestContract(PluginContract):
 
 @plugin
 class Fails:
-    """Fails in one hook of the third step."""
+    """Fails in one hook of a step, by default of the third."""
 
     hook: str = "on_step_start"
+    done: int = 2
 
     def fail(self, hook, run):
-        if hook == self.hook and run.progress.step >= 2:
+        if hook == self.hook and run.progress.step >= self.done:
             raise ZeroDivisionError("nothing to divide by")
 
     @hookimpl
@@ -120,10 +132,173 @@ def test_a_run_that_finishes_or_is_interrupted_leaves_none(tiny_run, tmp_path):
     assert not list(tmp_path.rglob("crash*"))
 
 
-def test_a_report_that_cannot_be_written_does_not_hide_the_error(tiny_run, tmp_path, monkeypatch):
-    def full(self, *_, **__):
-        raise OSError(28, "No space left on device")
+def test_a_step_that_has_no_window_yet_does_not_show_the_one_before(tiny_run, tmp_path):
+    for hook, window in (
+        ("on_step_start", "none yet"),
+        ("on_step_end", [{"first": 4, "samples": 4, "weight": 4.0}]),
+    ):
+        _, folder = crashed(tiny_run, tmp_path / hook, CrashReport(), Fails(hook=hook))
+        assert json.loads((folder / "crash.json").read_text())["window"] == window
+
+
+def broken_off(tmp_path, *plugins, rows=100, log_every=1):
+    """Train ten steps, and from the checkpoint of the tenth on until a failure after the 14th."""
+    plugins = ("checkpoint", *plugins)
+    settings = {"checkpoint": {"every": 10}}
+    for length, failing in ((10, ()), (20, (CrashReport(rows=rows), Fails(done=14)))):
+        composed = compose_tiny(*plugins, *failing, settings=settings, length=length,
+                                log_every=log_every)  # fmt: skip
+        try:
+            train(composed, run_dir=tmp_path)
+        except PluginError:
+            assert failing
+    lines = (tmp_path / "crash" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_last_rows_are_also_those_of_the_processes_before(tmp_path):
+    rows = broken_off(tmp_path / "run", "jsonl")
+    assert [row["step"] for row in rows] == [*range(1, 15)]
+    assert all(isinstance(row["train/loss"], float) for row in rows), "all are of one form"
+    rows = broken_off(tmp_path / "fewer", "jsonl", rows=7)
+    assert [row["step"] for row in rows] == [*range(8, 15)]
+    rows = broken_off(tmp_path / "own", "jsonl", rows=3)
+    assert [row["step"] for row in rows] == [12, 13, 14]
+    rows = broken_off(tmp_path / "alone")
+    assert [row["step"] for row in rows] == [11, 12, 13, 14]
+
+
+LINES = b"""{"time": 1.0, "step": 1, "tokens": 4, "metrics": {"train/loss": "NaN"}}
+{"step": 2}
+[]
+\xff\xfe
+{"step": 2, "metrics": {"train/loss": "much"}}
+{"time": 1.0, "step": 9, "tokens": 4, "metrics": {"train/loss": 0.5}}
+{"time": 1.0, "step": 3, "tok"""
+
+
+def test_lines_that_are_no_rows_of_the_steps_before_are_left_out(tiny_run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(LINES)
+    _, folder = crashed(tiny_run, tmp_path, CrashReport(), Fails(), log_every=2)
+    one, two = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (one["step"], math.isnan(one["train/loss"]), two["step"]) == (1, True, 2)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    _, folder = crashed(tiny_run, tmp_path, CrashReport(), Fails(), log_every=2)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@plugin
+class Missing:
+    """Data that is not there."""
+
+    @hookimpl
+    def build_data(self):
+        raise DataError("corpus.txt: no such file")
+
+
+@pytest.mark.parametrize(
+    ("plugins", "run", "at"),
+    [((), {}, "foo"), ((), {}, "step-00000099"), ((), {"seed": 5}, None), ((Missing(),), {}, None)],
+    ids=["no checkpoint", "no such step", "another seed", "no data"],
+)
+def test_a_mistake_in_how_a_run_is_called_leaves_the_report_of_its_failure(
+    tiny_run, tmp_path, plugins, run, at
+):
+    settings = {"checkpoint": {"every": 1}}
+    _, folder = crashed(tiny_run, tmp_path, "checkpoint", CrashReport(), Fails(), settings=settings)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    composed = compose_tiny("checkpoint", CrashReport(), *plugins, settings=settings, **run)
+    with pytest.raises(FundamentalError) as raised:
+        train(composed, run_dir=tmp_path, at=at)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir() if "crash" in p.name) == ["crash"]
+    assert not any("report" in note for note in getattr(raised.value, "__notes__", []))
+
+
+def test_settings_that_are_wrong_leave_no_report_and_missing_data_does(tmp_path):
+    def called(*plugins, **given):
+        with pytest.raises(FundamentalError) as raised:
+            train(compose_tiny(CrashReport(), *plugins), run_dir=tmp_path / "run", **given)
+        return raised.value
+
+    assert isinstance(called(at="foo"), SettingsError)
+    assert not (tmp_path / "run" / "crash").exists()
+    told = tmp_path / "run" / "crash" / "crash.json"
+    called(Missing())
+    assert "corpus.txt" in told.read_text()
+    called(Unfinished())
+    assert "half a model" in told.read_text(), "of two that never trained, the later counts"
+
+
+@plugin
+class Unfinished:
+    """A model that cannot be made."""
+
+    @hookimpl
+    def adapt_model(self):
+        raise ValueError("half a model")
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_error(
+    tiny_run, tmp_path, monkeypatch, caplog
+):
+    _, folder = crashed(tiny_run, tmp_path, CrashReport(), Fails(hook="on_step_end"))
+    before = (folder / "crash.json").read_text()
+    write = Path.write_text
+
+    def full(self, *words, **named):
+        if self.name == "settings.json":
+            raise OSError(28, "No space left on device")
+        return write(self, *words, **named)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(PluginError, match="nothing to divide by"):
+    (tmp_path / ".crash").mkdir()  # of a process that was killed
+    caplog.clear()
+    with pytest.raises(PluginError, match="nothing to divide by") as raised:
         tiny_run(CrashReport(), Fails(), run_dir=tmp_path)
+    assert not getattr(raised.value, "__notes__", [])
+    (told,) = [record.getMessage() for record in caplog.records if "crash" in record.getMessage()]
+    assert told == (
+        f"crash_report: no report could be written to {folder}: No space left on device"
+    )
+    assert (folder / "crash.json").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir() if "crash" in p.name) == ["crash"]
+
+
+REFUSED = """
+import resource, sys
+from fundamentallm import FundamentalError, hookimpl, plugin, train
+from fundamentallm.testing import compose_tiny
+from fundamentallm_crash_report import CrashReport
+
+@plugin
+class Fails:
+    @hookimpl
+    def on_step_end(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        raise ValueError("no such layer")
+
+try:
+    train(compose_tiny(CrashReport(), Fails()), run_dir=sys.argv[1])
+except FundamentalError as error:
+    print(error, *getattr(error, "__notes__", ()))
+"""
+
+
+def test_a_report_that_the_system_refuses_leaves_one_line_and_no_trace(tmp_path):
+    done = subprocess.run([sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert "no such layer" in done.stdout
+    assert "a report is in" not in done.stdout
+    (told,) = done.stderr.splitlines()
+    assert told.endswith(f"could be written to {tmp_path / 'crash'}: File too large")
+    assert not [path for path in tmp_path.iterdir() if "crash" in path.name]
+
+
+def test_a_device_that_answers_no_more_does_not_cost_the_report(monkeypatch):
+    def failed():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", failed)
+    assert memory("cuda") == {"unknown": "CUDA error: device-side assert triggered"}
