@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -77,6 +79,56 @@ def test_a_queue_that_refuses_is_a_warning(tiny_run, asked, monkeypatch, caplog,
         monkeypatch.setenv("PATH", "/nonexistent")
     assert tiny_run(Slurm(), Sends(number=signal.SIGUSR1)).outcome == "interrupted"
     assert "job 4711 could not be queued again" in caplog.text
+
+
+TINY = """
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+
+@plugin
+class Tiny:
+    @hookimpl
+    def build_data(self, run):
+        return TinyData().build_data(run)
+
+    @hookimpl
+    def build_model(self):
+        return TinyModel().build_model()
+
+    @hookimpl
+    def build_optimizer(self, run):
+        return TinyOptimizer().build_optimizer(run)
+"""
+
+SETTINGS = """
+plugins = ["console", "checkpoint", "slurm", "./tiny.py"]
+
+[run]
+length = "1000000 steps"
+log_every = "1000000 steps"
+max_time = "0.5 seconds"
+device = "cpu"
+"""
+
+
+def test_a_job_that_is_ended_as_it_is_queued_again_still_ends_as_announced(asked, tmp_path):
+    tool = tmp_path / "bin" / "scontrol"
+    tool.write_text(tool.read_text().replace("exit", "kill -TERM $PPID\nexit"))
+    (tmp_path / "tiny.py").write_text(TINY)
+    settings, folder = tmp_path / "settings.toml", tmp_path / "run"
+    settings.write_text(SETTINGS)
+    done = subprocess.run(
+        [sys.executable, "-m", "fundamentallm", "train", settings, "--run-dir", folder],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGUSR1, done.stderr
+    assert asked.read_text() == "requeue 4711\n"
+    assert "Traceback" not in done.stderr
+    assert f"resume with: fundamentallm resume {folder}" in done.stderr
+    assert any((folder / "checkpoints").glob("step-*"))
+    log = (folder / "train.log").read_text()
+    assert "slurm: job 4711 is queued again" in log
+    assert "interrupted at step" in log.splitlines()[-1]
 
 
 def test_a_signal_that_does_not_exist_is_a_mistake_in_the_settings():
