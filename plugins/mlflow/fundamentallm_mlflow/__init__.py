@@ -164,6 +164,8 @@ class Mlflow:
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """Set the end state, and wait for the store to take what is left."""
+        from fundamentallm_mlflow.farewell import Farewell
+
         shipper = self._shipper
         if shipper is None:
             return
@@ -174,7 +176,7 @@ class Mlflow:
         self._append("end", outcome=outcome, error=error)
         if self._journal is not None:
             self._journal.close()
-        left = shipper.finish(self.end_seconds)
+        left = Farewell(self._folder(run), self.end_seconds, run.report).wait(shipper)
         if left is not None:
             log.warning("mlflow: %s; the rows are in %s: continuing the run ships them, or: "
                         "fundamentallm mlflow sync %s",

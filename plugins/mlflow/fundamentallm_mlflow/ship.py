@@ -66,7 +66,8 @@ class Loop:
             if self._gone_at is None and _gone(self._parent, POLL_SECONDS + self._pause):
                 self._gone_at, self._pause = time.monotonic(), 0.0
             elif self._gone_at is not None:
-                time.sleep(min(self._pause, self._patience))
+                left = self._gone_at + self._patience - time.monotonic()
+                time.sleep(max(0.0, min(self._pause, left)))
             if self._attempt() and self._gone_at is not None:
                 return 0
             if self._gone_at is not None and time.monotonic() - self._gone_at >= self._patience:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import subprocess
@@ -13,6 +14,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 # A dead server must not block a call for minutes, and nothing is to be sent to anyone else.
@@ -23,6 +25,7 @@ _ENVIRONMENT = {
 }
 _ALWAYS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
+GRACE = 10.0  # seconds that the shipping process may take to give up
 SUCCESSORS = 3  # what is killed more often than that is killed for a reason
 
 log = logging.getLogger("fundamentallm")
@@ -90,17 +93,20 @@ class Shipper:
         else:
             log.warning("mlflow: the shipping process ended: the rows wait in %s", self._folder)
 
-    def finish(self, patience: float | None) -> str | None:
+    def finish(
+        self, patience: float | None, waits: Callable[[], None] = lambda: None
+    ) -> str | None:
         """Let the process ship the rest and end; return what went wrong, if anything did. None
-        waits as long as rows arrive."""
+        waits as long as rows arrive. ``waits`` is called about once a second meanwhile."""
         self.listen()  # it may have been killed since the last row
-        cast("IO[bytes]", self._process.stdin).close()
-        try:
-            # The process itself gives up after ``patience``: let it say so.
-            code = self._process.wait(None if patience is None else patience + 10)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "the store did not take the last rows in time"
+        self._hang_up()
+        # The process itself gives up after ``patience``: let it say so.
+        until = math.inf if patience is None else time.monotonic() + patience + GRACE
+        while (code := self._ended()) is None:
+            if time.monotonic() > until:
+                self.kill()
+                return "the store did not take the last rows in time"
+            waits()
         if self._pipe >= 0:
             self._hear()
         return {0: None, 3: "the store did not take the last rows in time"}.get(
@@ -110,8 +116,7 @@ class Shipper:
     def kill(self) -> None:
         """End the process at once."""
         self._process.kill()
-        os.set_blocking(cast("IO[bytes]", self._process.stdout).fileno(), True)
-        self._process.communicate()
+        self._let_go()
 
     def why(self, error: str) -> str:
         """Return a sentence on what does not work, with the store's name and no password."""
@@ -120,8 +125,20 @@ class Shipper:
                 f"(details: {self._folder / 'ship.log'})")  # fmt: skip
 
     def _let_go(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate()  # it has ended: this does not wait
+        self._process.wait()  # it has ended, or is about to: this does not take long
+        cast("IO[bytes]", self._process.stdout).close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        # What it has not heard is lost with it; and the pipe may be closed already.
+        with contextlib.suppress(OSError, ValueError):
+            cast("IO[bytes]", self._process.stdin).close()
+
+    def _ended(self) -> int | None:
+        try:
+            return self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return None
 
     def _hear(self) -> bool:
         """Pass on what there is to read; False at the pipe's end."""

@@ -19,8 +19,10 @@ from fundamentallm import FundamentalError, PluginError, StorageError, hookimpl,
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
+from fundamentallm_mlflow.farewell import Farewell
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ledger import shipped
+from fundamentallm_mlflow.ship import Loop
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -74,7 +76,7 @@ def test_those_who_wait_for_the_store_see_what_for(tiny_run: TinyRun) -> None:
     recorder = Recorder()
     tiny_run(logger("shown"), trace=recorder, length=1)
     told = [given for hook, given in recorder.calls if hook == "on_progress"]
-    (task,) = {given["task"] for given in told if "MLflow" in given["task"]}
+    (task,) = {given["task"] for given in told if "opening" in given["task"]}
     ends = [(given["done"], given["total"]) for given in told if given["task"] == task]
     assert ends == [(0, None), (1, 1)]
 
@@ -180,6 +182,16 @@ class Assassin:
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
+@plugin
+class Stopper:
+    """Stops the process that ships, which then hears nothing."""
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        for child in psutil.Process().children():
+            child.suspend()
+
+
 @pytest.mark.parametrize("steps", [(3,), (8,)])
 def test_where_the_process_that_ships_is_killed_another_takes_over_and_nothing_is_lost(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, steps: tuple[int, ...]
@@ -241,6 +253,57 @@ def test_a_run_may_start_without_its_store_and_is_synced_later(
     assert kept.info.status == "FINISHED"
     losses = [(int(row["step"]), row["train/loss"]) for row in run.history]
     assert look.points(kept, "train/loss") == losses
+
+
+def test_a_store_that_is_away_at_the_end_does_not_make_a_finished_run_a_failed_one(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """Even where the shipping process does not hear that it is to end, and is killed."""
+    monkeypatch.setattr("fundamentallm_mlflow.shipper.GRACE", 0.0)
+    recorder = Recorder()
+    run = tiny_run(logger("ending", end_seconds=1.5), Stopper(), trace=recorder)
+    assert "the store did not take the last rows in time" in caplog.text
+    assert f"fundamentallm mlflow sync {run.folder}" in caplog.text
+    told = [given for hook, given in recorder.calls if hook == "on_progress"]
+    ends = [(given["done"] < given["total"]) for given in told if "shipping" in given["task"]]
+    assert ends[-1] is False
+    assert len(ends) > 1
+    assert all(ends[:-1])
+
+
+def test_what_goes_wrong_at_the_end_is_told_and_not_raised(tmp_path: Path) -> None:
+    class Broken:
+        def finish(self, *given: Any) -> str | None:
+            raise ValueError("flush of closed file")
+
+    broken: Any = Broken()
+    assert Farewell(tmp_path, 1.0, print).wait(broken) == "ValueError: flush of closed file"
+
+
+def test_the_shipping_process_gives_up_when_it_is_told_to(monkeypatch: Any) -> None:
+    class Away:
+        def measure(self) -> None:
+            raise ConnectionError
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+        def tell(self, **facts: Any) -> None:
+            """Nobody hears it."""
+
+    away: Any = Away()
+    clock: Any = Clock()
+    monkeypatch.setattr("fundamentallm_mlflow.ship.time", clock)
+    loop = Loop(away, clock, {"parent": os.getppid(), "end_seconds": 60.0})
+    loop.away, loop._gone_at, loop._pause = True, 0.0, 30.0
+    assert loop.run() == 3
+    assert clock.now == 60.0
 
 
 def test_sync_refuses_what_it_cannot_ship(tmp_path: Path) -> None:
