@@ -85,17 +85,18 @@ class Mlflow:
         self._shipper: Shipper | None = None
         self._thinning: Thinning | None = None
         self._validated = False
-        self._shown = ""
+        self._uri = self._shown = ""
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
         """Begin to open the store, which takes seconds, while data and model are built."""
-        from fundamentallm_mlflow.places import chosen
+        from fundamentallm_mlflow.places import settled
         from fundamentallm_mlflow.shipper import Shipper
 
         if run.rank:
             return
-        request = self.request(run.folder, chosen(self.tracking_uri))
+        self._uri = settled(self.tracking_uri, self._folder(run))
+        request = self.request(run.folder, self._uri)
         try:
             self._shipper = Shipper(self._folder(run), request)
         except OSError as error:
@@ -118,7 +119,7 @@ class Mlflow:
         self._check(answer := shipper.open())
         try:
             self._journal = journal = Journal(folder / "journal.jsonl")
-            start = journal.append("start", id=uuid.uuid4().hex, **start_of(run, self))
+            start = journal.append("start", id=uuid.uuid4().hex, **start_of(run, self, self._uri))
         except OSError as error:
             path = folder / "journal.jsonl"
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
@@ -213,9 +214,9 @@ class Mlflow:
         log.warning("%s; the rows wait in the journal", said)
 
     def _show(self, run: Run, answer: dict[str, Any]) -> None:
-        from fundamentallm_mlflow.places import charts, chosen, is_server, masked
+        from fundamentallm_mlflow.places import charts, is_server, masked
 
-        uri = chosen(self.tracking_uri)
+        uri = self._uri
         if "run_id" not in answer:
             return
         how = "" if is_server(uri) else f" (once 'fundamentallm ui {run.folder}' runs)"

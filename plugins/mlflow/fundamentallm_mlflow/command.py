@@ -15,7 +15,7 @@ import click
 
 from fundamentallm import PluginError, SettingsError
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.places import PORT, charts, chosen, is_server, masked
+from fundamentallm_mlflow.places import PORT, charts, chosen, is_server, masked, settled
 
 URI = click.option("--uri", help="The store, in place of the one that is set.")
 
@@ -48,8 +48,9 @@ def ui(run: Path | None, uri: str | None, experiment: str | None, port: int) -> 
     Of the run in folder RUN it takes store and experiment; without one, the store is that of the
     environment variable MLFLOW_TRACKING_URI, or mlflow.db in this folder.
     """
-    settings = next(iter(recorded(run).values()), Mlflow()) if run else Mlflow()
-    store, name = chosen(uri or settings.tracking_uri), experiment or settings.experiment
+    plugin, settings = next(iter(recorded(run).items()) if run else iter(()), ("", Mlflow()))
+    store = settled(settings.tracking_uri, run / plugin) if run and not uri else chosen(uri)
+    name = experiment or settings.experiment
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # four processes for evaluations
     from fundamentallm_mlflow.ship import reason
@@ -93,7 +94,7 @@ def synced(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:
         raise SettingsError(f"{folder}: has no journal: the run has not been started with mlflow")
     if is_open(journal):
         raise SettingsError(f"{run}: is being trained, which ships it")
-    store = chosen(uri or settings.tracking_uri)
+    store = chosen(uri) if uri else settled(settings.tracking_uri, folder)
     request = settings.request(run, store)
     shipper = Shipper(folder, request | {"strict": True, "system_seconds": 0.0})
     answer = shipper.open()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, hook_methods, setting_fields
 from fundamentallm_mlflow.note import note, program
+from fundamentallm_mlflow.places import noted
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -19,8 +20,8 @@ _FOLDERS = ("name", "folder")
 _LONGEST_DIGEST = 36
 
 
-def start_of(run: Run, own: Mlflow) -> dict[str, Any]:
-    """Return what the ``start`` row says of a run."""
+def start_of(run: Run, own: Mlflow, uri: str) -> dict[str, Any]:
+    """Return what the ``start`` row says of a run, which goes into the store ``uri``."""
     settings = parameters(run, own)
     return {
         "step": run.progress.step,
@@ -34,6 +35,7 @@ def start_of(run: Run, own: Mlflow) -> dict[str, Any]:
         "upload": own.upload_checkpoints,
         "registry": registry(own),
         "parent": own.parent,
+        **noted(own.tracking_uri, uri),
     }
 
 

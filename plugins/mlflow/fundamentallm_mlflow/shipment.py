@@ -35,10 +35,13 @@ class Shipping:
         starts = [(o, row) for o, row in turns_of(self._journal) if row["kind"] == "start"]
         self.since: float = starts[0][1]["time"] / 1000
         """When the run began first, in Unix seconds."""
-        known = {offset for entry in self._ledger.entries for offset in entry.starts}
-        for offset, row in starts:
-            if offset not in known:
-                self._attach(offset, row)
+        entries = self._ledger.entries
+        known = {offset for entry in entries for offset in entry.starts}
+        fresh = [(offset, row) for offset, row in starts if offset not in known]
+        if entries and not self._is_here(entries[-1]):
+            self._move(dict(starts), may_make=not fresh)
+        for offset, row in fresh:
+            self._attach(offset, row)
         entries = self._ledger.entries
         self._shipments = [self._shipment(i) for i in range(len(entries)) if self._is_due(i)]
 
@@ -97,6 +100,22 @@ class Shipping:
             self._ledger.entries.append(entry)
         self._ledger.keep()
 
+    def _move(self, starts: Mapping[int, Mapping[str, Any]], *, may_make: bool) -> None:
+        """Go on in this store though the last run is in another, or was deleted: with what this
+        one has of it already, or else with a new run of the same rows."""
+        entries, last = self._ledger.entries, self._ledger.entries[-1]
+        twins = [e for e in entries if e.starts[0] == last.starts[0] and self._is_here(e)]
+        if not (twins or may_make):
+            return
+        first = last.starts[0]
+        entry = twins[-1] if twins else self._new(first, starts[first], history=last.history)
+        for offset in last.starts:
+            if not twins or offset not in entry.starts:
+                self._store.describe(entry.run_id, starts[offset], {})
+        entry.starts, entry.closed = list(last.starts), False
+        self._ledger.entries = [e for e in entries if e is not entry] + [entry]
+        self._ledger.keep()
+
     def _new(self, offset: int, start: Mapping[str, Any], *, history: bool) -> Entry:
         run_id = self._store.run_for(start)
         return Entry(run_id, self._store.experiment_id, *self._place, starts=[offset],
@@ -108,8 +127,10 @@ class Shipping:
 
     def _is_due(self, index: int) -> bool:
         entry = self._ledger.entries[index]
-        is_last = index == len(self._ledger.entries) - 1
-        return is_last or (not entry.closed and self._is_here(entry))
+        end = self._ledger.end_of(index)
+        if end is None:
+            return True
+        return end > entry.starts[0] and not entry.closed and self._is_here(entry)
 
     def _shipment(self, index: int) -> Shipment:
         return Shipment(self._journal, self._ledger, index, self._store)

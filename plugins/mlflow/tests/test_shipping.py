@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ledger import Ledger
-from fundamentallm_mlflow.places import charts, chosen, masked
+from fundamentallm_mlflow.places import charts, chosen, masked, noted, settled
 from fundamentallm_mlflow.shipment import Shipping
 from fundamentallm_mlflow.work import Work
 
@@ -224,6 +224,47 @@ def test_a_run_that_was_deleted_gets_a_new_one_with_all_rows(look: Any, tmp_path
     assert look.points(second, "train/loss") == losses(range(1, 6))
 
 
+@pytest.fixture(scope="session")
+def second(tmp_path_factory: pytest.TempPathFactory, look: Any) -> Any:
+    """Another store, which takes seconds to make."""
+    return type(look)(f"sqlite:///{tmp_path_factory.mktemp('second') / 'other.db'}")
+
+
+def test_a_second_store_gets_all_of_a_run_that_the_first_one_has(
+    look: Any, second: Any, tmp_path: Path
+) -> None:
+    process = Process(tmp_path).trains(4)
+    process.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
+    process.ends(None)
+    Process(tmp_path, step=2).trains(6).ends()
+    first = ship(tmp_path, opened(look.uri, "moved"), "moved")
+    for _ in range(2):  # the second time there is nothing left to do
+        there = ship(tmp_path, opened(second.uri, "moved"), "moved")
+        kept = second.run("moved")
+        assert (kept.info.run_id, kept.info.status) == (there, "FINISHED")
+        assert second.points(kept, "train/loss") == losses(range(1, 7))
+        (model,) = second.client.search_logged_models([kept.info.experiment_id])
+        assert model.name == "step-00000004"
+        assert kept.data.params["run.length"] == "8 steps"
+    # And back: what is trained on goes on in the run that the first store has.
+    Process(tmp_path, step=6).trains(8).ends()
+    assert ship(tmp_path, opened(look.uri, "moved"), "moved") == first
+    assert look.points(look.run("moved"), "train/loss") == losses(range(1, 9))
+    assert ship(tmp_path, opened(second.uri, "moved"), "moved") == there
+    assert second.points(second.run("moved"), "train/loss") == losses(range(1, 9))
+    assert {run.info.status for run in (look.run("moved"), second.run("moved"))} == {"FINISHED"}
+
+
+def test_a_run_that_was_deleted_is_shipped_anew_though_all_had_been_taken(
+    look: Any, tmp_path: Path
+) -> None:
+    Process(tmp_path).trains(3).ends()
+    first = ship(tmp_path, opened(look.uri, "again"), "again")
+    look.client.delete_run(first)
+    assert ship(tmp_path, opened(look.uri, "again"), "again") != first
+    assert look.points(look.run("again"), "train/loss") == losses(range(1, 4))
+
+
 def test_a_lost_ledger_is_made_anew_without_doubled_runs_or_points(
     look: Any, tmp_path: Path
 ) -> None:
@@ -312,6 +353,33 @@ def test_a_database_is_the_same_from_every_folder(monkeypatch: Any, tmp_path: Pa
     assert chosen("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
     assert chosen("sqlite:////x/b.db") == "sqlite:////x/b.db"
     assert chosen("http://host:5000") == "http://host:5000"
+
+
+def test_a_run_stays_in_its_store_in_whatever_folder_it_is_continued(
+    monkeypatch: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("here", "else"):
+        (tmp_path / name).mkdir()
+    here, elsewhere = tmp_path / "here", tmp_path / "else"
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for number, asked in enumerate([None, "sqlite:///a.db", "http://me:secret@host"]):
+        run = here / str(number)
+        assert settled(asked, run) == chosen(asked)
+        Process(run, **noted(asked, chosen(asked))).ends()
+        assert "secret" not in (run / "journal.jsonl").read_text()
+    monkeypatch.chdir(elsewhere)
+    assert settled(None, here / "0") == f"sqlite:///{here}/mlflow.db"
+    assert settled("sqlite:///a.db", here / "1") == f"sqlite:///{here}/a.db"
+    assert settled("http://me:secret@host", here / "2") == "http://me:secret@host"
+    assert settled(None, here / "2") == "http://me@host"
+    assert caplog.text == ""
+    assert settled("sqlite:///b.db", here / "1") == f"sqlite:///{elsewhere}/b.db"
+    said = f"the store of this run is now sqlite:///{elsewhere}/b.db; it was sqlite:///{here}/a.db"
+    assert said in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
+    assert settled(None, here / "0") == "http://other"
+    assert "is now http://other" in caplog.text
 
 
 def test_no_message_and_no_url_shows_a_password() -> None:
