@@ -7,16 +7,18 @@ import logging
 import math
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import field, hookimpl, plugin
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from fundamentallm import Run
+    from fundamentallm import Outcome, Run
 
 FILE = "metrics.jsonl"
+HISTOGRAMS = "histograms.jsonl"
+OUTCOME = "outcome.json"
+LONGEST = 500  # characters of an error's message
 log = logging.getLogger("fundamentallm")
 
 
@@ -27,52 +29,75 @@ class Jsonl:
     A line holds ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
     ``metrics`` by name. It is written at once and whole; a run that is resumed or goes back drops
     the lines of steps that it makes again, so that no step is there twice. A run that starts anew
-    where rows are already keeps them in a file beside.
+    where rows are already keeps them in a file beside. Histograms that another plugin hands over go
+    to ``histograms.jsonl`` in the same way, and how the run ended to ``outcome.json``.
     """
 
-    _file: int | None = field(init=False, default=None)
+    _folder: Path | None = field(init=False, default=None)
+    _files: dict[str, int] = field(init=False, factory=dict)
 
     observer = True
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Open the file, without the rows of steps that are still to come."""
+        """Begin the files, without the rows of steps that are still to come."""
         if run.rank == 0:
-            path = run.folder / FILE
-            if run.progress.step == 0 and path.exists():
-                set_aside(path)
+            (run.folder / OUTCOME).unlink(missing_ok=True)
+            if run.progress.step == 0:
+                for path in (run.folder / FILE, run.folder / HISTOGRAMS):
+                    set_aside(path)
             self._open(run)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
         """Drop the rows of the steps that have become void."""
-        if self._file is not None:
-            self.on_train_end()
+        if self._folder is not None:
+            self._close()
             self._open(run)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
         """Append a row, in one write."""
-        if self._file is not None:
-            line = row(run.progress.step, run.progress.tokens, metrics)
-            if os.write(self._file, line) < len(line):
-                raise OSError(f"{run.folder / FILE}: the disk took only a part of a line")
+        self._append(FILE, row(run.progress.step, run.progress.tokens, metrics))
+
+    def take_histogram(
+        self, name: str, step: int, edges: list[float], counts: list[int]
+    ) -> None:
+        """Append a histogram; any plugin of the run may hand one over while a row is logged."""
+        self._append(HISTOGRAMS, histogram(name, step, edges, counts))
 
     @hookimpl
-    def on_train_end(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            os.close(file)
+    def on_train_end(self, run: Run, outcome: Outcome) -> None:
+        """Close the files, and write how the run ended."""
+        begun = self._folder is not None
+        self._close()
+        if begun or (run.rank == 0 and failed_to_begin(run.folder)):
+            write_outcome(run, outcome)
 
     def _open(self, run: Run) -> None:
-        path = run.folder / FILE
-        if path.exists():
-            # A step that a signal left open is closed, and its row written, by whoever resumes it:
-            # a process that was killed after that has left the row already.
-            drop_rows_after(run.progress.step - (not run.progress.closed), path)
-        # Appending, so that one write puts the whole line at the end, whoever else writes.
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        # A step that a signal left open is closed, and its row written, by whoever resumes it: a
+        # process that was killed after that has left the row already.
+        step = run.progress.step - (not run.progress.closed)
+        for path in (run.folder / FILE, run.folder / HISTOGRAMS):
+            if path.exists():
+                drop_rows_after(step, path)
+        self._folder = run.folder
+        self._append(FILE, b"")  # it is there from the start
+
+    def _append(self, name: str, line: bytes) -> None:
+        if self._folder is None:
+            return
+        if name not in self._files:
+            # Appending, so that one write puts the whole line at the end, whoever else writes.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._files[name] = os.open(self._folder / name, flags, 0o666)
+        if os.write(self._files[name], line) < len(line):
+            raise OSError(f"{self._folder / name}: the disk took only a part of a line")
+
+    def _close(self) -> None:
+        self._folder = None
+        while self._files:
+            os.close(self._files.popitem()[1])
 
 
 def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
@@ -83,8 +108,35 @@ def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
     return json.dumps(facts, allow_nan=False).encode() + b"\n"
 
 
+def histogram(name: str, step: int, edges: list[float], counts: list[int]) -> bytes:
+    """Return one line: ``counts[i]`` values lie from ``edges[i]`` up to ``edges[i + 1]``."""
+    facts = {"time": round(time.time(), 3), "step": step, "name": name, "edges": edges}
+    return json.dumps(facts | {"counts": counts}, allow_nan=False).encode() + b"\n"
+
+
+def write_outcome(run: Run, outcome: Outcome) -> None:
+    """Write how a run ended, at which step, and by which error, whole or not at all."""
+    error = run.error and f"{type(run.error).__name__}: {run.error}".splitlines()[0][:LONGEST]
+    facts = {"outcome": outcome, "step": run.progress.step, "error": error}
+    beside = run.folder / f".{OUTCOME}.new"
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(run.folder / OUTCOME)
+
+
+def failed_to_begin(folder: Path) -> bool:
+    """Whether a run ends that others kept from its first start; what failed to go on keeps the
+    outcome that it had."""
+    is_new = not any((folder / name).exists() for name in (OUTCOME, FILE))
+    return is_new and (folder / "settings.toml").exists()
+
+
 def set_aside(path: Path) -> None:
     """Move a file that holds rows to a name of its own: no checkpoint could make them again."""
+    if not path.exists():
+        return
     with path.open("rb") as old:
         if not any(_belongs(line, math.inf) for line in old):
             return

@@ -15,7 +15,7 @@ from fundamentallm_runs.record import Record, is_run, is_running, read
 from fundamentallm_runs.rows import Row, parsed
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
-TOLD = ("run", "state", "step", "done", "best", "best_step", "written")
+TOLD = ("run", "state", "step", "done", "best", "best_step", "written", "error")
 
 
 @click.command()
@@ -40,8 +40,8 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
     shown = table("run", "state")
     for name in ("step", "done", f"best {metric}", "at step", "last row"):
         add_column(shown, name, justify="right")
-    for row in rows:
-        shown.add_row(*map(_shown, row.values()))
+    for *row, _ in (row.values() for row in rows):
+        shown.add_row(*map(_shown, row))
     console(120).print(shown)
 
 
@@ -63,7 +63,8 @@ def watch(run: Path, metrics: tuple[str, ...], every: float) -> None:
         for row in filter(None, map(parsed, lines)):
             click.echo(_line(row, metrics))
         if not alive:
-            click.echo(f"{run}: {read(run).state}")
+            ended = read(run)
+            click.echo(": ".join(filter(None, (str(run), ended.state, ended.error))))
             return
         time.sleep(every)
 
@@ -82,7 +83,8 @@ def _looked_at(folder: Path, metric: str) -> tuple[float, dict[str, object]]:
         record = read(folder)
     except FundamentalError as error:
         click.echo(str(error), err=True)
-        return 0.0, dict.fromkeys(TOLD) | {"run": folder.name, "state": "unreadable"}
+        told = {"run": folder.name, "state": "unreadable", "error": str(error)}
+        return 0.0, dict.fromkeys(TOLD) | told
     return record.started, _told(record, metric)
 
 
@@ -96,6 +98,7 @@ def _told(record: Record, metric: str) -> dict[str, object]:
         best[1] if best else None,
         best[0] if best else None,
         _when(record.written),
+        record.error,
     )
     return dict(zip(TOLD, values, strict=True))
 

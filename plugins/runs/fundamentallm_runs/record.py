@@ -14,7 +14,8 @@ import tomli
 from fundamentallm import Period, Progress, SettingsError, StorageError
 from fundamentallm_runs.rows import Columns, gathered, read_rows
 
-State: TypeAlias = Literal["running", "finished", "failed", "stopped"]
+State: TypeAlias = Literal["running", "finished", "stopped", "interrupted", "failed", "cut"]
+OUTCOMES = ("finished", "stopped", "interrupted", "failed")
 MAXIMA = ("accuracy", "tokens_per_second", "samples_per_second", "mfu")
 
 
@@ -26,7 +27,9 @@ class Record:
     settings: dict[str, Any]
     environment: dict[str, Any]
     columns: Columns
-    state: State
+    state: State = "cut"
+    error: str | None = None
+    """What a failed run ended with."""
 
     @property
     def name(self) -> str:
@@ -42,6 +45,8 @@ class Record:
     @property
     def share(self) -> float | None:
         """How much of its length the run has behind it, up to 1; None if that cannot be told."""
+        if self.state == "finished":
+            return 1.0
         try:
             length = Period.parse(self.settings["run"]["length"])
         except (LookupError, TypeError, ValueError):  # settings of something else
@@ -89,9 +94,16 @@ def read(folder: Path) -> Record:
         raise SettingsError(f"{folder}: is not a run folder: it has no settings.toml")
     try:
         settings = tomli.loads((folder / "settings.toml").read_text("utf-8"))
+        runs_on = is_running(folder)  # before reading: a run that ends meanwhile has said how
         columns = gathered(read_rows(folder / "metrics.jsonl"))
-        record = Record(folder, settings, _environment(folder), columns, "stopped")
-        return attrs.evolve(record, state=_state(record))
+        record = Record(folder, settings, _kept(folder / "environment.json"), columns)
+        if runs_on:
+            return attrs.evolve(record, state="running")
+        ending = _kept(folder / "outcome.json")
+        if ending.get("outcome") not in OUTCOMES:
+            return attrs.evolve(record, state=_guessed(record))
+        error = str(ending["error"]) if ending.get("error") else None
+        return attrs.evolve(record, state=ending["outcome"], error=error)
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise StorageError(f"{folder}: cannot be read: {error}") from error
 
@@ -108,19 +120,18 @@ def is_running(folder: Path) -> bool:
     return False
 
 
-def _environment(folder: Path) -> dict[str, Any]:
+def _kept(path: Path) -> dict[str, Any]:
     try:
-        kept = json.loads((folder / "environment.json").read_text("utf-8"))
+        kept = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return kept if isinstance(kept, dict) else {}
 
 
-def _state(record: Record) -> State:
-    if is_running(record.folder):
-        return "running"
+def _guessed(record: Record) -> State:
+    """Tell from the rows how a run ended that has not said so."""
     if record.share is not None and record.share >= 1:
         return "finished"
     crash = record.folder / "crash" / "crash.json"
     is_last = crash.exists() and crash.stat().st_mtime >= (record.written or 0.0)
-    return "failed" if is_last else "stopped"
+    return "failed" if is_last else "cut"

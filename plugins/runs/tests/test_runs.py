@@ -14,11 +14,20 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import tomli
+import tomli_w
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm import DataError, FundamentalError, SettingsError, StorageError, train
+from fundamentallm import (
+    DataError,
+    FundamentalError,
+    PluginError,
+    SettingsError,
+    StorageError,
+    train,
+)
 from fundamentallm_runs.comparing import compare, differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
@@ -59,11 +68,25 @@ class Parts:
 '''
 
 
-def trained(folder: Path, lr: float = 0.1, **more):
+FAILS = '''
+from fundamentallm import hookimpl, plugin
+
+@plugin
+class Fails:
+    """Fails in its fifth step."""
+
+    @hookimpl
+    def on_step_start(self, run):
+        if run.progress.step == 4:
+            raise ValueError("no more")
+'''
+
+
+def trained(folder: Path, lr: float = 0.1, plugins=(), **more):
     """Train a tiny run into a folder."""
     (folder.parent / "parts.py").write_text(LOCAL)
     settings = {
-        "plugins": [str(folder.parent / "parts.py"), "jsonl", "checkpoint"],
+        "plugins": [str(folder.parent / "parts.py"), "jsonl", "checkpoint", *plugins],
         "run": {"length": 8, "log_every": 2, "validate_every": 4, "device": "cpu"},
         "parts": {"lr": lr, **more}, "checkpoint": {"every": 4},
     }  # fmt: skip
@@ -122,12 +145,51 @@ def test_a_run_is_running_exactly_while_a_process_holds_it(copies):
     assert read(copies[0]).state == "finished"
 
 
-def test_a_run_that_was_cut_short_is_stopped_and_one_that_crashed_has_failed(copies):
+def ended(folder, **facts):
+    (folder / "outcome.json").write_text(json.dumps({"outcome": "finished", "step": 8, "error": None} | facts))
+
+
+@pytest.mark.parametrize("length", ["2 epochs", "3 hours", "90 seconds", 8])
+def test_a_run_of_any_length_that_says_it_finished_has_finished(copies, length):
+    settings = tomli.loads((copies[0] / "settings.toml").read_text())
+    settings["run"]["length"] = length
+    (copies[0] / "settings.toml").write_text(tomli_w.dumps(settings))
+    ended(copies[0])
+    assert re.search(r"^slow +finished +8 +100%", said(runs, copies[0].parent), re.MULTILINE)
+    (copies[0] / "outcome.json").unlink()
+    assert (read(copies[0]).state, read(copies[0]).share) == (("finished", 1.0) if length == 8 else ("cut", None))
+
+
+@pytest.mark.parametrize("outcome", ["stopped", "interrupted", "failed"])
+def test_a_run_that_ended_otherwise_is_listed_as_it_says(copies, outcome):
+    ended(copies[0], outcome=outcome)
+    assert re.search(rf"^slow +{outcome} +8 +100%", said(runs, copies[0].parent), re.MULTILINE)
+
+
+def test_what_a_run_failed_with_is_told(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    with pytest.raises(PluginError):
+        trained(tmp_path / "one", plugins=[str(tmp_path / "fails.py")])
+    (row,) = json.loads(said(runs, tmp_path, "--json"))
+    assert (row["state"], row["step"]) == ("failed", 4)
+    assert "no more" in row["error"]
+    assert said(watch, tmp_path / "one").splitlines()[-1] == f"{tmp_path / 'one'}: failed: {row['error']}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"outcome": "eaten"}', '{"outcome": []}', "\0"])
+def test_an_outcome_that_says_nothing_is_as_none(copies, text):
+    (copies[0] / "outcome.json").write_text(text)
+    assert read(copies[0]).state == "finished"  # by its rows
+    assert read(copies[0]).error is None
+
+
+def test_a_run_that_was_cut_short_without_a_word_is_told_from_its_rows(copies):
+    (copies[0] / "outcome.json").unlink()
     path = copies[0] / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:40])
     record = read(copies[0])
-    assert (record.state, record.step, record.share) == ("stopped", 4, 0.5)
+    assert (record.state, record.step, record.share) == ("cut", 4, 0.5)
     (copies[0] / "crash").mkdir()
     (copies[0] / "crash" / "crash.json").write_text("{}")
     assert read(copies[0]).state == "failed"
@@ -240,6 +302,7 @@ FOREIGN = ["a = 1\n", "run = 1\n", "[run]\n", "[run]\nlength = []\n", '[run]\nle
 @pytest.mark.parametrize("settings", FOREIGN)
 def test_a_folder_of_something_else_ends_no_command_with_a_traceback(copies, settings):
     (copies[0] / "settings.toml").write_text(settings)
+    (copies[0] / "outcome.json").unlink()
     assert read(copies[0]).share is None
     assert re.search(r"^slow +\S+ +8 +-", said(runs, copies[0].parent), re.MULTILINE)
     assert "val/loss best" in said(compare, *copies)
@@ -250,7 +313,8 @@ def test_a_folder_that_cannot_be_read_hides_no_other(copies):
     (copies[0] / "settings.toml").write_bytes(b"a = \xff\n")
     done = CliRunner().invoke(runs, [str(copies[0].parent), "--json"])
     listed = {row["run"]: row for row in json.loads(done.stdout)}
-    assert listed["slow"] == dict.fromkeys(listed["fast"]) | {"run": "slow", "state": "unreadable"}
+    assert listed["slow"] == dict.fromkeys(listed["fast"]) | {"run": "slow", "state": "unreadable", "error": listed["slow"]["error"]}
+    assert str(copies[0]) in listed["slow"]["error"]
     assert listed["fast"]["state"] == "finished"
     assert f"{copies[0]}: cannot be read" in done.stderr
     assert re.search("^slow +unreadable", said(runs, copies[0].parent), re.MULTILINE)
