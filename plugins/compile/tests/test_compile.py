@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,56 @@ def test_a_copy_of_the_model_is_independent_and_not_compiled(tiny_run: TinyRun) 
         assert loss.isclose(batch.data[1].square().mean())
         loss.backward()
         assert any(bool(p.abs().sum() > 0) for p in run.model.parameters())
+
+
+@plugin
+class Signals:
+    """Sends SIGTERM to its own process, once, while the model is compiled."""
+
+    moment: str
+
+    def __attrs_post_init__(self) -> None:
+        self.sent = False
+
+    def send(self, moment: str) -> None:
+        if moment == self.moment and not self.sent:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def compile_graph(self, graph: Any, _: Any) -> Any:
+        self.send("in the compiler")
+
+        def run_graph(*inputs: Any) -> Any:
+            self.send("in compiled code")
+            return graph.forward(*inputs)
+
+        return run_graph
+
+    @hookimpl
+    def adapt_model(self, run: Run) -> None:
+        run.plugins["compile"].backend = self.compile_graph
+
+    @hookimpl
+    def on_progress(self, task: str) -> None:
+        if task == "compiling":
+            self.send("as it begins")
+
+
+@pytest.mark.parametrize("moment", ["as it begins", "in the compiler", "in compiled code"])
+def test_a_signal_while_the_model_is_compiled_costs_no_step(
+    tiny_run: TinyRun, tmp_path: Path, moment: str
+) -> None:
+    sends, quiet = Signals(moment=moment), Signals(moment=moment)
+    quiet.sent = True
+    whole = tiny_run(aot(), quiet, length=3, run_dir=tmp_path / "whole")
+    torch.compiler.reset()
+    run = tiny_run("checkpoint", aot(), sends, length=3)
+    assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 1)
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000001"]
+    torch.compiler.reset()
+    resumed = tiny_run("checkpoint", aot(), quiet, length=3)
+    assert (resumed.outcome, resumed.progress.step) == ("finished", 3)
+    assert_same_weights(resumed, whole)
 
 
 class Broken(nn.Module):
