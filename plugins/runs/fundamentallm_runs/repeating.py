@@ -13,9 +13,10 @@ from fundamentallm_runs.record import Record, read
 from fundamentallm_runs.rows import read_rows
 
 if TYPE_CHECKING:
-    from fundamentallm import Run
+    from torch import Tensor
 
 MEASURED = ("perf/", "system/")
+UNSAVED = "weights: none were saved to compare with"
 
 
 @click.command()
@@ -36,14 +37,15 @@ def rerun(
     folder = run_dir or run.with_name(f"{run.name}-rerun")
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"{folder}: is not empty; name another with --run-dir")
-    made = train(recorded(run, overrides), run_dir=folder)
+    composed, weights = recorded(run, overrides), saved_weights(run)  # before hours are spent
+    made = train(composed, run_dir=folder)
     after = read(folder)
     for line in versions(before, after):
         click.echo(line)
-    told = [different_rows(before, after), different_weights(run, made)]
+    told = [different_rows(before, after), different_weights(weights, made.model.state_dict())]
     for line in told:
         click.echo(line)
-    same = all(line.endswith("identical") for line in told)
+    same = all(line.endswith("identical") or line == UNSAVED for line in told)
     click.echo("the run is reproduced" if same else "the run is not reproduced")
     if not same:
         context.exit(1)
@@ -79,15 +81,33 @@ def different_rows(before: Record, after: Record) -> str:
     return f"metrics: {len(old)} rows, identical"
 
 
-def different_weights(folder: Path, made: Run) -> str:
-    """Tell whether a run ended with the weights of the newest checkpoint in a folder."""
-    import torch
-
+def saved_weights(folder: Path) -> dict[str, Tensor] | None:
+    """Return the weights of the newest checkpoint in a folder, on the CPU; None if it has none."""
     from fundamentallm import load_run
 
-    kept = load_run(folder)
-    weights = kept.model.state_dict()
-    for name, tensor in made.model.state_dict().items():
-        if not torch.equal(tensor.cpu(), weights[name].cpu()):
+    try:
+        kept = load_run(folder).model.state_dict()
+    except SettingsError:  # were they wrong in another way, the training would say so, too
+        return None
+    return {name: tensor.cpu() for name, tensor in kept.items()}
+
+
+def different_weights(old: dict[str, Tensor] | None, new: dict[str, Tensor]) -> str:
+    """Tell whether a run ended with the weights that were kept, bit by bit."""
+    if old is None:
+        return UNSAVED
+    for name in dict.fromkeys([*old, *new]):
+        if name not in old or name not in new:
+            return f"weights: only the {'first' if name in old else 'repeated'} run has {name}"
+        if not _same_bits(old[name], new[name].cpu()):
             return f"weights: {name} differs"
-    return f"weights: {len(weights)} tensors, identical"
+    return f"weights: {len(old)} tensors, identical"
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)  # of numbers, NaN would be unlike NaN

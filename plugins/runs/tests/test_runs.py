@@ -32,7 +32,7 @@ from fundamentallm_runs.comparing import compare, differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
 from fundamentallm_runs.record import read
-from fundamentallm_runs.repeating import rerun
+from fundamentallm_runs.repeating import different_weights, rerun
 from fundamentallm_runs.rows import Row, gathered, parsed, read_rows
 
 LOCAL = '''
@@ -472,6 +472,35 @@ def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
     assert done.exit_code == 1
     assert "first differs at step" in done.output
     assert "the run is not reproduced" in done.output
+
+
+def test_without_a_checkpoint_the_metrics_are_compared_all_the_same(copies, tmp_path):
+    shutil.rmtree(copies[0] / "checkpoints")
+    shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "metrics: 4 rows, identical\nweights: none were saved to compare with\nthe run is reproduced" in shown
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error_before_anything_is_trained(copies, tmp_path):
+    for path in (copies[0] / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"x" * path.stat().st_size)
+    said(rerun, copies[0], "--run-dir", tmp_path / "again", fails=FundamentalError)
+    assert not (tmp_path / "again").exists()
+
+
+def test_weights_are_the_same_if_their_bits_are():
+    torch = pytest.importorskip("torch")
+    nan, zero = torch.tensor([float("nan"), 1.0]), torch.tensor(0.0)
+    old = {"a": nan, "b": zero, "c": torch.zeros(0), "d": torch.ones(2, 2).T, "e": zero.bfloat16(), "f": zero == 0}
+    assert different_weights(old, {n: t.clone() for n, t in old.items()}) == "weights: 6 tensors, identical"
+    assert different_weights({"b": zero}, {"b": -zero}) == "weights: b differs"
+    assert different_weights({"b": zero}, {"b": zero.double()}) == "weights: b differs"
+    assert different_weights({"a": nan}, {"a": nan[:1]}) == "weights: a differs"
+
+
+def test_weights_that_only_one_of_the_runs_has_are_named():
+    assert different_weights({"a": None}, {}) == "weights: only the first run has a"
+    assert different_weights({}, {"a": None}) == "weights: only the repeated run has a"
 
 
 def test_other_versions_are_named(copies, tmp_path):
