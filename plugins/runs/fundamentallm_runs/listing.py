@@ -12,7 +12,8 @@ import click
 
 from fundamentallm import FundamentalError, StorageError
 from fundamentallm_runs.record import Record, is_run, is_running, read
-from fundamentallm_runs.rows import Row, parsed
+from fundamentallm_runs.rows import Row
+from fundamentallm_runs.tail import Tail
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 TOLD = ("run", "state", "step", "done", "best", "best_step", "written", "error")
@@ -52,29 +53,16 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
 def watch(run: Path, metrics: tuple[str, ...], every: float) -> None:
     """Print the rows of RUN as they come, until it ends."""
     read(run)
-    path, position, rest = run / "metrics.jsonl", 0, b""
+    tail = Tail(run / "metrics.jsonl")
     while True:
         alive = is_running(run)  # before reading: rows of a run that ends meanwhile are not missed
-        if path.exists() and path.stat().st_size < position:  # a resumed run has cut the file
-            position, rest = 0, b""
-        new = _after(path, position)
-        position += len(new)
-        *lines, rest = (rest + new).split(b"\n")
-        for row in filter(None, map(parsed, lines)):
-            click.echo(_line(row, metrics))
+        for line in filter(None, (_line(row, metrics) for row in tail.rows())):
+            click.echo(line)
         if not alive:
             ended = read(run)
             click.echo(": ".join(filter(None, (str(run), ended.state, ended.error))))
             return
         time.sleep(every)
-
-
-def _after(path: Path, position: int) -> bytes:
-    if not path.exists():
-        return b""
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read()
 
 
 def _looked_at(folder: Path, metric: str) -> tuple[float, dict[str, object]]:
@@ -120,7 +108,7 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _line(row: Row, metrics: tuple[str, ...]) -> str:
+def _line(row: Row, metrics: tuple[str, ...]) -> str | None:
     chosen = {n: v for n, v in row.metrics.items() if not metrics or n in metrics}
     told = ", ".join(f"{name} {value:,.5g}" for name, value in chosen.items())
-    return f"step {row.step}: {told}"
+    return f"step {row.step}: {told}" if told else None

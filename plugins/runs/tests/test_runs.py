@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -34,6 +35,7 @@ from fundamentallm_runs.listing import runs, watch
 from fundamentallm_runs.record import read
 from fundamentallm_runs.repeating import different_weights, rerun
 from fundamentallm_runs.rows import Row, gathered, parsed, read_rows
+from fundamentallm_runs.tail import Tail
 
 LOCAL = '''
 from torch import nn
@@ -457,6 +459,59 @@ def test_rows_are_watched_as_they_come_until_the_run_ends(copies):
     assert [line.split(":")[0] for line in shown.splitlines()[:-1]] == ["step 2", "step 4", "step 6", "step 8"]
     assert shown.splitlines()[-1].endswith(": finished")
     assert "val/loss" not in shown
+
+
+def test_rows_without_the_metric_are_not_shown(copies):
+    assert said(watch, copies[0], "--metric", "nope") == f"{copies[0]}: finished\n"
+    shown = said(watch, copies[0], "--metric", "val/loss").splitlines()
+    assert [line.split(":")[0] for line in shown[:-1]] == ["step 4", "step 8"]
+
+
+def line_of(step, value=1.5, end="\n"):
+    return f'{{"time": 1.5, "step": {step}, "tokens": {step}, "metrics": {{"train/loss": {value}}}}}{end}'
+
+
+def replaced(path, text):
+    (path.parent / "beside").write_text(text)
+    (path.parent / "beside").replace(path)
+
+
+def test_a_file_that_was_replaced_is_watched_from_where_it_differs(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+
+    def steps():
+        return [(row.step, row.metrics["train/loss"]) for row in tail.rows()]
+
+    assert steps() == []
+    path.write_text("".join(map(line_of, (1, 2, 3))) + line_of(4)[:9])
+    assert steps() == [(1, 1.5), (2, 1.5), (3, 1.5)]
+    replaced(path, "".join(map(line_of, (1, 2))) + "".join(line_of(n, 2.5) for n in (3, 4, 5, 6)))  # longer
+    assert steps() == [(3, 2.5), (4, 2.5), (5, 2.5), (6, 2.5)]
+    replaced(path, line_of(1))
+    assert steps() == []
+    with path.open("a") as file:
+        file.write(line_of(2, 3.5))
+    assert steps() == [(2, 3.5)]
+    path.write_text(line_of(7))  # cut in place
+    assert steps() == [(7, 1.5)]
+    assert steps() == []
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 3), max_size=4)), max_size=6))
+def test_every_row_of_the_last_file_was_shown_in_its_order(looks):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        tail, shown = Tail(path), []
+        content = ""
+        for is_new_file, values in looks:
+            lines = "".join(line_of(1, float(value)) for value in values)
+            content = lines if is_new_file else content + lines
+            replaced(path, content)
+            shown += [row.metrics["train/loss"] for row in tail.rows()]
+        last = [row.metrics["train/loss"] for row in map(parsed, content.encode().splitlines())]
+        left = iter(shown)
+        assert all(value in left for value in last)
 
 
 def test_a_run_is_repeated_bit_by_bit(two, tmp_path):
