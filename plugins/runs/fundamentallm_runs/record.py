@@ -68,19 +68,25 @@ class Record:
 
     def last(self, metric: str) -> float | None:
         """Return the latest value of a metric."""
-        _, values = self.columns.series(metric)
-        return values[-1] if values else None
+        ends = [(places[-1], values[-1]) for places, values in self.columns.parts(metric)]
+        return max(ends)[1] if ends else None
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """Return the step and the value of a metric's best: the lowest, or of those that grow as
         they get better the highest. What is not finite is never the best."""
         best = max if metric.rpartition("/")[2] in MAXIMA else min
-        places, values = self.columns.series(metric)
-        known = [value for value in values if math.isfinite(value)]
-        if not known:
+        found: list[tuple[int, float]] = []
+        for places, values in self.columns.parts(metric):
+            # All are, if their sum is: which is quicker to tell.
+            finite = math.isfinite(sum(values))
+            known = values if finite else [value for value in values if math.isfinite(value)]
+            if known:
+                value = best(known)
+                found.append((places[values.index(value)], value))
+        if not found:
             return None
-        value = best(known)
-        return self.columns.steps[places[values.index(value)]], value
+        value = best(value for _, value in found)
+        return self.columns.steps[min(place for place, one in found if one == value)], value
 
 
 def is_run(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from fundamentallm import (
 from fundamentallm_runs.comparing import compare, differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
-from fundamentallm_runs.record import read
+from fundamentallm_runs.record import Record, read
 from fundamentallm_runs.repeating import different_weights, rerun
 from fundamentallm_runs.rows import Row, gathered, parsed, read_rows
 from fundamentallm_runs.tail import Tail
@@ -424,6 +425,18 @@ def test_a_column_has_the_values_of_the_rows_in_their_order_whatever_each_row_ha
         places, values = columns.series(name)
         assert list(zip(places, values, strict=True)) == [(n, one[name]) for n, one in enumerate(metrics) if name in one]
     assert columns.names == {name for one in metrics for name in one}
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["a", "b", "mfu"]), st.floats() | st.integers(0, 3).map(float)), max_size=20))
+def test_the_last_and_the_best_are_those_of_the_whole_column_whatever_each_row_has(metrics):
+    columns = gathered(Row(n, 0, 0.0, one) for n, one in enumerate(metrics))
+    record = Record(Path("x"), {}, {}, columns)
+    for name, better in (("a", min), ("mfu", max)):
+        values = {n: one[name] for n, one in enumerate(metrics) if name in one}
+        finite = {n: value for n, value in values.items() if math.isfinite(value)}
+        assert repr(record.last(name)) == repr(values[max(values)] if values else None)
+        step = better(finite, key=finite.get, default=None)  # the first of equals
+        assert record.best(name) == (None if step is None else (step, finite[step]))
 
 
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=300), st.integers(2, 40))
