@@ -301,6 +301,20 @@ def test_the_environment_says_what_a_composition_ran_in():
     assert around["stoves"] == 2
 
 
+def test_a_setting_named_as_a_mark_of_order_marks_nothing():
+    @plugtable.plugin
+    class Late:
+        after: int = 3
+
+        @hookimpl
+        def edit_dish(self, dish):
+            dish.append("late")
+
+    assert frozen(Late()).edit_dish(dish=[]) is None
+    with pytest.raises(Burnt, match="edit the same thing"):
+        composed(Late(), Salt())
+
+
 @plugtable.plugin
 class Taster:
     """Tastes, if it is told to."""

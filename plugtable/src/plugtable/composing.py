@@ -143,7 +143,9 @@ def _given(
 
 def _precedes(plugins: Mapping[str, object], one: str, other: str) -> bool:
     mine, theirs = ({name, plugin_name(type(plugins[name]))} for name in (one, other))
-    before, after = getattr(plugins[one], "before", ()), getattr(plugins[other], "after", ())
+    marks = getattr(plugins[one], "before", ()), getattr(plugins[other], "after", ())
+    # A setting may have that name; it marks nothing.
+    before, after = (mark if isinstance(mark, tuple) else () for mark in marks)
     return not (theirs.isdisjoint(before) and mine.isdisjoint(after))
 
 
