@@ -26,7 +26,7 @@ _YES, _NOT = st.sampled_from([True]), st.sampled_from([False])
 
 PLAIN = 70
 """System calls of a save that deletes nothing after."""
-START = 19
+START = 21
 """System calls of a run's start, of those that the saves go through: its id, and a probe."""
 
 

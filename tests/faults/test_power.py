@@ -83,6 +83,8 @@ class Disk:
         return self.find(Path(path).parent), Path(path).name
 
     def make(self, name, path, *words):
+        if not Path(path).is_relative_to(self.root):
+            return  # the run folder's own name, which is there from the beginning
         if name == "mkdir":
             folder, last = self.above(path)
             folder.change({last: Folder()})

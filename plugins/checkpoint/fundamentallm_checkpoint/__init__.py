@@ -30,10 +30,10 @@ class Checkpoint:
     keep_last: int = field(default=3, validator=ge(1))
     """How many of the newest checkpoints stay; the last two always do, should one be damaged."""
     keep_best: int = field(default=0, validator=ge(0))
-    """How many of the best by ``monitor`` stay besides; a validation that is among them is saved
-    at once, whatever ``every`` says."""
+    """How many of the best by ``monitor`` stay besides; a step that is among them is saved at
+    once, whatever ``every`` says."""
     monitor: str = "val/loss"
-    """The metric that tells the best."""
+    """The metric that tells the best, at the steps that are validated or logged with it."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger ``monitor`` is better."""
     keep_every: Period | None = None
@@ -50,8 +50,8 @@ class Checkpoint:
     """What a save does that is due while the one before is still being written: wait for it, or be
     left out with a warning. Milestones, the best and the last step always wait."""
     on_save_error: Literal["stop", "continue"] = "stop"
-    """What happens if the disk refuses a checkpoint: the run ends, or goes on with a warning.
-    Earlier checkpoints are untouched either way."""
+    """What happens if the disk refuses a checkpoint: the run ends, or goes on with a warning; it
+    ends with an error if the last one is refused. Earlier checkpoints are untouched either way."""
     folder: Path | None = None
     """Where checkpoints go, in ``<name of the run folder>/<run id>``; by default into the run
     folder."""
@@ -68,6 +68,7 @@ class Checkpoint:
     _record: dict[str, Any] | None = field(init=False, default=None)
     _writer: Any = field(init=False, default=None, repr=False)
     _void: list[Path] = field(init=False, factory=list)
+    unsound: set[Path] = field(init=False, factory=set, repr=False)
 
     speaks_for_all = ("read_checkpoint",)
 
@@ -96,6 +97,7 @@ class Checkpoint:
     def on_train_start(self, run: Run) -> None:
         """Make the folder ready, set an abandoned continuation aside, and see that there is room
         for a checkpoint, and leave to write it."""
+        weights = run.model.state_dict()  # on every process: parts of it may have to be gathered
         if run.rank == 0:
             from fundamentallm_checkpoint import identity, places, preparation, siblings, store
 
@@ -103,19 +105,19 @@ class Checkpoint:
             places.note(run.folder, self.home(run))
             store.prepare(self.home(run))
             siblings.abandon(run, self)
+            self.unsound = set()  # none of them is where it was
             siblings.warn(run, self)
             if not run.ending:
-                preparation.check(self.home(run), run, self.contents)
+                preparation.check(self.home(run), run, weights, self.contents)
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
         """Remember the metrics of this step; they may make it one of the best."""
         self._measure(run, metrics)
-        self._candidate = self.keep_best > 0 and self.monitor in metrics
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Remember the metrics of this step, for the manifest."""
+        """Remember the metrics of this step; so may they."""
         self._measure(run, metrics)
 
     @hookimpl
@@ -139,7 +141,7 @@ class Checkpoint:
 
             for void in self._void:
                 leftovers.remove_leftover(void)
-            self._void = siblings.abandon(run, self)
+            self._void, self.unsound = siblings.abandon(run, self), set()
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
@@ -175,15 +177,20 @@ class Checkpoint:
         step, known = self._measured
         now = run.progress.step
         self._measured = now, (known if step == now else {}) | metrics
+        if self.keep_best and self.monitor in metrics:
+            self._candidate = True
 
     def _opened(self, run: Run) -> Writer:
-        from fundamentallm_checkpoint import contents
+        from fundamentallm_checkpoint import preparation
         from fundamentallm_checkpoint.saving import Writer
 
         pinned, goes_on = run.device.startswith("cuda"), self.on_save_error == "continue"
         writer = Writer(pinned=pinned, goes_on=goes_on)
-        if self.asynchronous and not run.ending and run.rank == 0:
-            writer.arena.reserve(contents.size(run, self.contents))
+        if run.ending or self.every.due(run.progress):  # then the save itself looks
+            return writer
+        held, home = run.snapshot(), self.home(run)  # on every process
+        size = 0 if run.rank else preparation.measure(home, held, self.contents, goes_on=goes_on)
+        writer.arena.reserve(size if self.asynchronous else 0)
         return writer
 
     def _save_if_due(self, run: Run, *, milestone: bool) -> None:
@@ -222,7 +229,7 @@ class Checkpoint:
         self._record = self._record or changes.record(run)
         trained = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
         packed = contents.pack(snapshot | {"settings": self._record}, trained, self.contents)
-        identity.restore(run.folder, self.run_id)
+        identity.restore(run, self.run_id, self.home(run))
         return Job(self.home(run), packed, self._draft(run, tags), self.rules())
 
     def _draft(self, run: Run, tags: tuple[str, ...] = ()) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from fundamentallm import DataError, SettingsError
@@ -20,7 +21,9 @@ def add(run: Run, instance: Checkpoint) -> None:
     home = instance.home(run)
     kept = [one for one in store.sound(home, instance.run_id)
             if one.finite and one.contents == manifest.ALL] if instance.run_id else []  # fmt: skip
-    if kept:
-        newest = home / manifest.folder_name(max(one.step for one in kept))
-        resume = f"fundamentallm resume {run.folder}"
+    folders = [home / manifest.folder_name(step) for step in sorted(one.step for one in kept)]
+    useful = [folder for folder in folders if folder.absolute() not in instance.unsound]
+    if useful:
+        newest = shlex.quote(str(useful[-1]))
+        resume = f"fundamentallm resume {shlex.quote(str(run.folder))}"
         run.error.add_note(f"the newest finite checkpoint is {newest}; resume with: {resume}")

@@ -27,13 +27,15 @@ class Wish:
 
     ``name`` is ``"best"`` or a checkpoint's name: that one and no other. ``"latest"`` or None is
     the newest sound and finite one. Those of other runs than ``run`` are passed over. ``resumes``:
-    training is to go on from it, so one of the model alone is of no use.
+    training is to go on from it, so one of the model alone is of no use. ``unsound`` gets those
+    that were tried and are of no use.
     """
 
     name: str | None = None
     rules: Rules
     run: str = ""
     resumes: bool = True
+    unsound: set[Path] = attrs.field(factory=set, eq=False)
 
     @property
     def open(self) -> bool:
@@ -67,6 +69,7 @@ def load(homes: Iterable[Path], wish: Wish) -> Loaded | None:
         except (Newer, TooLarge) as error:
             raise StorageError(f"{folder}: {error}") from None
         except Unsound as error:
+            wish.unsound.add(folder.absolute())
             problems.append(f"{folder}: {error}")
             if wish.open and not isinstance(error, Useless):
                 log.warning("checkpoint %s; trying the next one", problems[-1])
@@ -97,7 +100,7 @@ def _chosen(there: list[Path], wish: Wish) -> list[Path]:
         chosen = [f for f in there if manifest.step_of(f.name) == step]
         missing = f"there is no checkpoint {wish.name!r}"
     if not chosen:
-        listed = ", ".join(f.name for f in there) or "none"
+        listed = ", ".join(dict.fromkeys(f.name for f in there)) or "none"
         raise StorageError(f"{missing} (checkpoints: {listed})")
     return chosen[:1]
 

@@ -10,8 +10,10 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
+import tomli_w
+
 from fundamentallm import StorageError
-from fundamentallm_checkpoint import files
+from fundamentallm_checkpoint import files, places
 from fundamentallm_checkpoint.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fundamentallm")
 
-FILE = "run-id"
+FILE, SETTINGS = "run-id", "settings.toml"
 _FORM = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -47,14 +49,19 @@ def namesakes(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("*/") if _FORM.fullmatch(path.name))
 
 
-def restore(folder: Path, run: str) -> None:
-    """Write the id again if the run folder was deleted while the run went on."""
-    if run and not (folder / FILE).exists():
+def restore(run: Run, run_id: str, home: Path) -> None:
+    """Write again what tells a run folder from others and lets it be resumed, if it was deleted
+    while the run went on."""
+    folder = run.folder
+    if run_id and not (folder / FILE).exists():
         log.warning("%s was deleted while the run went on; it is made again", folder / FILE)
         # Where even that is refused, so is the save, which says more.
         with contextlib.suppress(OSError, StorageError):
             files.make_folder(folder)
-            settle(folder, run)
+            settle(folder, run_id)
+            places.note(folder, home)
+            if not (folder / SETTINGS).exists():
+                _replace(folder, SETTINGS, tomli_w.dumps(run.tables).encode())
 
 
 def settle(folder: Path, adopted: str) -> str:
@@ -66,22 +73,29 @@ def settle(folder: Path, adopted: str) -> str:
     if found:
         return found
     made = adopted if _FORM.fullmatch(adopted) else secrets.token_hex(6)
-    beside = folder / f".{FILE}"
     try:
-        beside.unlink(missing_ok=True)
-        files.write(beside, f"{made}\n".encode())
-        files.rename(beside, folder / FILE)
-        files.sync_folder(folder)
+        _replace(folder, FILE, f"{made}\n".encode())
+        with contextlib.suppress(PermissionError):  # one may write below what one may not read
+            files.sync_folder(folder.absolute().parent)  # the folder's own name
     except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+        what = f"{error.filename}: cannot be written: {error.strerror}"
+        raise StorageError(f"the run folder {folder} cannot be made to last: {what}") from error
     return made
+
+
+def _replace(folder: Path, name: str, data: bytes) -> None:
+    beside = folder / f".{name}"
+    beside.unlink(missing_ok=True)
+    files.write(beside, data)
+    files.rename(beside, folder / name)
+    files.sync_folder(folder)
 
 
 def draft(
     run: Run, run_id: str, *, metrics: dict[str, float], tags: tuple[str, ...], contents: str
 ) -> Manifest:
     """Return the manifest of a checkpoint of the run as it stands, which lists no files yet."""
-    settings = run.folder / "settings.toml"
+    settings = run.folder / SETTINGS
     known = hashlib.sha256(settings.read_bytes()).hexdigest() if settings.is_file() else ""
     return Manifest(
         step=run.progress.step,

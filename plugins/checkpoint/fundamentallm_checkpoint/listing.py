@@ -10,7 +10,7 @@ import attrs
 
 from fundamentallm import SettingsError, compose
 from fundamentallm_checkpoint import identity, manifest, places, retention, store
-from fundamentallm_checkpoint.manifest import Manifest, Unsound
+from fundamentallm_checkpoint.manifest import Manifest, Newer, Unsound
 from fundamentallm_checkpoint.retention import BEST, Rules
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ HEADINGS = ("checkpoint", "saved", "size", "holds", "tags", "metric", "state")
 
 @attrs.frozen(kw_only=True)
 class Row:
-    """One checkpoint; ``problem`` tells what is wrong with it, if anything is."""
+    """One checkpoint; ``problem`` tells what is wrong with it, if anything is, and ``newer``, why
+    this version cannot tell."""
 
     name: str
     facts: Manifest | None
@@ -32,12 +33,15 @@ class Row:
     best: bool = False
     stranger: bool = False
     problem: str = ""
+    newer: str = ""
 
     def cells(self) -> tuple[str, ...]:
         """Return the row's cells, one for each heading."""
         facts = self.facts
         if facts is None:
-            return (self.name, "", "", "", "", "", f"damaged: {self.problem}")
+            damaged = f"damaged: {self.problem}"
+            said = f"needs a newer version: {self.newer}" if self.newer else damaged
+            return (self.name, "", "", "", "", "", said)
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.created))
         tags = [tag for tag in facts.tags if tag != BEST] + [BEST] * self.best
         value = facts.metrics.get(self.rules.monitor)
@@ -56,6 +60,8 @@ class Row:
 def rows(run: Path, *, verify: bool) -> list[Row]:
     """Return the checkpoints of a run folder, those of each instance by their steps; ``verify``
     reads every byte. Raises ``SettingsError`` for a folder that is none of a run."""
+    if not (run / "settings.toml").is_file() and not (run / "checkpoints").is_dir():
+        raise SettingsError(f"{run}: is not a run folder: it has neither settings nor checkpoints")
     run_id = identity.known(run)
     return [
         row
@@ -66,8 +72,6 @@ def rows(run: Path, *, verify: bool) -> list[Row]:
 
 def _homes(run: Path, run_id: str) -> dict[Path, tuple[str, Rules]]:
     """Return the folders of all instances, listed or not, with their names and what they keep."""
-    if not (run / "settings.toml").is_file() and not (run / "checkpoints").is_dir():
-        raise SettingsError(f"{run}: is not a run folder: it has neither settings nor checkpoints")
     found = {run / "checkpoints": ("checkpoint", _ANY)}
     found |= {home: (_name(run, home), _ANY) for home in places.of(run)[1:]}
     return found | _listed(run, run_id)
@@ -94,14 +98,27 @@ def _listed(run: Path, run_id: str) -> dict[Path, tuple[str, Rules]]:
 
 def _rows(home: Path, above: str, rules: Rules, how: tuple[str, bool]) -> Iterator[Row]:
     run_id, verify = how
-    kept = {f: _read(f, verify=verify) for f in sorted(store.folders(home), key=lambda f: f.name)}
+    there = sorted(store.folders(home), key=lambda folder: folder.name)
+    newer = {folder: str(error) for folder in there if (error := _newer(folder))}
+    kept = {f: (None, "") if f in newer else _read(f, verify=verify) for f in there}
     strangers = set(store.parted(kept, run_id)[1])
     sound = [facts for folder, (facts, problem) in kept.items()
              if facts is not None and not problem and folder not in strangers]  # fmt: skip
     best = retention.ranked(sound, rules)[:1]
     for folder, (facts, problem) in kept.items():
         yield Row(name=above + folder.name, facts=facts, rules=rules, best=facts in best,
-                  stranger=folder in strangers, problem=problem)  # fmt: skip
+                  stranger=folder in strangers, problem=problem,
+                  newer=newer.get(folder, ""))  # fmt: skip
+
+
+def _newer(folder: Path) -> Newer | None:
+    try:
+        manifest.read(folder)
+    except Newer as error:
+        return error
+    except Unsound:
+        pass
+    return None
 
 
 def _read(folder: Path, *, verify: bool) -> tuple[Manifest | None, str]:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fundamentallm import StorageError
-from fundamentallm_checkpoint import contents, publication
+from fundamentallm_checkpoint import contents, publication, tensors
 from fundamentallm_checkpoint.manifest import ALL
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fundamentallm import Run
+    from fundamentallm import Run, Snapshot
 
 _WITH_MOMENTS = 3  # Adam keeps two numbers for each weight
 
 log = logging.getLogger("fundamentallm")
 
 
-def check(home: Path, run: Run, kind: str) -> None:
-    """Raise ``StorageError`` if a folder cannot be written, or holds no checkpoint of the run."""
+def check(home: Path, run: Run, weights: dict[str, Any], kind: str) -> None:
+    """Raise ``StorageError`` if a folder cannot be written, or holds no checkpoint of the run, or
+    a checkpoint cannot hold the ``weights`` of its state dict."""
+    tensors.check({n: value for n, value in weights.items() if isinstance(value, torch.Tensor)})
     size = contents.size(run, kind)
     try:
         publication.probe(home)
@@ -38,3 +42,18 @@ def check(home: Path, run: Run, kind: str) -> None:
                 raise
             log.warning("with the optimizer's state, a checkpoint may not fit: %s: %s",
                         error.filename, error.strerror)  # fmt: skip
+
+
+def measure(home: Path, snapshot: Snapshot, kind: str, *, goes_on: bool) -> int:
+    """Return the bytes of a checkpoint after the first step, when all that it holds is there, also
+    what plugins keep. If there is no room for them that is a ``StorageError``, or, where the run
+    ``goes_on``, a warning; and what no checkpoint can hold is a ``StorageError`` in any case."""
+    size = contents.pack(snapshot, kind=kind).size
+    try:
+        publication.check_space(home, size)
+    except OSError as error:
+        said = f"no checkpoint can be saved: {error.filename}: {error.strerror}"
+        if error.errno == errno.ENOSPC and not goes_on:
+            raise StorageError(said) from error
+        log.warning("%s", said)
+    return size

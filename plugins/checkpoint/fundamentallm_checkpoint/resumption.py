@@ -32,6 +32,8 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
     first, *_ = instances.values()
     judge = next((one for one in instances.values() if one.keep_best), first)
     wish = Wish(name=run.wanted_checkpoint, rules=judge.rules(), run=run_id, resumes=resumes)
+    for instance in instances.values():
+        instance.unsound = wish.unsound
     loaded = choice.load(homes, wish)
     if loaded is None:
         for instance in instances.values():

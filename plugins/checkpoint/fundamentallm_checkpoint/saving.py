@@ -93,7 +93,8 @@ class Flight:
 class Writer:
     """Saves, one at a time, and tells the run at its safe points.
 
-    ``goes_on``: a disk that refuses a checkpoint is a warning, and no end of the run.
+    ``goes_on``: a disk that refuses a checkpoint is a warning, and no end of the run; but for the
+    last one, which no later one makes good.
     """
 
     def __init__(self, *, pinned: bool, goes_on: bool) -> None:
@@ -112,7 +113,7 @@ class Writer:
             except RuntimeError as error:  # the system has no thread to spare
                 log.warning("the save of step %d is waited for: %s", job.draft.step, error)
         if self.flight is None:
-            self._tell(run, partial(job.run, partial(run.report, "saving")))
+            self._tell(run, partial(job.run, partial(run.report, "saving")), last=run.ending)
 
     def collect(self, run: Run, *, wait: bool) -> None:
         """Tell the run of the save under way, if it is over; ``wait`` until it is."""
@@ -129,7 +130,7 @@ class Writer:
         try:
             if flight is not None:
                 flight.wait(partial(run.report, "saving"))
-                folder = self._folder(flight.result)
+                folder = self._folder(flight.result, then="")
                 if folder is not None:
                     log.info("saved %s", folder)
         finally:
@@ -143,16 +144,21 @@ class Writer:
                         job.draft.step, error)  # fmt: skip
             return None
 
-    def _tell(self, run: Run, save: Saves) -> None:
-        folder = self._folder(save)
+    def _tell(self, run: Run, save: Saves, *, last: bool = False) -> None:
+        folder = self._folder(save, then="" if run.ending else " The run goes on.", last=last)
         if folder is not None:
             run.hook.on_checkpoint_saved(run=run, folder=folder)
 
-    def _folder(self, save: Saves) -> Path | None:
+    def _folder(self, save: Saves, *, then: str, last: bool = False) -> Path | None:
         try:
             return save()
         except NotSavedError as error:
             if not self._goes_on:
                 raise
-            log.warning("%s The run goes on.", error)
+            if last:
+                raise NotSavedError(
+                    f"{error} It was the run's last: what was learned since the one before is not"
+                    ' saved, so the run has failed, although on_save_error is "continue".'
+                ) from error
+            log.warning("%s%s", error, then)
             return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
-from fundamentallm import DataError, Period, PluginError, hookimpl, plugin
+from fundamentallm import DataError, Period, PluginError, StorageError, hookimpl, plugin
 from fundamentallm_checkpoint import Checkpoint
 
 
@@ -59,3 +61,30 @@ def test_an_error_that_a_resume_would_repeat_advises_none(tiny_run, tmp_path):
 
 def test_a_run_that_failed_before_its_first_checkpoint_advises_none(tiny_run, tmp_path):
     assert notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(3))) == []
+
+
+def test_a_checkpoint_that_was_found_damaged_is_not_advised(tiny_run, tmp_path):
+    run = tiny_run(Checkpoint(every=Period(1)), length=2)
+    path = run.folder / "checkpoints" / "step-00000002" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    @plugin
+    class Asks:
+        @hookimpl
+        def on_run_start(self, run):
+            run.wanted_checkpoint = "step-2"
+
+    with pytest.raises(StorageError, match="sha256 differs") as raised:
+        tiny_run(Checkpoint(every=Period(1)), Asks(), length=4)
+    (note,) = raised.value.__notes__
+    assert "step-00000001;" in note
+
+
+def test_what_is_advised_can_be_given_to_a_shell(tiny_run, tmp_path):
+    folder = tmp_path / "my run's"
+    with pytest.raises(PluginError) as raised:
+        tiny_run(Fails(error=OSError("gone")), Checkpoint(every=Period(1)), run_dir=folder)
+    (note,) = raised.value.__notes__
+    assert shlex.split(note.partition("resume with: ")[2]) == ["fundamentallm", "resume", str(folder)]

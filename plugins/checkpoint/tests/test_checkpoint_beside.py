@@ -184,13 +184,30 @@ def test_a_run_that_is_told_to_goes_on_without_the_save(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(files, "system", Refuses(4))
-    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
+    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue",
+                      save_final=False)  # fmt: skip
     run = tiny_run(kept, length=7)
     assert run.outcome == "finished"
     assert saved(run.folder / "checkpoints") == [2]
-    told = [record.getMessage() for record in caplog.records if "The run goes on" in record.getMessage()]
-    assert [text.split()[4] for text in told] == ["4", "6", "7"]
+    told = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
+    assert [text.split()[4] for text in told] == ["4", "6"]
+    assert "The run goes on" in told[0]
     assert_same_weights(run, tiny_run(length=7, run_dir=tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("length", [5, 6])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_run_whose_last_save_is_refused_has_failed_whatever_it_is_told(
+    beside: bool, length: int, tiny_run: TinyRun, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "system", Refuses(4))
+    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
+    with pytest.raises(StorageError, match=f"step {length} could not be saved.* untouched. It was the"):
+        tiny_run(kept, length=length)
+    assert saved(tmp_path / "run" / "checkpoints") == [2]
+    told = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
+    assert [text.split()[4] for text in told] == ["4"]
 
 
 def test_a_save_that_is_due_while_one_is_written_waits_for_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -143,3 +144,19 @@ def test_needs_no_torch(trained: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "archive/step-00000003" in done.stdout
     assert not {"torch", "numpy", "safetensors"} & set(done.stdout.split())
+
+
+def test_one_of_a_newer_version_is_not_called_damaged(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000004" / "manifest.json"
+    head = path.read_text().rpartition(',\n "seal"')[0].replace('"format": 2', '"format": 3')
+    seal = hashlib.sha256(head.encode()).hexdigest()
+    path.write_text(f'{head},\n "seal": "{seal}"\n}}\n')
+    (line,) = [line for line in listed(run, "--verify") if line.startswith("step-00000004")]
+    assert "  needs a newer version: it has format 3" in line
+    assert "damaged" not in line
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_text("")
+    with pytest.raises(SettingsError, match=r"b\.toml: is not a run folder"):
+        listed(tmp_path / "b.toml")

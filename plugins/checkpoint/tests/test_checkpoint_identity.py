@@ -250,3 +250,17 @@ def test_checkpoints_in_a_former_folder_are_listed_and_set_aside(
     assert steps(home) == [2]
     (aside,) = home.glob("superseded-*")
     assert steps(aside) == [4]
+
+
+def test_a_name_that_several_folders_have_is_told_once(tiny_run: TinyRun) -> None:
+    @plugin
+    class Asks:
+        @hookimpl
+        def on_run_start(self, run: Run) -> None:
+            run.wanted_checkpoint = "foo"
+
+    tables = {"checkpoint": KEPT, "archive": KEPT | {"plugin": "checkpoint"}}
+    tiny_run(*tables, settings=tables, length=4)
+    told = r"no checkpoint 'foo' \(checkpoints: step-00000004, step-00000002\)"
+    with pytest.raises(StorageError, match=told):
+        tiny_run(*tables, Asks(), settings=tables, length=4)

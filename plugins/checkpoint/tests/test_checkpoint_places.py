@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import signal
 import threading
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fundamentallm import Period, StorageError, hookimpl, plugin, train
+from fundamentallm import Period, StorageError, hookimpl, plugin, state, train
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_checkpoint import Checkpoint, files
+from fundamentallm_checkpoint import Checkpoint, files, staging
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -136,6 +138,8 @@ def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
     tiny_run(Checkpoint(every=TWO), Deletes(), length=7)
     assert "run-id was deleted while the run went on; it is made again" in caplog.text
     assert (tmp_path / "run" / "run-id").read_text() == ids[0]
+    settings = tomllib.loads((tmp_path / "run" / "settings.toml").read_text())
+    assert settings["run"]["length"] == "7 steps"
     assert saved(tmp_path / "run" / "checkpoints") == [6, 7]
     resumed = tiny_run(Checkpoint(every=TWO), length=9)
     assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
@@ -196,3 +200,89 @@ def test_the_folders_of_instances_that_are_no_longer_listed_are_seen_to(
     assert saved(home / "archive") == []
     (aside,) = (home / "archive").glob("superseded-*")
     assert saved(aside) == [3, 6]
+
+
+@plugin
+class Averages:
+    """Keeps a large tensor from the first step on."""
+
+    average: Any = state(default=None)
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        self.average = torch.zeros(2**20)
+
+
+def test_what_plugins_keep_counts_as_soon_as_it_is_there(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "system", Disk(free=2**22))
+    trace = Recorder()
+    with pytest.raises(StorageError, match=r"no checkpoint can be saved: .*No space left"):
+        tiny_run(Checkpoint(every=Period(9)), Averages(), length=9, trace=trace)
+    assert trace.names.count("on_step_start") == 1
+
+
+def test_what_plugins_keep_is_only_warned_of_where_the_run_is_to_go_on(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "system", Disk(free=2**22))
+    kept = Checkpoint(every=Period(9), on_save_error="continue", save_final=False)
+    assert tiny_run(kept, Averages(), length=3).outcome == "finished"
+    assert "no checkpoint can be saved: " in caplog.text
+
+
+def test_memory_for_the_copy_is_made_for_what_plugins_keep_too(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+    monkeypatch.setattr(staging.Arena, "reserve", lambda _, size: reserved.append(size))
+    tiny_run(Checkpoint(every=TWO), Averages(), length=4)
+    assert len(reserved) == 1
+    assert reserved[0] > 2**22
+
+
+@pytest.mark.parametrize(("persistent", "length"), [(True, 0), (False, 4)])
+def test_weights_that_no_checkpoint_can_hold_are_told_before_the_first_step(
+    persistent: bool, length: int, tiny_run: TinyRun
+) -> None:
+    @plugin
+    class Adds:
+        """Adds a buffer that safetensors has no word for."""
+
+        @hookimpl
+        def adapt_model(self, run: Run) -> None:
+            buffer = torch.zeros(2, dtype=torch.complex128)
+            run.model.register_buffer("waves", buffer, persistent=persistent)
+
+    trace = Recorder()
+    told = pytest.raises(StorageError, match=r"waves: .* cannot hold torch\.complex128")
+    with told if persistent else contextlib.nullcontext():
+        tiny_run(Checkpoint(every=Period(9)), Adds(), length=4, trace=trace)
+    assert trace.names.count("on_step_start") == length
+
+
+def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    class Notes(files.System):
+        def fsync(self, file: int) -> None:
+            synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+            super().fsync(file)
+
+    monkeypatch.setattr(files, "system", Notes())
+    tiny_run(Checkpoint(every=TWO), length=2)
+    assert synced.count(str(tmp_path)) == 1
+    assert synced.index(str(tmp_path)) < synced.index(str(tmp_path / "run" / "checkpoints"))
+    tiny_run(Checkpoint(every=TWO), length=4)
+    assert synced.count(str(tmp_path)) == 1
+
+
+def test_a_metric_that_is_only_logged_tells_the_best_too(tiny_run: TinyRun) -> None:
+    kept = Checkpoint(every=Period(100), keep_best=1, monitor="train/loss", save_final=False)
+    run = tiny_run(kept, length=12, validate_every=5, log_every=2)
+    losses = {row["step"]: row["train/loss"] for row in run.history if "train/loss" in row}
+    (best,) = [step for step, loss in losses.items() if loss == min(losses.values())]
+    assert best in saved(run.folder / "checkpoints")
