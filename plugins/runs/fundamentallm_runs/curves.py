@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -18,6 +17,7 @@ AXES = ("step", "tokens", "time")
 LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first row"}
 POINTS = 2000  # more than a picture has columns are only slow
 SIZE = (96, 24)  # of a drawing, in columns and lines
+LARGEST = 1e300  # of what is drawn: the length of an axis must be a number, too
 SUFFIXES = (".png", ".svg", ".html")
 
 
@@ -38,7 +38,7 @@ def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | 
     """
     columns = record.columns
     both = zip(*columns.series(metric), strict=True)
-    series = [(place, value) for place, value in both if math.isfinite(value)]
+    series = [(place, value) for place, value in both if abs(value) < LARGEST]
     if not series:
         return None
     y = smoothed([value for _, value in series], smoothing)
@@ -110,8 +110,8 @@ def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for one in curves:
-        axes.plot(one.x, one.y, label=one.name, linewidth=1.2)
-    axes.set(xlabel=LABELS[axis], ylabel=metric)
+        axes.plot(one.x, one.y, label=_literal(one.name), linewidth=1.2)
+    axes.set(xlabel=LABELS[axis], ylabel=_literal(metric))
     axes.grid(alpha=0.3)
     axes.legend()
     made = io.BytesIO()
@@ -121,6 +121,11 @@ def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
         path.write_bytes(data)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _literal(text: str) -> str:
+    """Return text that stands for itself: what is between two ``$`` would be a formula."""
+    return text.replace("$", r"\$")
 
 
 def page(picture: bytes, title: str) -> bytes:

@@ -299,6 +299,19 @@ def test_names_and_values_are_shown_as_they_are(copies, name):
     assert f"\n{named.name} " in listed
 
 
+def test_a_name_that_is_no_formula_is_in_a_picture_all_the_same(copies, tmp_path):
+    logged(copies[0], '{"$x^{$": 2.0}')
+    said(compare, copies[0].rename(tmp_path / "a$^{$"), "--curve", "$x^{$", "-o", tmp_path / "a.svg")
+    assert "<!-- $x^{$ -->" in (tmp_path / "a.svg").read_text().replace("\\$", "$")
+
+
+@pytest.mark.parametrize(("one", "other"), [(1e308, -1e308), (9e299, -9e299), (5e-324, 0.0), (1e16, 1e16)])
+def test_no_number_is_too_large_or_too_small_to_be_compared(copies, one, other):
+    logged(copies[0], *(f'{{"val/loss": {value!r}}}' for value in (one, other, 1.0)))
+    assert f"{min(one, other, 1.0):.6g} (step " in said(compare, copies[0])
+    assert "val/loss best" in said(compare, copies[0], "--smooth", "0.9")
+
+
 FOREIGN = ["a = 1\n", "run = 1\n", "[run]\n", "[run]\nlength = []\n", '[run]\nlength = "5 apples"\n']
 
 
