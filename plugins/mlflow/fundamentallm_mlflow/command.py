@@ -15,6 +15,7 @@ import click
 
 from fundamentallm import PluginError, SettingsError
 from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow.database import database
 from fundamentallm_mlflow.places import PORT, charts, chosen, is_server, masked, settled
 
 URI = click.option("--uri", help="The store, in place of the one that is set.")
@@ -51,6 +52,9 @@ def ui(run: Path | None, uri: str | None, experiment: str | None, port: int) -> 
     plugin, settings = next(iter(recorded(run).items()) if run else iter(()), ("", Mlflow()))
     store = settled(settings.tracking_uri, run / plugin) if run and not uri else chosen(uri)
     name = experiment or settings.experiment
+    file = database(store)
+    if file is not None and not file.is_file():
+        raise SettingsError(f"{file}: there is no such database: name a run folder, or --uri")
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # four processes for evaluations
     from fundamentallm_mlflow.ship import reason
@@ -129,10 +133,11 @@ def serve(store: str, port: int, where: str) -> None:
 
 def _announce(port: int, where: str) -> None:
     """Print the URL as soon as the server answers."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         time.sleep(0.2)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=5):
                 break
         except OSError:
             continue

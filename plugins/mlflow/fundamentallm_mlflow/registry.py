@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from mlflow import MlflowException
 
-from fundamentallm_mlflow.store import locked
+from fundamentallm_mlflow.database import locked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

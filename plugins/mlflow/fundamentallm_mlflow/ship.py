@@ -8,7 +8,6 @@ codes: 0 all is shipped · 1 the store did not open · 3 the store took no more.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import logging
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm_mlflow.turn import Turn
 from fundamentallm_mlflow.work import Work
 
 if TYPE_CHECKING:
@@ -98,13 +98,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     answers, folder = Answers(), Path(sys.argv[1])
     request = json.loads(sys.stdin.buffer.readline())
-    with (folder / ".lock").open("a") as lock:
-        return _serve(Work(request, folder), answers, request, lock.fileno())
+    with Turn(folder, request["parent"]) as turn:
+        return _serve(Work(request, folder), answers, request, turn)
 
 
-def _serve(work: Work, answers: Answers, request: dict[str, Any], lock: int) -> int:
+def _serve(work: Work, answers: Answers, request: dict[str, Any], turn: Turn) -> int:
     def opened() -> dict[str, Any]:
-        _take(lock, request["start_seconds"])
+        turn.take(request["start_seconds"] / 2)  # the other half is for the store
         work.open()
         return {"opened": True}
 
@@ -148,19 +148,6 @@ def reason(error: Exception) -> str:
     if "Response body: '<" in text or "failed with error code 404" in text:
         return f"what answers there is no MLflow server: {text}"
     return text
-
-
-def _take(lock: int, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise TimeoutError("another process still ships this run") from None
-            time.sleep(0.1)
-        else:
-            return
 
 
 def _gone(parent: int, seconds: float) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fundamentallm_mlflow.journal import JournalReader, Marks, Timeline, turns_of
 from fundamentallm_mlflow.ledger import Entry, Ledger
+from fundamentallm_mlflow.names import Names
 from fundamentallm_mlflow.registry import Candidates, register
 from fundamentallm_mlflow.resumption import way
 
@@ -146,7 +147,7 @@ class Shipment:
         first = 0 if self._entry.history else self._start
         self._reader = JournalReader(journal, first, ledger.end_of(index))
         self._before = Timeline(journal, self._start)
-        self._marks = Marks()
+        self._marks, self._names = Marks(), Names()
         self._points: list[Point] = []
         self._others: list[dict[str, Any]] = []
         self._recent: dict[int, list[Point]] = {}
@@ -190,10 +191,11 @@ class Shipment:
         return bool(self._points or self._others)
 
     def _load_metrics(self, offset: int, row: dict[str, Any], *, is_new: bool) -> None:
+        named = [(self._names.of(key), key) for key in row["metrics"]]
         if offset < self._start and not self._before.counts(offset, row["step"]):
             return
-        news = self._marks.news(row).items()
-        points = [(key, value, row["time"], row["step"]) for key, value in news]
+        news = self._marks.news(row)
+        points = [(n, news[key], row["time"], row["step"]) for n, key in named if key in news]
         if is_new:
             self._points += points
         found = [point for point in points if not point[0].startswith(OF_TRAINING)]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import functools
 import json
 import logging
 import math
-import posixpath
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 
 from fundamentallm_mlflow import sweeps
+from fundamentallm_mlflow.database import artifacts, locked
+from fundamentallm_mlflow.names import LONGEST, Names, model_name, safe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mlflow.entities import LoggedModel
     from mlflow.entities import Run as MlflowRun
@@ -30,6 +35,7 @@ Point: TypeAlias = tuple[str, float, int, int]
 METRICS_PER_BATCH = 1000
 ENTRIES_PER_BATCH = 100
 LONGEST_PARAMETER, LONGEST_TAG = 6000, 8000
+LONGEST_SOURCE, LONGEST_SOURCE_VALUE = 65_535, 1000
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}
 START_TAG = "fundamentallm.start"
 NOTE = "mlflow.note.content"
@@ -61,25 +67,25 @@ class Store:
         found = self.client.search_runs([self.experiment_id], query, max_results=1)
         run = found[0] if found else self.client.create_run(
             self.experiment_id, start["time"], {START_TAG: start["id"]} | self._parent(start),
-            run_name=start["name"],
+            run_name=start["name"][:LONGEST],
         )  # fmt: skip
         return str(run.info.run_id)
 
     def describe(self, run_id: str, start: Mapping[str, Any], extra: Mapping[str, str]) -> None:
         """Log parameters, tags, data and files; of a continued run, what is new or has changed."""
         run = self.client.get_run(run_id)
-        wanted = {safe(k): v[:LONGEST_PARAMETER] for k, v in start["parameters"].items()}
+        wanted = _named(start["parameters"], LONGEST_PARAMETER)
         tags = start["tags"] | _changes(run, wanted) | dict(extra)
         if NOTE in run.data.tags:  # somebody may have written there
             tags.pop(NOTE, None)
         fresh = [Param(k, v) for k, v in wanted.items() if k not in run.data.params]
-        for part in _parts(fresh):
-            self.client.log_batch(run_id, params=part, synchronous=True)
-        for part in _parts([RunTag(safe(k), v[:LONGEST_TAG]) for k, v in tags.items()]):
-            self.client.log_batch(run_id, tags=part, synchronous=True)
+        self._send(run_id, fresh, ENTRIES_PER_BATCH, "params")
+        named = _named(tags, LONGEST_TAG)
+        self._send(run_id, [RunTag(k, v) for k, v in named.items()], ENTRIES_PER_BATCH, "tags")
         for key in {"outcome", "error"} & set(run.data.tags):
             self.client.delete_tag(run_id, key)
-        self.client.log_inputs(run_id, [DatasetInput(_dataset(start["dataset"]))])
+        data = [DatasetInput(_dataset(start["dataset"]))]
+        self.offers(self.client.log_inputs, run_id, data)
         for path in start["records"]:
             if Path(path).is_file():
                 self.client.log_artifact(run_id, path)
@@ -88,20 +94,22 @@ class Store:
             self.offers(sweeps.begin, self.client, run.data.tags[sweeps.PARENT])
 
     def take(self, run_id: str, points: Sequence[Point]) -> None:
-        """Log metrics. A batch that MLflow refuses for what it is, it refuses whole: halve it
-        until the bad one is alone, and leave that out."""
-        for first in range(0, len(points), METRICS_PER_BATCH):
-            batch = points[first : first + METRICS_PER_BATCH]
-            metrics = [_metric(*point) for point in batch]
-            if self.offers(self.client.log_batch, run_id, metrics, synchronous=True):
+        """Log metrics."""
+        self._send(run_id, [_metric(*p) for p in points], METRICS_PER_BATCH, "metrics")
+
+    def _send(self, run_id: str, entries: Sequence[Any], most: int, kind: str) -> None:
+        """Log entries of a kind. A batch that MLflow refuses for what it is, it refuses whole:
+        halve it until the bad one is alone, and leave that out."""
+        for first in range(0, len(entries), most):
+            batch = entries[first : first + most]
+            if self.offers(self.client.log_batch, run_id, synchronous=True, **{kind: batch}):
                 continue
             if not self.has(run_id):
                 raise LookupError(f"the run {run_id} was deleted there: restore it")
             if len(batch) == 1:
-                log.warning("left out %s: see the line before", batch[0])
+                log.warning("left out %s: see the line before", str(batch[0])[:500])
                 continue
-            self.take(run_id, batch[: len(batch) // 2])
-            self.take(run_id, batch[len(batch) // 2 :])
+            self._send(run_id, batch, len(batch) // 2, kind)
 
     def offers(self, call: Callable[..., Any], *given: Any, **named: Any) -> bool:
         """Make a call; False if the store refuses it for what it is, and always would."""
@@ -135,32 +143,38 @@ class Store:
     def add_model(self, run_id: str, row: Mapping[str, Any], points: Sequence[Point]) -> None:
         """Log a checkpoint as a model: where it is, and the metrics of its step."""
         folder = Path(row["folder"])
-        if self.model_of(run_id, folder.name) is not None:
-            return  # it had been logged before an answer got lost
         facts = {"path": row["folder"], "step": str(row["step"])}
-        model = self.client.create_logged_model(
-            self.experiment_id, _model_name(folder.name), run_id, facts, facts, "checkpoint"
+        # It may have been logged, or begun, before an answer got lost.
+        model = self.model_of(run_id, folder.name) or self.client.create_logged_model(
+            self.experiment_id, model_name(folder.name), run_id, facts, facts, "checkpoint"
         )
+        if model.status == LoggedModelStatus.READY:
+            return
         for key, value, milliseconds, step in points:
             self.offers(
                 self.client.log_metric, run_id, safe(key), value, milliseconds, step,
                 synchronous=True, model_id=model.model_id,
             )  # fmt: skip
-        self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, row["step"])])
+        self.client.finalize_logged_model(model.model_id, "READY")  # last: now it is whole
 
     def model_of(self, run_id: str, checkpoint: str) -> LoggedModel | None:
         """Return the logged model of a checkpoint of a run, if there is one."""
-        query = f"name = '{_model_name(checkpoint)}' AND source_run_id = '{run_id}'"
+        query = f"name = '{model_name(checkpoint)}' AND source_run_id = '{run_id}'"
         found = self.client.search_logged_models([self.experiment_id], query, max_results=1)
         return found[0] if found else None
 
     def add_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file or a folder, if it is still there."""
-        if path.is_dir():
-            self.client.log_artifacts(run_id, str(path), folder)
-        elif path.is_file():
-            self.client.log_artifact(run_id, str(path), folder)
+        try:
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), folder)
+            elif path.is_file():
+                self.client.log_artifact(run_id, str(path), folder)
+        except (OSError, MlflowException):
+            if path.exists():
+                raise
+            log.warning("%s was deleted while it was copied", path)
 
     def _parent(self, start: Mapping[str, Any]) -> dict[str, str]:
         name = start.get("parent")
@@ -173,7 +187,7 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
-                return self.client.create_experiment(name, _artifacts(self.uri, name))
+                return self.client.create_experiment(name, artifacts(self.uri, name))
             except MlflowException as error:  # somebody else made it just now
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
@@ -184,37 +198,6 @@ class Store:
         return str(found.experiment_id)
 
 
-@contextlib.contextmanager
-def locked(uri: str) -> Iterator[None]:
-    """Keep other runs out while the store opens: two that make the tables of one fresh sqlite
-    database at the same time can ruin it."""
-    path = database(uri)
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def database(uri: str) -> Path | None:
-    """Return the file of a sqlite store; None for a store of another kind."""
-    scheme, separator, path = uri.partition(":///")
-    return Path(path) if separator and scheme == "sqlite" and path else None
-
-
-@functools.lru_cache(maxsize=4096)
-def safe(key: str) -> str:
-    """Return a key as MLflow takes it: few characters, and the form of a plain relative path."""
-    allowed = re.sub(r"[^\w./ :-]", "_", key, flags=re.ASCII)
-    return posixpath.normpath(allowed).lstrip("/.") or "_"
-
-
-def _model_name(checkpoint: str) -> str:
-    return re.sub(r"[^\w-]", "_", checkpoint, flags=re.ASCII)
-
-
 def _metric(key: str, value: float, milliseconds: int, step: int) -> Metric:
     # MLflow stores an infinity as the largest float, which ruins the axis of every plot.
     return Metric(safe(key), value if math.isfinite(value) else math.nan, milliseconds, step)
@@ -222,8 +205,16 @@ def _metric(key: str, value: float, milliseconds: int, step: int) -> Metric:
 
 def _dataset(facts: Mapping[str, Any]) -> Dataset:
     profile = json.dumps(facts["profile"]) if facts["profile"] else None
-    return Dataset(facts["name"], facts["digest"], "local", json.dumps(facts["source"]),
-                   profile=profile)  # fmt: skip
+    source = json.dumps(facts["source"])
+    if len(source) > LONGEST_SOURCE:
+        short = {key: str(v)[:LONGEST_SOURCE_VALUE] for key, v in facts["source"].items()}
+        source = json.dumps(short)[:LONGEST_SOURCE]
+    return Dataset(facts["name"], facts["digest"], "local", source, profile=profile)
+
+
+def _named(facts: Mapping[str, str], longest: int) -> dict[str, str]:
+    names = Names()
+    return {names.of(key): value[:longest] for key, value in facts.items()}
 
 
 def _changes(run: MlflowRun, wanted: Mapping[str, str]) -> dict[str, str]:
@@ -233,18 +224,5 @@ def _changes(run: MlflowRun, wanted: Mapping[str, str]) -> dict[str, str]:
     return {"settings.changed": "\n".join(lines)} if lines else {}
 
 
-def _parts(entries: list[Any]) -> Iterator[list[Any]]:
-    for first in range(0, len(entries), ENTRIES_PER_BATCH):
-        yield entries[first : first + ENTRIES_PER_BATCH]
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
-
-
-def _artifacts(uri: str, experiment: str) -> str | None:
-    """Return where the files of an experiment go: beside a sqlite database, wherever the command
-    was run; a server knows its own place."""
-    path = database(uri)
-    name = re.sub(r"[^\w.-]+", "_", experiment, flags=re.ASCII)
-    return None if path is None else (path.parent / "mlartifacts" / name).as_uri()

@@ -15,10 +15,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from fundamentallm import FundamentalError, PluginError, StorageError, hookimpl, plugin
+from fundamentallm import FundamentalError, PluginError, SettingsError, StorageError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
+from fundamentallm_mlflow.command import ui
 from fundamentallm_mlflow.farewell import Farewell
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ledger import shipped
@@ -304,6 +305,15 @@ def test_the_shipping_process_gives_up_when_it_is_told_to(monkeypatch: Any) -> N
     loop.away, loop._gone_at, loop._pause = True, 0.0, 30.0
     assert loop.run() == 3
     assert clock.now == 60.0
+
+
+def test_ui_makes_no_database_where_there_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for words in ([], ["--uri", f"sqlite:///{tmp_path}/mlflow.db"]):
+        with pytest.raises(SettingsError, match=rf"^{tmp_path}/mlflow\.db: there is no such"):
+            CliRunner().invoke(ui, words, catch_exceptions=False, standalone_mode=False)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_sync_refuses_what_it_cannot_ship(tmp_path: Path) -> None:

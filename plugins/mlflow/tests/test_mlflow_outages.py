@@ -204,6 +204,7 @@ def test_the_page_of_the_charts_is_printed_once_it_is_there(look: Any, tmp_path:
     shown = subprocess.Popen(
         [sys.executable, "-m", "fundamentallm", *words], cwd=tmp_path, stdout=subprocess.PIPE,
         start_new_session=True, text=True,
+        env=dict(os.environ) | {"http_proxy": f"http://127.0.0.1:{free_port()}"},
     )  # fmt: skip
     try:
         assert shown.stdout is not None

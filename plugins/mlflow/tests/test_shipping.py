@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,10 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ledger import Ledger
 from fundamentallm_mlflow.places import charts, chosen, masked, noted, settled
 from fundamentallm_mlflow.shipment import Shipping
+from fundamentallm_mlflow.shipper import Shipper
+from fundamentallm_mlflow.turn import Turn
 from fundamentallm_mlflow.work import Work
 
 START: dict[str, Any] = {
@@ -265,6 +270,29 @@ def test_a_run_that_was_deleted_is_shipped_anew_though_all_had_been_taken(
     assert look.points(look.run("again"), "train/loss") == losses(range(1, 4))
 
 
+@pytest.mark.parametrize("is_orphan", [True, False])
+def test_who_ships_for_a_training_process_that_has_died_makes_way_for_another(
+    look: Any, tmp_path: Path, *, is_orphan: bool
+) -> None:
+    own = Mlflow(end_seconds=300.0, on_start_failure="journal", start_seconds=600.0)
+    asked = own.request(tmp_path, "http://127.0.0.1:9")
+    before = Shipper(tmp_path, asked | ({"parent": 1} if is_orphan else {}))
+    assert "error" in before.open()
+    before.go_on()
+    pid = int((tmp_path / ".lock").read_text())
+    turn = Turn(tmp_path, os.getpid())
+    if is_orphan:
+        turn.take(300.0)
+        assert "another process ships the rest" in (tmp_path / "ship.log").read_text()
+    else:
+        with pytest.raises(TimeoutError, match=rf"still ships this run \(pid {pid}\)"):
+            turn.take(0.5)
+        before.kill()
+        turn.take(60.0)
+    before.kill()
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
 def test_a_lost_ledger_is_made_anew_without_doubled_runs_or_points(
     look: Any, tmp_path: Path
 ) -> None:
@@ -280,14 +308,108 @@ def test_a_refused_metric_does_not_take_others_along(look: Any) -> None:
     run_id = store.run_for(START | {"id": "refused", "time": 1})
     store.describe(run_id, START, {})
     good = [(f"m/{i}", float(i), 1, 1) for i in range(20)]
-    too_long = ("x" * 300, 1.0, 1, 1)
-    store.take(run_id, [*good[:7], too_long, *good[7:], ("odd//name(x)", math.inf, 1, 1)])
+    refused = ("m/bad", 1.0, -1, 1)
+    store.take(run_id, [*good[:7], refused, *good[7:], ("odd//name(x)", math.inf, 1, 1)])
     kept = look.run("refused")
     assert {k: v for k, v in kept.data.metrics.items() if k.startswith("m/")} == {
         key: value for key, value, _, _ in good
     }
     assert math.isnan(kept.data.metrics["odd/name_x_"])
     assert kept.data.params == {"groups._bias.lr": "1", "run.length": "8 steps"}
+
+
+def test_a_description_that_is_refused_in_parts_is_logged_without_them(look: Any) -> None:
+    from mlflow.entities import Param
+
+    store = opened(look.uri, "described")
+    source = {"paths": ["/data/part"] * 10_000, "fingerprint": "f"}
+    start = START | {
+        "id": "described", "time": 1, "name": "n" * 300,
+        "parameters": {"a": "1", "x" * 300: "2", "x" * 301: "3", "a(b)": "4", "a_b_": "5"},
+        "tags": {"mine": "1", "t" * 300: "2", "mlflow.runName": "n", "long": "v" * 10_000},
+        "dataset": START["dataset"] | {"source": source},
+    }  # fmt: skip
+    run_id = store.run_for(start)
+    store.describe(run_id, start, {})
+    kept = look.run("described")
+    assert sorted(kept.data.params.values()) == ["1", "2", "3", "4", "5"]
+    assert max(len(key) for key in kept.data.params) == 250
+    assert kept.data.params["a_b_"] == "4"
+    assert kept.data.tags["mine"] == "1"
+    assert [v for k, v in kept.data.tags.items() if k.startswith("ttt")] == ["2"]
+    (data,) = kept.inputs.dataset_inputs
+    assert json.loads(data.dataset.source)["fingerprint"] == "f"
+    store._send(run_id, [Param("p/1", "1"), Param("a", "other"), Param("p/2", "2")], 100, "params")
+    kept = look.run("described")
+    assert {"p/1", "p/2"} <= set(kept.data.params)
+    assert kept.data.params["a"] == "1"
+
+
+def test_two_metrics_whose_names_become_one_stay_two(look: Any, tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    long = ["m/" + "x" * 300 + end for end in "ab"]
+    for step in (1, 2):
+        metrics = {name: float(n) for n, name in enumerate(["bad(x)", "bad_x_", *long])}
+        process.journal.append("metrics", step=step, metrics=metrics)
+        if step == 1:
+            ship(tmp_path, opened(look.uri, "names"), "names")  # and on by another process
+    process.ends()
+    run_id = ship(tmp_path, opened(look.uri, "names"), "names")
+    found = look.run("names").data.metrics
+    assert sorted(found.values()) == [0.0, 1.0, 2.0, 3.0]
+    assert found["bad_x_"] == 0.0
+    for name, value in found.items():
+        assert look.points(run_id, name) == [(1, value), (2, value)]
+
+
+def test_a_model_that_was_half_logged_is_completed(look: Any, tmp_path: Path) -> None:
+    from fundamentallm_mlflow.store import Store
+
+    class Dying(Store):
+        def offers(self, call: Any, *given: Any, **named: Any) -> bool:
+            if "model_id" in named:
+                raise KeyboardInterrupt
+            return super().offers(call, *given, **named)
+
+    process = Process(tmp_path)
+    saves(process, tmp_path, 2.0)
+    process.ends()
+    with pytest.raises(KeyboardInterrupt):
+        ship(tmp_path, Dying(look.uri, "half"), "half")
+    for _ in range(2):
+        ship(tmp_path, opened(look.uri, "half"), "half")
+        (model,) = look.client.search_logged_models([look.run("half").info.experiment_id])
+        assert [(m.key, m.value) for m in model.metrics] == [("val/loss", 2.0)]
+        assert model.status == "READY"
+        assert len(look.run("half").outputs.model_outputs) == 1
+
+
+def test_files_of_checkpoints_are_copied_if_that_is_wanted(
+    look: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from fundamentallm_mlflow.store import MlflowClient
+
+    process = Process(tmp_path, upload=True)
+    for _ in range(3):
+        saves(process, tmp_path, 1.0)
+        (folder := tmp_path / "checkpoints" / f"step-{process.step:08d}").mkdir(exist_ok=True)
+        (folder / "weights").write_text(str(process.step))
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
+    real = MlflowClient.log_artifacts
+
+    def slow(self: Any, run_id: str, path: str, to: str | None = None) -> None:
+        if path.endswith("2"):  # it is deleted while it is copied
+            shutil.rmtree(path)
+        real(self, run_id, path, to)
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
+    process.ends()
+    ship(tmp_path, opened(look.uri, "files"), "files")
+    kept = look.run("files")
+    assert kept.info.status == "FINISHED"
+    assert "checkpoints/step-00000003" in look.files(kept, "checkpoints")
+    there = look.files(kept, "checkpoints/step-00000003")
+    assert there == {"checkpoints/step-00000003/weights"}
 
 
 def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path: Path) -> None:
