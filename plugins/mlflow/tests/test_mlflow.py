@@ -15,7 +15,14 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from fundamentallm import FundamentalError, PluginError, SettingsError, StorageError, hookimpl, plugin
+from fundamentallm import (
+    FundamentalError,
+    PluginError,
+    SettingsError,
+    StorageError,
+    hookimpl,
+    plugin,
+)
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
