@@ -308,10 +308,10 @@ def test_the_shipping_process_gives_up_when_it_is_told_to(monkeypatch: Any) -> N
     away: Any = Away()
     clock: Any = Clock()
     monkeypatch.setattr("fundamentallm_mlflow.ship.time", clock)
-    loop = Loop(away, clock, {"parent": os.getppid(), "end_seconds": 60.0})
+    loop = Loop(away, clock, {"parent": os.getppid(), "end_seconds": 40.0})
     loop.away, loop._gone_at, loop._pause = True, 0.0, 30.0
     assert loop.run() == 3
-    assert clock.now == 60.0
+    assert clock.now == 40.0
 
 
 def test_ui_makes_no_database_where_there_is_none(tmp_path: Path, monkeypatch: Any) -> None:
