@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -115,15 +116,21 @@ def histogram(name: str, step: int, edges: list[float], counts: list[int]) -> by
 
 
 def write_outcome(run: Run, outcome: Outcome) -> None:
-    """Write how a run ended, at which step, and by which error, whole or not at all."""
+    """Write how a run ended, at which step, and by which error, whole or not at all; warn of a
+    folder that takes no files any more."""
     error = run.error and f"{type(run.error).__name__}: {run.error}".splitlines()[0][:LONGEST]
     facts = {"outcome": outcome, "step": run.progress.step, "error": error}
     beside = run.folder / f".{OUTCOME}.new"
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(run.folder / OUTCOME)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(facts) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(run.folder / OUTCOME)
+    except OSError as why:
+        log.warning("%s: how the run ended is not written: %s", run.folder / OUTCOME, why.strerror)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def failed_to_begin(folder: Path) -> bool:

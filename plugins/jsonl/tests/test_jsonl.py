@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,3 +386,21 @@ def test_a_run_from_step_0_keeps_the_old_histograms_beside(tiny_run: TinyRun) ->
 
 def test_a_histogram_for_a_process_that_writes_nothing_is_no_error(tmp_path: Path) -> None:
     Jsonl().take_histogram("sizes/a", 1, [0.0, 1.0], [3])
+
+
+def test_a_folder_that_is_gone_at_the_end_is_one_warning(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    @plugin
+    class Deletes:
+        """Deletes the run folder before the end."""
+
+        @hookimpl
+        def on_safe_point(self, run: Run) -> None:
+            if run.ending:
+                shutil.rmtree(run.folder)
+
+    assert tiny_run(Jsonl(), Deletes()).outcome == "finished"
+    (said,) = [r.getMessage() for r in caplog.records if "outcome.json" in r.getMessage()]
+    assert said.endswith("how the run ended is not written: No such file or directory")
+    assert not [r for r in caplog.records if "muted" in r.getMessage()]
