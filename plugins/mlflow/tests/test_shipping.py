@@ -400,6 +400,7 @@ def test_files_of_checkpoints_are_copied_if_that_is_wanted(
     def slow(self: Any, run_id: str, path: str, to: str | None = None) -> None:
         if path.endswith("2"):  # it is deleted while it is copied
             shutil.rmtree(path)
+            raise FileNotFoundError(path)
         real(self, run_id, path, to)
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
