@@ -185,12 +185,12 @@ def test_the_hooks_are_put_back_when_the_trace_is_made(tiny_run: TinyRun):
 def test_it_and_throughput_trace_beside_each_other(tiny_run: TinyRun, tmp_path: Path, place: str):
     throughput = pytest.importorskip("fundamentallm_throughput").Throughput
     listed = [Profiler(start=3, steps=2, warmup=1), throughput(sample_every=2)]
-    run = tiny_run(*(listed if place == "before" else reversed(listed)), length=9)
+    run = tiny_run(*(listed if place == "before" else reversed(listed)), length=12)
     found = events(run.folder / "profile" / "trace-00000003.json.gz")
     assert found.count("core.backward") == 2
     assert json.loads((run.folder / "throughput.json").read_text())["timed_steps"] >= 2
     assert run.outcome == "finished"
-    assert_same_weights(run, tiny_run(length=9, run_dir=tmp_path / "bare"))
+    assert_same_weights(run, tiny_run(length=12, run_dir=tmp_path / "bare"))
 
 
 def test_a_recorded_run_ends_in_the_same_bits(tiny_run: TinyRun, tmp_path: Path):
