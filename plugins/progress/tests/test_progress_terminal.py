@@ -54,7 +54,8 @@ class Terminal:
         torch.set_num_threads(1)  # what other threads hold is lost to a child
         self.child, self._own = pty.fork()
         if self.child == 0:
-            os.environ.pop("CI", None)
+            for name in ("CI", "COLUMNS", "LINES"):  # a window of its own
+                os.environ.pop(name, None)
             os.environ.update({"TERM": "xterm-256color"} | environment)
             _be_a_program(work)
         self._size(columns)
