@@ -32,13 +32,15 @@ class Check:
             return False
         values = [p.grad for p in parameters if p.grad is not None]
         values += run.losses
-        self._found.zero_()
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(values, self._found, self._one)
         except RuntimeError:  # complex or sparse gradients, a loss on another device
             self._works = False
             return False
-        return not self._found.item()
+        if self._found.item():
+            self._found.zero_()  # for the next step; where nothing was found it is zero still
+            return False
+        return True
 
 
 def of_step(run: Run, parameters: list[nn.Parameter]) -> tuple[float, float]:
