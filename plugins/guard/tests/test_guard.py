@@ -482,7 +482,7 @@ def test_a_step_behind_a_bad_one_is_looked_at_as_briefly_as_any(
     guard = Guard()
     run = tiny_run(guard, Poisoned(at=[12]), length=8)
     assert guard.skipped == 1
-    monkeypatch.delattr(Tensor, "tolist")  # by which all values are read
+    monkeypatch.setattr(Tensor, "tolist", None)  # by which all values are read
     with HostReads() as mode:
         assert guard.judge_step(run) is None
     assert mode.count == 1
