@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     Form: TypeAlias = tuple[torch.dtype, torch.Size]
     Pair: TypeAlias = tuple[Tensor, Tensor]
-    Piece: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 _ALIGNMENT = 64
 _PAGE = 2**12
@@ -74,10 +73,10 @@ class Arena:
         pairs = list(zip(self._fitting(originals), originals, strict=True))
         large = [pair for pair in pairs if pair[0].nbytes >= _LARGE and _is_plain(pair[1])]
         aside = {id(copy) for copy, _ in large}
-        for copy, original in pairs:
-            if id(copy) not in aside:  # to pinned memory this only tells the device what to do
-                copy.copy_(original, non_blocking=True)
-        self._crew.copy(large)
+        with self._crew.copying(large):
+            for copy, original in pairs:
+                if id(copy) not in aside:  # to pinned memory this only tells the device what to do
+                    copy.copy_(original, non_blocking=True)
         for device in {original.device for original in originals if original.is_cuda}:
             torch.cuda.synchronize(device)
         copies = dict(zip(keys, self._copies, strict=True))
@@ -151,15 +150,18 @@ class Crew:
             self._others = ThreadPoolExecutor(count, "checkpoint-copy")
             self._ask(count, int)  # nothing to do as yet
 
-    def copy(self, pairs: list[Pair]) -> None:
-        """Copy each second tensor into the first, which are of the same form."""
-        pieces = [piece for pair in pairs for piece in _pieces(*pair)]
+    @contextlib.contextmanager
+    def copying(self, pairs: list[Pair]) -> Iterator[None]:
+        """Copy each second tensor into the first, which are of the same form: the others begin at
+        once, and who asks for it joins them at the end."""
+        pieces = [(*pair, start) for pair in pairs for start in range(0, pair[0].nbytes, _PIECE)]
         left, done = iter(pieces), SimpleQueue[BaseException | None]()
 
         def work() -> None:
-            for copy, original in left:  # of a list: what one thread takes no other gets
+            for *pair, start in left:  # of a list: what one thread takes no other gets
                 error = None
                 try:
+                    copy, original = (_bytes(tensor)[start : start + _PIECE] for tensor in pair)
                     copy[:] = original
                 except BaseException as caught:  # noqa: BLE001 - raised where it is waited for
                     error = caught
@@ -168,9 +170,13 @@ class Crew:
         if len(pieces) > 1:
             self.come()
             self._ask(min(len(pieces), _COPIERS) - 1, work)
-        work()
-        # Whoever has not begun by now finds nothing left, and is not waited for.
-        for error in [done.get() for _ in pieces]:
+        try:
+            yield
+        finally:
+            work()
+            # Whoever has not begun by now finds nothing left, and is not waited for.
+            errors = [done.get() for _ in pieces]
+        for error in errors:
             if error is not None:
                 raise error
 
@@ -200,10 +206,8 @@ def _is_plain(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu"
 
 
-def _pieces(*pair: Tensor) -> Iterator[Piece]:
-    copy, original = (tensor.view(-1).view(torch.uint8).numpy() for tensor in pair)
-    for start in range(0, len(copy), _PIECE):
-        yield copy[start : start + _PIECE], original[start : start + _PIECE]
+def _bytes(tensor: Tensor) -> NDArray[Any]:
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 def _runtime() -> Any:

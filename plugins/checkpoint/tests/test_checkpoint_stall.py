@@ -251,7 +251,8 @@ def test_a_thread_that_copies_later_than_all_others_is_not_waited_for() -> None:
     assert began.wait(30)
     originals = [torch.randn(600, 600) for _ in range(5)]
     copies = [torch.empty(600, 600) for _ in range(5)]
-    crew.copy(list(zip(copies, originals, strict=True)))
+    with crew.copying(list(zip(copies, originals, strict=True))):
+        pass
     assert not gate.is_set()
     gate.set()
     assert all(copy.equal(original) for copy, original in zip(copies, originals, strict=True))
@@ -262,8 +263,18 @@ def test_a_copy_that_fails_in_any_thread_is_no_copy() -> None:
     crew = Crew()
     pairs = [(torch.empty(600, 600), torch.randn(600, 600)) for _ in range(9)]
     pairs[5] = (torch.empty(600, 600), torch.randn(600, 601))
-    with pytest.raises(ValueError, match="broadcast"):
-        crew.copy(pairs)
+    with pytest.raises(ValueError, match="broadcast"), crew.copying(pairs):
+        pass
+    crew.leave()
+
+
+def test_where_what_is_done_meanwhile_fails_no_thread_copies_any_more() -> None:
+    crew = Crew()
+    originals = [torch.randn(600, 600) for _ in range(9)]
+    copies = [torch.empty(600, 600) for _ in range(9)]
+    with pytest.raises(KeyError), crew.copying(list(zip(copies, originals, strict=True))):
+        raise KeyError
+    assert all(copy.equal(original) for copy, original in zip(copies, originals, strict=True))
     crew.leave()
 
 
