@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,12 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from fundamentallm.launch import train as launch
     from fundamentallm.record import new_folder
-
     folder = run_dir or new_folder(composed)
     run = launch(composed, run_dir=folder, at=at)
     click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
     if run.outcome == "interrupted":
         if (folder / "settings.toml").exists():  # else nothing was built yet
-            click.echo(f"resume with: fundamentallm resume {folder}", err=True)
+            click.echo(f"resume with: fundamentallm resume {shlex.quote(str(folder))}", err=True)
         sys.exit(128 + (run.signal or 0))
 
 
