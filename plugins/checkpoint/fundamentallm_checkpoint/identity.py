@@ -75,8 +75,9 @@ def settle(folder: Path, adopted: str) -> str:
     made = adopted if _FORM.fullmatch(adopted) else secrets.token_hex(6)
     try:
         _replace(folder, FILE, f"{made}\n".encode())
-        with contextlib.suppress(PermissionError):  # one may write below what one may not read
-            files.sync_folder(folder.absolute().parent)  # the folder's own name
+        for above in folder.absolute().parents:  # its own name, and those that are new with it
+            with contextlib.suppress(PermissionError):  # one may write below what one may not read
+                files.sync_folder(above)
     except OSError as error:
         what = f"{error.filename}: cannot be written: {error.strerror}"
         raise StorageError(f"the run folder {folder} cannot be made to last: {what}") from error

@@ -273,11 +273,27 @@ def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
             super().fsync(file)
 
     monkeypatch.setattr(files, "system", Notes())
-    tiny_run(Checkpoint(every=TWO), length=2)
+    folder = tmp_path / "all" / "runs" / "first"
+    tiny_run(Checkpoint(every=TWO), length=2, run_dir=folder)
+    for above in (folder.parent, folder.parent.parent, tmp_path):
+        assert synced.count(str(above)) == 1
+        assert synced.index(str(above)) < synced.index(str(folder / "checkpoints"))
+    tiny_run(Checkpoint(every=TWO), length=4, run_dir=folder)
     assert synced.count(str(tmp_path)) == 1
-    assert synced.index(str(tmp_path)) < synced.index(str(tmp_path / "run" / "checkpoints"))
-    tiny_run(Checkpoint(every=TWO), length=4)
-    assert synced.count(str(tmp_path)) == 1
+
+
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(files.System):
+        def fsync(self, file: int) -> None:
+            if Path(f"/proc/self/fd/{file}").readlink().is_dir():
+                raise OSError(errno.EINVAL, "Invalid argument")
+            super().fsync(file)
+
+    monkeypatch.setattr(files, "system", Plain())
+    run = tiny_run(Checkpoint(every=TWO), length=2)
+    assert saved(run.folder / "checkpoints") == [2]
 
 
 def test_a_metric_that_is_only_logged_tells_the_best_too(tiny_run: TinyRun) -> None:

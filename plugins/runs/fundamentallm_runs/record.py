@@ -12,7 +12,7 @@ import attrs
 import tomli
 
 from fundamentallm import Period, Progress, SettingsError, StorageError
-from fundamentallm_runs.rows import Columns, gathered, read_rows
+from fundamentallm_runs.rows import Columns, gathered
 
 State: TypeAlias = Literal["running", "finished", "stopped", "interrupted", "failed", "cut"]
 OUTCOMES = ("finished", "stopped", "interrupted", "failed")
@@ -101,7 +101,7 @@ def read(folder: Path) -> Record:
     try:
         settings = tomli.loads((folder / "settings.toml").read_text("utf-8"))
         runs_on = is_running(folder)  # before reading: a run that ends meanwhile has said how
-        columns = gathered(read_rows(folder / "metrics.jsonl"))
+        columns = gathered(folder / "metrics.jsonl")
         record = Record(folder, settings, _kept(folder / "environment.json"), columns)
         if runs_on:
             return attrs.evolve(record, state="running")

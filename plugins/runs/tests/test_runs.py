@@ -404,31 +404,51 @@ def test_curves_without_colours_are_told_apart_by_digits_and_only_what_can_be_be
     assert not re.search("(optim|tokens).* best", told)
 
 
-def test_two_long_runs_are_compared_with_each_line_read_once_and_a_picture_of_few_points(tmp_path, monkeypatch):
-    """Counted, not timed: what is done for every line, and what is done for every point."""
+def read_so_far() -> int:
+    """Return the bytes that this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_two_long_runs_are_compared_with_each_byte_read_once_and_nothing_done_for_each_row(tmp_path, monkeypatch):
+    """Counted, not timed: what is read, what is parsed, what Python calls, what is drawn."""
     from fundamentallm_runs import comparing, rows
 
     folders = [long_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    counts: dict[str, list[int]] = {"parsed": [], "drawn": []}
-    monkeypatch.setattr(rows, "parsed", lambda line: counts["parsed"].append(len(line)) or parsed(line))
-    shown = comparing.drawn
-    monkeypatch.setattr(comparing, "drawn", lambda curves, *more, **so: counts["drawn"].extend(len(c.x) for c in curves) or shown(curves, *more, **so))
-    told = said(compare, *folders, "--curve", "train/loss", "--smooth", "0.5")
-    assert sum(counts["parsed"]) == sum((one / "metrics.jsonl").stat().st_size for one in folders)
-    assert len(counts["drawn"]) == 2
-    assert max(counts["drawn"]) <= POINTS + 2
+    words = ("--curve", "train/loss", "--smooth", "0.5")
+    said(compare, folders[0], *words)  # what is imported at first
+    size = sum((one / "metrics.jsonl").stat().st_size for one in folders)
+    sizes, points, calls = [], [], 0
+    loads, shown = rows.orjson.loads, comparing.drawn
+    monkeypatch.setattr(rows, "orjson", SimpleNamespace(loads=lambda text: sizes.append(len(text)) or loads(text)))
+    monkeypatch.setattr(comparing, "drawn", lambda curves, *more, **so: points.extend(len(c.x) for c in curves) or shown(curves, *more, **so))
+
+    def count(frame, event, what):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    read = read_so_far()
+    sys.setprofile(count)
+    told = said(compare, *folders, *words)
+    sys.setprofile(None)
+    assert read_so_far() - read < size + 100_000
+    assert sum(sizes) < size + 2 * LONG + 100_000  # a comma between two lines
+    assert len(points) == 2
+    assert max(points) <= POINTS + 2
+    bare = calls_of(lambda: said(compare, *[short_run(tmp_path / name) for name in "cd"], *words))
+    assert calls - bare < 2 * LONG  # less than one for each row
     assert re.search(r"^step +20000 +20000", told, re.MULTILINE)
     assert re.search(r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", told, re.MULTILINE)
 
 
 def test_columns_take_few_bytes_for_each_number(tmp_path):
-    rows = (Row(n, n, float(n), {name: n / (7 + k) for k, name in enumerate(TEN)}) for n in range(LONG))
+    path = long_run(tmp_path / "a", 0) / "metrics.jsonl"
+    gathered(path)  # names of metrics are kept by the parser
     tracemalloc.start()
-    columns = gathered(rows)
+    columns = gathered(path)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size < 30 * 8 * LONG
-    assert columns.names == set(TEN)
+    assert columns.names == {*TEN, "val/loss"}
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=3), max_size=20))
