@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOGGERS = ("mlflow", "jsonl")
-TURN, EVERY = 40, 10
+TURN, EVERY = 20, 10
 WARM = 1
 BOUND = 1.01
 DRAWS = 2000

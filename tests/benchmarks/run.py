@@ -41,7 +41,7 @@ def main() -> int:
         within += [] if chosen.quick else [show_instructions(prefix)]
     if not chosen.quick:
         within += [speed.report(chosen.pairs)]
-        within += [logging_cost.report(max(8, chosen.pairs // 4))]  # as many steps
+        within += [logging_cost.report(max(8, chosen.pairs // 2))]  # as many steps
         sys.stdout.flush()
         # In a process of its own, whose memory is measured.
         stall = [sys.executable, Path(__file__).with_name("checkpoint_stall.py")]

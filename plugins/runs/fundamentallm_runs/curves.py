@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -37,21 +39,32 @@ def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | 
     average whose start is corrected (Kingma and Ba, *Adam*, 2015, section 3).
     """
     columns = record.columns
-    both = zip(*columns.series(metric), strict=True)
-    series = [(place, value) for place, value in both if abs(value) < LARGEST]
-    if not series:
+    places, values = drawable(*columns.series(metric))
+    if not values:
         return None
-    y = smoothed([value for _, value in series], smoothing)
-    kept = [(series[i][0], y[i]) for i in extremes(y, POINTS)]
+    y = smoothed(values, smoothing)
+    kept = extremes(y, POINTS)
     if axis == "time":
-        x = [columns.times[place] - columns.times[0] for place, _ in kept]
+        x = [columns.times[places[i]] - columns.times[0] for i in kept]
     else:
         numbers = columns.steps if axis == "step" else columns.tokens
-        x = [float(numbers[place]) for place, _ in kept]
-    return Curve(record.name, x, [value for _, value in kept])
+        x = [float(numbers[places[i]]) for i in kept]
+    return Curve(record.name, x, [y[i] for i in kept])
 
 
-def extremes(values: list[float], most: int) -> list[int]:
+def drawable(
+    places: Sequence[int], values: Sequence[float]
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Return the values that are finite and not too large to be drawn, and their places."""
+    # All are, if their sum and their ends are: which is quicker to tell.
+    if values and math.isfinite(sum(values)) and -LARGEST < min(values) <= max(values) < LARGEST:
+        return places, values
+    both = [(place, value) for place, value in zip(places, values, strict=True)
+            if abs(value) < LARGEST]  # fmt: skip
+    return [place for place, _ in both], [value for _, value in both]
+
+
+def extremes(values: Sequence[float], most: int) -> list[int]:
     """Return the places of at most ``most`` + 2 values: of equal parts of the list the lowest and
     the highest, so that no spike is lost, and the ends."""
     if len(values) <= most:
@@ -64,7 +77,7 @@ def extremes(values: list[float], most: int) -> list[int]:
     return sorted(kept)
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
+def smoothed(values: Sequence[float], weight: float) -> Sequence[float]:
     """Return the corrected exponential moving average of values."""
     if not weight:
         return values
