@@ -96,7 +96,7 @@ class Columns:
         found = self.parts(metric)
         if len(found) == 1:
             return found[0]
-        pairs = sorted(pair for both in found for pair in zip(*both, strict=True))
+        pairs = sorted(chain.from_iterable(zip(*both, strict=True) for both in found))
         return [place for place, _ in pairs], [value for _, value in pairs]
 
 
