@@ -30,6 +30,8 @@ class Entry:
     """The store has all of its rows before this offset."""
     closed: bool = False
     """Whether its end state is set."""
+    system: int = 0
+    """The store has all that concerns it of ``system.jsonl`` before this offset."""
 
 
 class Ledger:

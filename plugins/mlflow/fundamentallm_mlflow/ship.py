@@ -99,12 +99,11 @@ def main() -> int:
     answers, folder = Answers(), Path(sys.argv[1])
     request = json.loads(sys.stdin.buffer.readline())
     with Turn(folder, request["parent"]) as turn:
-        return _serve(Work(request, folder), answers, request, turn)
+        return _serve(Work(request, folder, turn), answers, request)
 
 
-def _serve(work: Work, answers: Answers, request: dict[str, Any], turn: Turn) -> int:
+def _serve(work: Work, answers: Answers, request: dict[str, Any]) -> int:
     def opened() -> dict[str, Any]:
-        turn.take(request["start_seconds"] / 2)  # the other half is for the store
         work.open()
         return {"opened": True}
 
@@ -135,7 +134,7 @@ def _answered(part: Callable[[], dict[str, Any]], answers: Answers) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error, with what to do where that is known."""
+    """Return what is wrong in a line, with what to do where that is known."""
     lines = str(error).strip().splitlines()
     text = (lines[0] if lines else type(error).__name__)[:500]
     schema = re.search(r"found version (\w+), but expected (\w+)", text)
@@ -146,8 +145,26 @@ def reason(error: Exception) -> str:
                 f"{schema[2]}: install the mlflow that made it, or, if it is the older one, "
                 "back it up and run 'mlflow db upgrade'")  # fmt: skip
     if "Response body: '<" in text or "failed with error code 404" in text:
-        return f"what answers there is no MLflow server: {text}"
+        code = re.search(r"error code (\d+)", text)
+        said = f" (it says {code[1]})" if code else ""
+        return f"what answers there is no MLflow server{said}: correct tracking_uri"
+    if "failed with exception" in text and (cause := _cause(error)):
+        return f"{cause}: start its server, or set tracking_uri to a store that is there"
     return text
+
+
+def _cause(error: BaseException) -> str | None:
+    """Return what the operating system said, below all that libraries put around it."""
+    found, seen, last = None, set[int](), error
+    while id(last) not in seen:
+        seen.add(id(last))
+        if isinstance(last, TimeoutError):
+            found = "it does not answer in time"
+        elif isinstance(last, OSError) and isinstance(last.errno, int):
+            found = last.strerror
+        inner = (one for one in last.args if isinstance(one, BaseException))
+        last = last.__cause__ or last.__context__ or next(inner, last)
+    return found
 
 
 def _gone(parent: int, seconds: float) -> bool:

@@ -11,6 +11,7 @@ from fundamentallm_mlflow.ledger import Entry, Ledger
 from fundamentallm_mlflow.names import Names
 from fundamentallm_mlflow.registry import Candidates, register
 from fundamentallm_mlflow.resumption import way
+from fundamentallm_mlflow.system import seen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +35,6 @@ class Shipping:
         self._store = store
         self._sent: set[Path] = set()
         starts = [(o, row) for o, row in turns_of(self._journal) if row["kind"] == "start"]
-        self.since: float = starts[0][1]["time"] / 1000
-        """When the run began first, in Unix seconds."""
         entries = self._ledger.entries
         known = {offset for entry in entries for offset in entry.starts}
         fresh = [(offset, row) for offset, row in starts if offset not in known]
@@ -143,9 +142,10 @@ class Shipment:
     def __init__(self, journal: Path, ledger: Ledger, index: int, store: Store) -> None:
         self._ledger, self._store = ledger, store
         self._entry = ledger.entries[index]
-        self._start = self._entry.starts[0]
+        self._start, self._end = self._entry.starts[0], ledger.end_of(index)
+        self._folder = journal.parent
         first = 0 if self._entry.history else self._start
-        self._reader = JournalReader(journal, first, ledger.end_of(index))
+        self._reader = JournalReader(journal, first, self._end)
         self._before = Timeline(journal, self._start)
         self._marks, self._names = Marks(), Names()
         self._points: list[Point] = []
@@ -165,6 +165,7 @@ class Shipment:
                 self._others.pop(0)
             self._entry.shipped = self._reader.offset
             self._ledger.keep()
+        self._ship_system()
 
     def close(self) -> None:
         """Set the end state that the rows tell."""
@@ -172,6 +173,22 @@ class Shipment:
         self._store.offers(register, self._store, self._entry.run_id, self._candidates)
         self._entry.closed = True
         self._entry.shipped = self._reader.offset
+        self._ledger.keep()
+
+    def _ship_system(self) -> None:
+        points: list[Point] = []
+        before = offset = self._entry.system
+        for offset, more in seen(self._folder, before, self._start, self._end):
+            points += more
+            if len(points) >= ENOUGH:
+                self._take_system(points, offset)
+                points = []
+        if offset > self._entry.system:
+            self._take_system(points, offset)
+
+    def _take_system(self, points: list[Point], offset: int) -> None:
+        self._store.take(self._entry.run_id, points)
+        self._entry.system = offset
         self._ledger.keep()
 
     def _load(self) -> bool:

@@ -1,4 +1,13 @@
-"""How busy the machine is, under the names that MLflow's page for it looks for."""
+"""How busy the machine is, under the names that MLflow's page for it looks for.
+
+What is seen is kept in ``system.jsonl`` in the folder of the journal, and goes into the store from
+there. Its form is that of the journal, with a row for each look::
+
+    {"kind": "system", "time": ms, "step": 3, "start": 0, "metrics": {"system/...": 12.5, ...}}
+
+``step`` counts the looks of a run, ``start`` is the offset of the journal's ``start`` row of the
+process that was looked at.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +20,50 @@ from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 
+from fundamentallm_mlflow.journal import Journal, JournalReader, turns_of
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from fundamentallm_mlflow.store import Point
 
+FILE = "system.jsonl"
 ASKED = "index,utilization.gpu,memory.used,memory.total,power.draw"
 log = logging.getLogger("ship")
 
 
 class SystemMetrics:
-    """A look at CPU, memory and GPUs every ``seconds``; never, if they are 0."""
+    """A look at CPU, memory and GPUs every ``seconds``, for the run with its journal in ``folder``,
+    whether or not its store is there."""
 
-    def __init__(self, pid: int, seconds: float) -> None:
-        self._pid = pid
-        self._seconds = seconds
+    def __init__(self, folder: Path, pid: int, seconds: float) -> None:
+        self._pid, self._seconds = pid, seconds
+        starts = [(o, row) for o, row in turns_of(folder / "journal.jsonl")
+                  if row["kind"] == "start"]  # fmt: skip
+        self._since = starts[0][1]["time"] / 1000
+        self._start = starts[-1][0]
+        self._rows, self._step = _opened(folder / FILE)
         self._next = 0.0
         self._gpus = shutil.which("nvidia-smi")
         psutil.cpu_percent()  # what follows is since the call before
 
-    def points(self, since: float) -> list[Point]:
-        """Return what there is to see, or nothing if it is not time yet; steps count the looks
-        from ``since`` (Unix seconds) on."""
+    def look(self) -> None:
+        """Add a row, in one write, if it is time for that."""
         now = time.time()
-        if not self._seconds or now < self._next:
-            return []
+        if self._rows is None or now < self._next:
+            return
         self._next = now + self._seconds
-        # From the clock: it goes on over all processes of a run, without having to be kept.
-        step = int((now - since) / self._seconds)
+        # From the clock: it goes on over all processes of a run. Never one that was there.
+        self._step = max(self._step + 1, int((now - self._since) / self._seconds))
         found = _host(self._pid) | self._devices()
-        return [(f"system/{key}", value, int(now * 1000), step) for key, value in found.items()]
+        metrics = {f"system/{key}": value for key, value in found.items()}
+        try:
+            self._rows.append("system", step=self._step, start=self._start, metrics=metrics)
+        except OSError:
+            log.exception("%s takes no more rows: the machine is not looked at from here on", FILE)
+            self._rows.close()
+            self._rows = None
 
     def _devices(self) -> dict[str, float]:
         if self._gpus is None:
@@ -51,6 +76,30 @@ class SystemMetrics:
             self._gpus = None
             return {}
         return {key: value for line in done.stdout.splitlines() for key, value in _device(line)}
+
+
+def seen(
+    folder: Path, offset: int, first: int, end: int | None
+) -> Iterator[tuple[int, list[Point]]]:
+    """Yield what was seen of the processes that began at ``first`` or later and before ``end``:
+    the points of each row from ``offset`` on, and the offset behind it."""
+    if not (folder / FILE).is_file():
+        return
+    reader = JournalReader(folder / FILE, offset)
+    for _, row in reader.rows():
+        is_own = row["start"] >= first and (end is None or row["start"] < end)
+        metrics = row["metrics"] if is_own else {}
+        yield reader.offset, [(k, v, row["time"], row["step"]) for k, v in metrics.items()]
+
+
+def _opened(path: Path) -> tuple[Journal | None, int]:
+    """Return the file to add to, if it takes anything, and the last step in it."""
+    try:
+        rows = Journal(path)
+    except OSError:
+        log.exception("%s cannot be written: the machine is not looked at", path)
+        return None, -1
+    return rows, max((row["step"] for _, row in JournalReader(path).rows()), default=-1)
 
 
 def _host(pid: int) -> dict[str, float]:

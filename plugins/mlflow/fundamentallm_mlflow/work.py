@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +9,32 @@ from fundamentallm_mlflow.system import SystemMetrics
 
 if TYPE_CHECKING:
     from fundamentallm_mlflow.shipment import Shipping
-    from fundamentallm_mlflow.store import Point, Store
-
-SYSTEM_POINTS = 10_000  # what is kept of them while the store is away
+    from fundamentallm_mlflow.store import Store
+    from fundamentallm_mlflow.turn import Turn
 
 
 class Work:
     """A request, and how far it has come: each method does what is left of its part, or raises
     what the store raises. Importing mlflow, too, is a part that may fail."""
 
-    def __init__(self, request: dict[str, Any], folder: Path) -> None:
+    def __init__(self, request: dict[str, Any], folder: Path, turn: Turn | None = None) -> None:
         self._request = request
         self._folder = folder
+        self._turn = turn
         self._store: Store | None = None
         self.shipping: Shipping | None = None
-        self._system = SystemMetrics(request["parent"], request["system_seconds"])
-        self._waiting: deque[Point] = deque(maxlen=SYSTEM_POINTS)
+        self._system: SystemMetrics | None = None
+
+    def enter(self) -> None:
+        """Wait until nobody else ships this folder."""
+        if self._turn is not None:
+            # The other half is for the store.
+            self._turn.take(self._request["start_seconds"] / 2)
+            self._turn = None
 
     def open(self) -> None:
         """Open the store."""
+        self.enter()
         from fundamentallm_mlflow.store import Store
 
         if self._store is None:
@@ -47,19 +53,21 @@ class Work:
         return {"run_id": entry.run_id, "experiment_id": entry.experiment_id}
 
     def measure(self) -> None:
-        """Look at the machine, if it is time for that."""
-        if self.shipping is not None:
-            self._waiting.extend(self._system.points(self.shipping.since))
+        """Look at the machine, if it is time for that; the journal has its start by now."""
+        seconds = self._request["system_seconds"]
+        if not seconds:
+            return
+        self.enter()
+        if self._system is None:
+            self._system = SystemMetrics(self._folder, self._request["parent"], seconds)
+        self._system.look()
 
     def ship(self) -> None:
         """Send all that there is by now."""
         self.attach()
         assert self.shipping is not None
-        assert self._store is not None
         self.shipping.ship()
         self.shipping.add_samples(Path(self._request["run_folder"]))
-        self._store.take(self.shipping.entry.run_id, list(self._waiting))
-        self._waiting.clear()
 
     def end(self) -> None:
         """Set the end state, and add the picture of the whole run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.journal import Journal
+from fundamentallm_mlflow.journal import Journal, JournalReader
 from fundamentallm_mlflow.ledger import Ledger
 from fundamentallm_mlflow.places import charts, chosen, masked, noted, settled
 from fundamentallm_mlflow.shipment import Shipping
@@ -429,6 +431,137 @@ def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path
     assert found <= set(kept.data.metrics)
     assert look.files(kept) == {"loss.png", "samples"}
     assert look.files(kept, "samples") == {"samples/step-00000004.txt"}
+
+
+def machine(folder: Path, uri: str, experiment: str, seconds: float = 0.0) -> Work:
+    """What ships ``folder``, and looks at this process, if ``seconds`` say so."""
+    asked = {"uri": uri, "place": uri, "experiment": experiment, "plot": False}
+    return Work(asked | {"parent": os.getpid(), "system_seconds": seconds,
+                         "run_folder": str(folder), "start_seconds": 60.0}, folder)  # fmt: skip
+
+
+def seen(folder: Path) -> list[tuple[int, float]]:
+    """Return what ``system.jsonl`` has of one metric."""
+    rows = [row for _, row in JournalReader(folder / "system.jsonl").rows()]
+    return [(row["step"], row["metrics"][MEMORY]) for row in rows]
+
+
+MEMORY = "system/training_memory_megabytes"
+
+
+def test_what_is_seen_of_the_machine_is_kept_without_a_store_and_goes_into_every_one(
+    look: Any, second: Any, tmp_path: Path
+) -> None:
+    process = Process(tmp_path).trains(3)
+    away = machine(tmp_path, "http://127.0.0.1:9", "looks", 1e-4)
+    for _ in range(5):
+        away.measure()
+        time.sleep(0.001)
+    kept = seen(tmp_path)
+    assert len(kept) == 5
+    process.ends()
+    for store in (look, second, second):
+        work = machine(tmp_path, store.uri, "looks")
+        work.ship()
+        work.end()
+        assert store.points(store.run("looks"), MEMORY) == kept
+    # What is seen of a process that begins another MLflow run goes there.
+    Process(tmp_path, step=3, resume="fork").trains(4).ends()
+    fork = machine(tmp_path, look.uri, "looks", 1e-4)
+    fork.measure()
+    fork.ship()
+    later = seen(tmp_path)[5:]
+    first, last = (entry.run_id for entry in Ledger(tmp_path).entries[-2:])
+    assert len(later) == 1
+    assert look.points(fork.attach()["run_id"], MEMORY) == later
+    assert look.points(look.runs("looks")[0], MEMORY) == kept
+    assert first != last
+
+
+def test_a_look_that_was_cut_short_costs_no_other_and_no_step_is_there_twice(
+    look: Any, tmp_path: Path
+) -> None:
+    Process(tmp_path).trains(3).ends()
+    path = tmp_path / "system.jsonl"
+    for _ in range(4):
+        machine(tmp_path, look.uri, "torn", 1000.0).measure()
+    os.truncate(path, path.stat().st_size - 9)
+    machine(tmp_path, look.uri, "torn", 1000.0).measure()
+    assert [step for step, _ in seen(tmp_path)] == [0, 1, 2, 3]
+    with path.open("ab") as file:
+        file.write(b'{"kind": "system", "time": 1, "st')  # the process was killed here
+    work = machine(tmp_path, look.uri, "torn")
+    work.ship()
+    assert look.points(look.run("torn"), MEMORY) == seen(tmp_path)
+    work = machine(tmp_path, look.uri, "torn", 1000.0)
+    work.measure()
+    work.ship()
+    assert [step for step, _ in seen(tmp_path)] == [0, 1, 2, 3, 4]
+    assert look.points(look.run("torn"), MEMORY) == seen(tmp_path)
+
+
+def test_where_the_process_that_ships_dies_nothing_that_was_seen_is_lost_or_doubled(
+    look: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from fundamentallm_mlflow.store import Store
+
+    Process(tmp_path).trains(3).ends()
+    work = machine(tmp_path, look.uri, "dies", 1e-4)
+    for _ in range(6):
+        work.measure()
+        time.sleep(0.001)
+    monkeypatch.setattr("fundamentallm_mlflow.shipment.ENOUGH", 8)  # two looks
+    real, calls = Store.take, []
+
+    def dying(self: Any, run_id: str, points: Any) -> None:
+        calls.append(len(points))
+        real(self, run_id, points)
+        if len(calls) % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "take", dying)
+    for _ in range(9):
+        with contextlib.suppress(KeyboardInterrupt):
+            machine(tmp_path, look.uri, "dies").ship()
+    assert max(calls) <= 12
+    assert look.points(look.run("dies"), MEMORY) == seen(tmp_path)
+    assert Ledger(tmp_path).entries[0].system == (tmp_path / "system.jsonl").stat().st_size
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_full_disk_ends_the_looking_and_not_the_shipping(
+    look: Any, tmp_path: Path, monkeypatch: Any, *, is_there: bool
+) -> None:
+    def full(*given: Any, **facts: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = f"no room {is_there}"
+    Process(tmp_path).trains(3).ends()
+    if is_there:
+        monkeypatch.setattr(Journal, "append", full)
+    else:
+        (tmp_path / "system.jsonl").mkdir()
+    work = machine(tmp_path, look.uri, name, 1e-4)
+    for _ in range(2):
+        work.measure()
+        work.ship()
+    assert look.points(look.run(name), "train/loss") == losses(range(1, 4))
+    assert look.points(look.run(name), MEMORY) == []
+
+
+def test_who_could_not_begin_to_ship_waits_for_its_turn(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3).ends()
+    first, then = Turn(tmp_path, os.getpid()), Turn(tmp_path, os.getpid())
+    first.take(1.0)
+    work = machine(tmp_path, look.uri, "turns", 1e-4)
+    work._turn, work._request["start_seconds"] = then, 0.0
+    for part in (work.open, work.measure, work.ship):
+        with pytest.raises(TimeoutError, match="still ships this run"):
+            part()
+    assert not (tmp_path / "system.jsonl").exists()
+    first.__exit__()
+    work.ship()
+    assert look.points(look.run("turns"), "train/loss") == losses(range(1, 4))
 
 
 def test_a_gpu_that_does_not_know_everything_is_shown_as_far_as_it_does() -> None:
