@@ -116,7 +116,7 @@ class Mlflow:
             self._drop_shipper()
             return
         run.report("opening the MLflow store", 0)
-        self._check(answer := shipper.open())
+        self._check(run, answer := shipper.open(lambda: run.signal is not None))
         try:
             self._journal = journal = Journal(folder / "journal.jsonl")
             start = journal.append("start", id=uuid.uuid4().hex, **start_of(run, self, self._uri))
@@ -128,10 +128,7 @@ class Mlflow:
         if "error" in answer:
             shipper.go_on()
             return
-        answer = shipper.attach()
-        if "error" in answer and self.on_start_failure == "error":
-            journal.drop(start)
-        self._check(answer)
+        self._check(run, answer := shipper.attach(), start)
         self._show(run, answer)
 
     @hookimpl
@@ -203,15 +200,19 @@ class Mlflow:
             "parent": os.getpid(),
         }
 
-    def _check(self, answer: dict[str, Any]) -> None:
+    def _check(self, run: Run, answer: dict[str, Any], start: int | None = None) -> None:
         """End the run because of a store that cannot be used, or warn of it."""
         if "error" not in answer or self._shipper is None:
             return
         said = self._shipper.why(answer["error"])
-        if self.on_start_failure == "error":
-            self._drop_shipper()
-            raise PluginError(said)
-        log.warning("%s; the rows wait in the journal", said)
+        if run.signal is None and self.on_start_failure == "journal":
+            log.warning("%s; the rows wait in the journal", said)
+            return
+        if self._journal is not None and start is not None:
+            self._journal.drop(start)
+        self._drop_shipper()
+        # A signal asks for the end, and there is nothing to save yet.
+        raise PluginError(said) if run.signal is None else KeyboardInterrupt
 
     def _show(self, run: Run, answer: dict[str, Any]) -> None:
         from fundamentallm_mlflow.places import charts, is_server, masked

@@ -90,7 +90,7 @@ def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.user": _user(),
         "mlflow.note.content": note(run, settings, environment),
-        "git.dirty": git.get("dirty"),
+        "git.dirty": git.get("dirty") if git.get("commit") else None,
         "host": environment.get("host"),
         "device": run.device,
         "world_size": run.world_size,

@@ -26,6 +26,7 @@ _ENVIRONMENT = {
 _ALWAYS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
 GRACE = 10.0  # seconds that the shipping process may take to give up
+LOOK = 0.1  # seconds between two looks at whether somebody asks for the end
 SUCCESSORS = 3  # what is killed more often than that is killed for a reason
 
 log = logging.getLogger("fundamentallm")
@@ -62,8 +63,10 @@ class Shipper:
         self._since, self._waited = time.monotonic(), 0.0
         self._say(request)
 
-    def open(self) -> dict[str, Any]:
-        """Wait for the store, as long as it may take from its start; return the answer."""
+    def open(self, given_up: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Wait for the store, as long as it may take from its start; return the answer. Here and
+        in ``attach`` the waiting ends with an error as soon as ``given_up`` is true."""
+        self._given_up = given_up
         began = time.monotonic()
         answer = self._answer(self._since + self._patience)
         self._waited = time.monotonic() - began
@@ -72,7 +75,9 @@ class Shipper:
     def attach(self) -> dict[str, Any]:
         """Let it ship the journal, and wait for the MLflow run; return the answer."""
         self._say({})
-        return self._answer(time.monotonic() + self._patience - self._waited)
+        # Where building took most of the time, the store still gets some.
+        some = min(self._patience - self._waited, self._patience / 3)
+        return self._answer(max(self._since + self._patience, time.monotonic() + some))
 
     def go_on(self) -> None:
         """Let it ship the journal as soon as the store opens, and do not wait for that."""
@@ -169,9 +174,13 @@ class Shipper:
         """Read the next answer, or make up one that says that there is none."""
         while b"\n" not in self._read:
             left = until - time.monotonic()
-            ready, _, _ = select.select([self._pipe], [], [], max(0.0, left))
-            if not ready:
+            ready, _, _ = select.select([self._pipe], [], [], max(0.0, min(left, LOOK)))
+            if self._given_up():
+                return {"error": "nobody waits for it any more"}
+            if not ready and left <= 0:
                 return {"error": f"it did not open within {self._patience:g} seconds"}
+            if not ready:
+                continue
             part = os.read(self._pipe, 65536)
             if not part:
                 return {"error": "the shipping process did not start"}

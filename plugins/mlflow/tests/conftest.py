@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 
+from fundamentallm import field, hookimpl, plugin
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
+
+    from fundamentallm import Run
 
 
 @attrs.frozen
@@ -58,6 +64,103 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Look:
 @pytest.fixture(autouse=True)
 def _store(look: Look, monkeypatch: Any) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", look.uri)
+
+
+# Where Python may leave a thread waiting: everything that asks the system for something.
+MAY_WAIT = {"posix", "select", "_socket", "_ssl", "_io", "_thread", "_posixsubprocess", "fcntl",
+            "signal", "_signal", "_queue"}  # fmt: skip
+_watching: list[Watch] = []
+
+
+@plugin
+class Watch:
+    """Looks at everything that the hooks of ``mlflow`` call, from the start of the training on."""
+
+    rows: dict[int, list[str]] = field(init=False, factory=dict)
+    """What the row of each step called, Python or C, by module and name."""
+    called: list[str] = field(init=False, factory=list)
+    """What all hooks called."""
+    asked: list[str] = field(init=False, factory=list)
+    """What all hooks asked of the interpreter that may reach out of the process: audit events."""
+    waits: bool = field(init=False, default=False)
+    """Whether reading what the shipping process says could have waited."""
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        run.hook = run.bind(self.around)
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        shipper: Any = run.plugins["mlflow"]._shipper
+        self.waits = self.waits or (shipper._pipe >= 0 and os.get_blocking(shipper._pipe))
+
+    def around(self, name: str, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(**given: Any) -> Any:
+            before = len(self.called)
+            sys.setprofile(self.see)
+            _watching.append(self)
+            try:
+                return call(**given)
+            finally:
+                _watching.pop()
+                sys.setprofile(None)
+                if hook == "on_log":
+                    self.rows[given["run"].progress.step] = self.called[before:]
+
+        return watched if name == "mlflow" else call
+
+    def see(self, frame: FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            module = frame.f_globals.get("__name__", "")
+            self.called.append(f"{module}.{frame.f_code.co_name}")
+        elif event == "c_call" and _watching:
+            module = getattr(called, "__module__", None) or type(called.__self__).__module__
+            self.called.append(f"{module}.{called.__name__}")
+
+    def assert_rows_cost_one_write(self, first: int, away: range) -> None:
+        """Fail unless each row from ``first`` on costs what each other does, whether or not the
+        store is there: one write, and one read that does not wait."""
+        rows = {step: row for step, row in self.rows.items() if step >= first}
+        told = {step for step, row in rows.items() if any(c.endswith("._pass_on") for c in row)}
+        plain = {step: row for step, row in rows.items() if step not in told}
+        assert len(set(plain) & set(away)) > len(away) // 2
+        assert set(plain) - set(away)
+        assert len(told) <= 4
+        assert {tuple(row) for row in plain.values()} == {tuple(next(iter(plain.values())))}
+        row = next(iter(plain.values()))
+        may_wait = [c for c in row if c.partition(".")[0] in MAY_WAIT or c == "time.sleep"]
+        assert may_wait == ["posix.write", "posix.read"]
+        assert not self.waits
+
+    def assert_it_stayed_at_home(self) -> None:
+        """Fail if a hook opened a connection, began a process or a thread, or called mlflow."""
+        out = ("socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "_thread.")
+        assert [one for one in self.asked if one.startswith(out)] == []
+        assert not [one for one in self.called if one.startswith("mlflow.")]
+
+
+def _hear(event: str, _: Any) -> None:
+    if _watching:
+        _watching[-1].asked.append(event)
+
+
+@pytest.fixture
+def watch() -> Watch:
+    if not _hearing:
+        sys.addaudithook(_hear)  # there is no way to take it back
+        _hearing.append(True)
+    return Watch()
+
+
+_hearing: list[bool] = []
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A port that takes connections and never answers."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        yield f"http://127.0.0.1:{one.getsockname()[1]}"
 
 
 STARTS = """

@@ -27,10 +27,12 @@ from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.command import mlflow as command
 from fundamentallm_mlflow.command import ui
+from fundamentallm_mlflow.facts import tags
 from fundamentallm_mlflow.farewell import Farewell
 from fundamentallm_mlflow.journal import Journal
 from fundamentallm_mlflow.ledger import shipped
-from fundamentallm_mlflow.ship import Loop
+from fundamentallm_mlflow.ship import Loop, reason
+from fundamentallm_mlflow.shipper import Shipper
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -110,6 +112,11 @@ def test_a_run_is_in_the_store_as_it_was(
     assert {"version.torch", "version.fundamentallm", "host", "settings.sha256"} <= set(tags)
     assert (tags["outcome"], tags["device"], tags["world_size"]) == ("finished", "cpu", "1")
     assert look.files(kept) == {"settings.toml", "environment.json"}
+    seen = (run.folder / "mlflow" / "system.jsonl").read_text().splitlines()
+    for key in ("system/cpu_utilization_percentage", "system/training_memory_megabytes"):
+        rows = [(row["step"], row["metrics"][key]) for row in map(json.loads, seen)]
+        assert rows
+        assert look.points(kept, key) == rows
     (data,) = kept.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("tiny_data", "tiny")
     (model,) = look.client.search_logged_models([kept.info.experiment_id])
@@ -206,6 +213,15 @@ class Stopper:
             child.suspend()
 
 
+def test_what_is_not_in_git_is_not_called_clean(tiny_run: TinyRun) -> None:
+    run = tiny_run(length=1)
+    path = run.folder / "environment.json"
+    environment = json.loads(path.read_text())
+    for commit, dirty, wanted in ((None, False, None), ("c1", False, "false"), ("c1", True, "true")):
+        path.write_text(json.dumps(environment | {"git": {"commit": commit, "dirty": dirty}}))
+        assert tags(run, {}, {"model.parameters": "1"}).get("git.dirty") == wanted
+
+
 @pytest.mark.parametrize("steps", [(3,), (8,)])
 def test_where_the_process_that_ships_is_killed_another_takes_over_and_nothing_is_lost(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, steps: tuple[int, ...]
@@ -249,6 +265,66 @@ def test_a_store_that_does_not_open_ends_the_run_at_its_start(tiny_run: TinyRun)
 def test_a_store_that_takes_too_long_ends_the_run(tiny_run: TinyRun) -> None:
     with pytest.raises(PluginError, match=r"it did not open within 0\.01 seconds"):
         tiny_run(Mlflow(start_seconds=0.01))
+
+
+@plugin
+class Terminates:
+    """Asks the run for its end while it waits for its store."""
+
+    after: int
+    """How many answers of the store come first."""
+
+    @hookimpl
+    def on_progress(self, run: Run, task: str, done: int) -> None:
+        if "opening" in task and done == self.after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("way", ["error", "journal"])
+def test_a_signal_ends_the_waiting_for_a_store_that_hangs(
+    tiny_run: TinyRun, silent: str, way: str
+) -> None:
+    one = logger("hangs", tracking_uri=silent, on_start_failure=way)
+    run = tiny_run(one, Terminates(after=0))
+    assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 0)
+    assert not (run.folder / "mlflow" / "journal.jsonl").exists()
+    assert shippers() == []
+
+
+def test_a_signal_ends_the_waiting_for_a_description(look: Any, tiny_run: TinyRun) -> None:
+    run = tiny_run(logger("described late"), Terminates(after=1))
+    assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 0)
+    assert (run.folder / "mlflow" / "journal.jsonl").read_text() == ""
+    assert shippers() == []
+
+
+def test_the_time_for_the_start_counts_from_the_start_of_the_run(tmp_path: Path) -> None:
+    """What building took is part of it, but for a third; each answer that comes is waited for."""
+    shipper = Shipper(tmp_path, Mlflow(start_seconds=9.0).request(tmp_path, "nonsense://x"))
+    until: list[float] = []
+    one: Any = shipper
+    one._answer = lambda moment: until.append(moment - shipper._since) or {}
+    for built, waited in ((0.0, 0.0), (5.0, 1.0), (8.0, 0.0), (8.0, 7.0)):
+        shipper._since, shipper._waited = time.monotonic() - built, waited
+        shipper.attach()
+    shipper.kill()
+    assert until == pytest.approx([9.0, 9.0, 11.0, 10.0], abs=0.5)
+
+
+def test_what_the_system_said_is_told_without_what_libraries_put_around_it() -> None:
+    def around(inner: Exception) -> Exception:
+        pool, error = OSError(f"pool: {inner}"), RuntimeError(f"failed with exception: {inner}")
+        pool.__context__, error.__context__ = inner, pool
+        return error
+
+    todo = ": start its server, or set tracking_uri to a store that is there"
+    refusal = ConnectionRefusedError(111, "Connection refused")
+    assert reason(around(refusal)) == f"Connection refused{todo}"
+    assert reason(around(TimeoutError("timed out"))) == f"it does not answer in time{todo}"
+    reset = ConnectionResetError(104, "Connection reset by peer")
+    assert reason(around(RuntimeError("aborted", reset))) == f"Connection reset by peer{todo}"
+    assert reason(around(ValueError("x"))) == "failed with exception: x"
+    assert reason(PermissionError(13, "Permission denied", "/x")).endswith("denied: '/x'")
 
 
 @pytest.mark.slow
@@ -383,6 +459,20 @@ def test_a_row_costs_the_training_process_one_write(
     monkeypatch.undo()
     one.on_train_end(run, "finished")
     assert json.loads((run.folder / "mlflow" / "runs.json").read_text())[0]["closed"]
+
+
+def test_a_row_costs_the_same_whether_or_not_the_store_is_there(
+    tiny_run: TinyRun, watch: Any, tmp_path: Path
+) -> None:
+    away = {"tracking_uri": "http://127.0.0.1:9", "on_start_failure": "journal", "end_seconds": 0.1}
+    other = type(watch)()
+    rows = {"log_every": 1, "length": 20}
+    tiny_run(logger("here"), watch, **rows)
+    tiny_run(logger("away", **away), other, run_dir=tmp_path / "away", **rows)
+    watch.rows |= {step + 100: row for step, row in other.rows.items() if step > 1}
+    watch.called += other.called
+    watch.assert_rows_cost_one_write(2, away=range(102, 120))
+    watch.assert_it_stayed_at_home()
 
 
 @pytest.mark.slow

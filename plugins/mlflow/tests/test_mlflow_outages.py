@@ -106,13 +106,16 @@ def compare(look: Any, run: Run) -> None:
 
 
 def test_nothing_is_lost_or_doubled_when_the_server_is_dead_for_the_middle_third(
-    look: Any, server: Server, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+    look: Any, server: Server, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, watch: Any
 ) -> None:
+    """And a row costs the training what it costs while the server is there."""
     doing = {100: lambda: server.tell(signal.SIGKILL), 200: server.start}
     one = Mlflow(experiment="outage", tracking_uri=server.uri, **LIMITS)
     slowly = Slowly(seconds=0.1, doing=doing)
-    run = tiny_run(one, slowly, length=300, log_every=1, validate_every=10)
+    run = tiny_run(one, watch, slowly, length=300, log_every=1, validate_every=10)
     compare(type(look)(server.uri), run)
+    watch.assert_rows_cost_one_write(2, away=range(101, 200))
+    watch.assert_it_stayed_at_home()
     said = [r.message for r in caplog.records if r.levelname == "WARNING" and "mlflow" in r.message]
     assert len(said) == 2, said
     assert "cannot be used" in said[0]
@@ -120,8 +123,10 @@ def test_nothing_is_lost_or_doubled_when_the_server_is_dead_for_the_middle_third
 
 
 def test_nothing_is_lost_or_doubled_when_the_server_hangs_and_is_restarted(
-    look: Any, server: Server, tiny_run: TinyRun
+    look: Any, server: Server, tiny_run: TinyRun, watch: Any
 ) -> None:
+    """Nor does a row cost the training more while nothing answers, for twenty seconds."""
+
     def restart() -> None:
         server.tell(signal.SIGKILL)
         server.start()
@@ -130,8 +135,10 @@ def test_nothing_is_lost_or_doubled_when_the_server_hangs_and_is_restarted(
              270: restart}  # fmt: skip
     one = Mlflow(experiment="outage", tracking_uri=server.uri, **LIMITS)
     slowly = Slowly(seconds=0.1, doing=doing)
-    run = tiny_run(one, slowly, length=300, log_every=1, validate_every=10)
+    run = tiny_run(one, watch, slowly, length=300, log_every=1, validate_every=10)
     compare(type(look)(server.uri), run)
+    watch.assert_rows_cost_one_write(2, away=range(51, 250))
+    watch.assert_it_stayed_at_home()
 
 
 def test_two_runs_that_start_at_once_on_a_server_have_one_parent(
@@ -164,19 +171,21 @@ def test_a_port_that_is_not_mlflow_is_named(tiny_run: TinyRun) -> None:
     threading.Thread(target=page.serve_forever, daemon=True).start()
     said = refused(tiny_run, f"http://127.0.0.1:{page.server_port}")
     page.shutdown()
-    assert "what answers there is no MLflow server" in said
+    assert "what answers there is no MLflow server (it says 404): correct tracking_uri" in said
 
 
-def test_a_port_that_nobody_listens_at_is_named(tiny_run: TinyRun) -> None:
-    assert "Connection refused" in refused(tiny_run, f"http://127.0.0.1:{free_port()}")
+def test_a_port_that_nobody_listens_at_is_named_in_a_line(tiny_run: TinyRun) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    said = refused(tiny_run, uri).partition(" (details: ")[0]
+    assert said == (
+        f"mlflow: the store {uri} cannot be used: Connection refused: start its server, or set "
+        "tracking_uri to a store that is there"
+    )
 
 
-def test_a_port_that_says_nothing_is_given_up(tiny_run: TinyRun) -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        said = refused(tiny_run, f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert "timed out" in said or "did not open within" in said
+def test_a_port_that_says_nothing_is_given_up(tiny_run: TinyRun, silent: str) -> None:
+    said = refused(tiny_run, silent)
+    assert "does not answer in time: start its server" in said or "did not open within" in said
 
 
 def test_a_database_of_a_newer_version_is_left_as_it_is(
