@@ -5,7 +5,7 @@ matrices alone, losses that stay on the device until a row is due, rows in ``met
 in ``train.log`` and on the terminal, checkpoints in two rhythms, samples. Nothing of it can be
 chosen, and so nothing of it costs a call. ``train_fully`` does what the features of a long run add:
 bf16, a look at whether the gradients are finite, averaged weights, times of the steps, collection of
-garbage at set times.
+garbage at set times, and norms of gradients, weights and updates in the steps that have a row.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ BETAS, WEIGHT_DECAY, MAX_NORM = (0.9, 0.99), 0.1, 1.0
 LOG_EVERY = 50
 NEVER = 10**9
 EMA_DECAY, COLLECT_EVERY = 0.999, 1000
+SIZES = ("grad_norm/linear", "weight_norm/linear", "update_ratio/linear")
 SAVE_EVERY = ARCHIVE_EVERY = SAMPLE_EVERY = POEM_EVERY = NEVER
 
 log = logging.getLogger("handwritten")
@@ -108,7 +109,7 @@ def train_fully(
     open_log(folder / "train.log")
     model.train()
     parameters = list(model.parameters())
-    averages = [parameter.detach().clone() for parameter in parameters]
+    averages = copied(parameters)
     optimizer = make_optimizer(parameters)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
@@ -120,6 +121,7 @@ def train_fully(
         while step < steps:
             started = time.perf_counter()
             inputs, targets = next(batches)
+            before = copied(parameters) if (step + 1) % LOG_EVERY == 0 else []
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(inputs, targets)
             loss.backward()
@@ -131,10 +133,12 @@ def train_fully(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
+                sizes = measure(parameters, before) if before else []
                 torch._foreach_lerp_(averages, parameters, 1 - EMA_DECAY)
                 losses.append(loss.detach())
                 norms.append(norm)
             else:
+                sizes = []
                 skipped += 1
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -143,11 +147,13 @@ def train_fully(
             if step % COLLECT_EVERY == 0:
                 gc.collect(1)
             if step % LOG_EVERY == 0 or step == steps:
-                numbers = torch.stack(losses + norms).tolist()
-                means = fmean(numbers[: len(losses)]), fmean(numbers[len(losses) :])
+                numbers = torch.stack(losses + norms + sizes).tolist()
+                last = 2 * len(losses)
+                means = fmean(numbers[: len(losses)]), fmean(numbers[len(losses) : last])
                 row = {"train/loss": means[0], "optim/grad_norm": means[1], "optim/lr": lr,
                        "train/tokens": float(tokens), "guard/skipped": float(skipped),
                        "perf/step_ms_median": 1e3 * sorted(times)[len(times) // 2]}  # fmt: skip
+                row |= zip(SIZES, numbers[last:], strict=False)  # the last row may have none
                 for kept in (losses, norms, times):
                     kept.clear()
                 write_row(rows, step, steps, row)
@@ -157,6 +163,21 @@ def train_fully(
     gc.enable()
     log.info("finished")
     return history
+
+
+def copied(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return copies of the weights as they are now."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def measure(parameters: list[nn.Parameter], before: list[Tensor]) -> list[Tensor]:
+    """Return the norms of gradients and weights, and that of the update over that of the weights."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    changes = torch._foreach_sub(parameters, before)
+    change, start = (torch.nn.utils.get_total_norm(part) for part in (changes, before))
+    weights = torch.nn.utils.get_total_norm(parameters)
+    return [torch.nn.utils.get_total_norm(grads), weights, change / start]
 
 
 def write_row(rows: TextIO, step: int, steps: int, metrics: dict[str, float]) -> None:

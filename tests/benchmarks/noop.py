@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
 CARE = {
     "amp": {}, "guard": {}, "ema": {"decay": handwritten.EMA_DECAY}, "throughput": {"table": False},
     "early_stopping": {"monitor": "train/loss"}, "validation": {}, "crash_report": {},
-    "gc": {"every": handwritten.COLLECT_EVERY},
+    "gc": {"every": handwritten.COLLECT_EVERY}, "grad_stats": {},
 }  # fmt: skip
 FULLY = {"plugins": [*PLUGINS, *EIGHT, *CARE], **CARE}
 

@@ -1,0 +1,171 @@
+"""What the hooks of ``mlflow`` take of a step while its server is there, dead, and hung.
+
+``python tests/benchmarks/outage_hooks.py`` trains a tiny model with a row of metrics in every step
+and a validation in every fiftieth. For the middle third the server is killed; later it is stopped
+for twenty seconds, and continued. Every call of a hook of the plugin is timed, and added up by step.
+In each phase, 99 of 100 steps are to spend at most 1 ms in them. Exit code 1 if they spend more.
+
+Beside it stands what a loop takes that asks the system for nothing, in the same steps: on a machine
+with more to do than it has cores, either has to wait for a processor now and then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import noop
+from speed import Cost
+
+from fundamentallm import Run, hookimpl, plugin, train
+from fundamentallm.testing import compose_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BOUND = 1000.0  # microseconds
+PAUSE = 0.02  # seconds between two steps: the tiny model takes none to speak of
+THIRD = 800
+# Where each phase begins: the first and the last third are those of a run with a dead server.
+PHASES = {"healthy": 1, "dead": THIRD, "back": 2 * THIRD, "hung": 3 * THIRD,
+          "back again": 3 * THIRD + int(20 / PAUSE)}  # fmt: skip
+STEPS = PHASES["back again"] + THIRD
+LOOP = 4000  # rounds
+
+
+class Server:
+    """An MLflow server, which can be begun again on the same port and database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.begin()
+        until = time.monotonic() + 120
+        while not self.answers():
+            if time.monotonic() > until:
+                raise TimeoutError("the server does not start")
+            time.sleep(0.2)
+
+    def begin(self) -> None:
+        """Start, and do not wait for it."""
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        words = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{self.folder / 'served.db'}",
+                 "--artifacts-destination", str(self.folder / "files")]  # fmt: skip
+        self.process = subprocess.Popen(words, env=dict(os.environ) | quiet, start_new_session=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=5).read()
+        except OSError:
+            return False
+        return True
+
+    def tell(self, number: int) -> None:
+        """Send a signal to all of its processes."""
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@plugin
+class Outages:
+    """Does to the server what each phase begins with, and times the hooks of ``mlflow``: ``took``
+    has the microseconds of each step on the clock, on a processor, and of the loop."""
+
+    server: Any
+    took: Any
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        run.hook = run.bind(self.timed)
+        tell, begin = self.server.tell, self.server.begin
+        do = [lambda: None, lambda: tell(signal.SIGKILL), begin, lambda: tell(signal.SIGSTOP),
+              lambda: tell(signal.SIGCONT)]  # fmt: skip
+        self.doing = dict(zip(PHASES.values(), do, strict=True))
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        time.sleep(PAUSE)
+        self.doing.get(run.progress.step + 1, lambda: None)()
+
+    def timed(self, name: str, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(**given: Any) -> Any:
+            began = Cost.now()
+            try:
+                return call(**given)
+            finally:
+                ended = Cost.now()
+                took = self.took.setdefault(given["run"].progress.step, [0.0, 0.0, 0.0])
+                took[0] += 1e6 * (ended.wall - began.wall)
+                took[1] += 1e6 * (ended.processor - began.processor)
+                if hook == "on_log":
+                    for _ in range(LOOP):
+                        pass
+                    took[2] = 1e6 * ended.since().wall
+
+        return timing if name == "mlflow" and hook != "on_train_end" else call
+
+
+def share(took: tuple[float, ...], percent: int) -> float:
+    """Return what ``percent`` of 100 steps do not exceed."""
+    return quantiles(took, n=100)[percent - 1]
+
+
+def measure() -> tuple[dict[int, list[float]], list[str]]:
+    """Return the microseconds of each step, see ``Outages``, and what was told of the server."""
+    took: dict[int, list[float]] = {}
+    told: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fundamentallm").addHandler(listener)
+    with noop.quiet() as folder:
+        server = Server(folder)
+        tables = {"mlflow": {"tracking_uri": server.uri, "plot": False, "start_seconds": 120.0,
+                             "end_seconds": 300.0}}  # fmt: skip
+        try:
+            train(compose_tiny("mlflow", Outages(server=server, took=took), settings=tables,
+                               length=STEPS, log_every=1, validate_every=50),
+                  run_dir=folder / "run")  # fmt: skip
+        finally:
+            server.tell(signal.SIGCONT)
+            server.tell(signal.SIGKILL)
+    return took, told
+
+
+def report() -> bool:
+    """Measure, print what was found, and tell whether it is enough."""
+    took, told = measure()
+    was_away = sum("cannot be used" in line for line in told)
+    print(f"{STEPS} steps with a row each, {THIRD} with a dead server and {int(20 / PAUSE)} with one "
+          f"that hangs; 'away' was told {was_away} times")  # fmt: skip
+    within, busy = was_away > 0, False
+    for name, first in PHASES.items():
+        end = min((step for step in PHASES.values() if step > first), default=STEPS + 1)
+        # Not the first row: it imports.
+        wall, processor, loop = zip(*(took[step] for step in range(max(2, first), end)), strict=True)
+        within, busy = within and share(wall, 99) <= BOUND, busy or share(loop, 99) > BOUND
+        print(f"hooks of mlflow in a step, server {name}: p50 {share(wall, 50):.0f} us, "
+              f"p99 {share(wall, 99):.0f} us (at most {BOUND:.0f}), max {max(wall):.0f} us; "
+              f"on a processor p99 {share(processor, 99):.0f} us; the loop p50 {share(loop, 50):.0f} us, "
+              f"p99 {share(loop, 99):.0f} us: {'PASS' if share(wall, 99) <= BOUND else 'FAIL'}")  # fmt: skip
+    if busy:
+        print("  the machine is too busy to tell: a loop that asks for nothing takes too long as well")
+    return within
+
+
+if __name__ == "__main__":
+    sys.exit(not report())
