@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import click
 
 from fundamentallm import DataError, SettingsError
-from fundamentallm_runs.curves import AXES, Axis, curve, drawn, write
+from fundamentallm_runs.curves import AXES, Axis, check_form, curve, drawn, write
 from fundamentallm_runs.record import Record, read
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fundamentallm_runs.streams import number, take_any_text
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 ABSENT = "-"
@@ -37,30 +35,37 @@ class Look:
 @click.option("--metric", "metrics", multiple=True, help="Metrics to tabulate; may be repeated.")
 @click.option("--curve", "metric", help="The metric to draw. [default: val/loss or train/loss]")
 @click.option("--x", "axis", type=click.Choice(AXES), default="step", show_default=True)
-@click.option("--smooth", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+@click.option("--smooth", type=click.FloatRange(0, 1, max_open=True), callback=number, default=0.0,
               help="From 0 to below 1.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
               help="Also write a .png, .svg or .html file.")  # fmt: skip
 def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
     """Compare RUNS: settings that differ, last and best metrics, and curves."""
-    from fundamentallm_runs.tables import console
+    from fundamentallm_runs.tables import console, show
 
-    look, records = Look(**chosen), [read(folder) for folder in runs]
+    look = Look(**chosen)
+    if look.output is not None:
+        check_form(look.output)  # before much is read
+    records = [read(folder) for folder in runs]
     names, known = _names(records), _known(records)
     for metric in (*look.metrics, *filter(None, [look.metric])):
         if known and metric not in known:
             raise _unknown(metric, known)
+    take_any_text()
     screen = console(140)
-    screen.print(_settings(records, names))
-    screen.print(_metrics(records, names, look.metrics))
+    show(screen, ["setting", *names], _settings(records))
+    show(screen, ["metric", *names], _metrics(records, look.metrics))
     if known:
-        _draw(records, look, look.metric or _usual(known), screen.color_system is not None)
+        named = dict(zip(names, records, strict=False))  # a run that is given twice is one
+        has_colours = screen.color_system is not None and not screen.no_color
+        _draw(named, look, look.metric or _usual(known), has_colours)
     else:
         click.echo("no rows yet")
 
 
-def _draw(records: list[Record], look: Look, metric: str, colours: bool) -> None:
-    curves = [made for one in records if (made := curve(one, metric, look.axis, look.smooth))]
+def _draw(records: dict[str, Record], look: Look, metric: str, colours: bool) -> None:
+    both = ((name, curve(one, metric, look.axis, look.smooth)) for name, one in records.items())
+    curves = [attrs.evolve(made, name=name) for name, made in both if made is not None]
     if not curves:
         told = f"{metric}: no finite value to draw"
         if look.output is not None:
@@ -96,31 +101,22 @@ def _names(records: list[Record]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(record.folder) for record in records]
 
 
-def _settings(records: list[Record], names: list[str]) -> Table:
-    from fundamentallm_runs.tables import table
-
-    rows = table("setting", *names)
-    for name, values in differences(records).items():
-        rows.add_row(name, *values)
-    if not rows.row_count:
-        rows.add_row("all settings are the same")
-    return rows
+def _settings(records: list[Record]) -> list[list[str]]:
+    rows = [[name, *values] for name, values in differences(records).items()]
+    return rows or [["all settings are the same", *[""] * len(records)]]
 
 
-def _metrics(records: list[Record], names: list[str], chosen: tuple[str, ...]) -> Table:
-    from fundamentallm_runs.tables import table
-
-    rows = table("metric", *names)
-    rows.add_row("state", *(record.state for record in records))
-    rows.add_row("step", *(str(record.step) for record in records))
+def _metrics(records: list[Record], chosen: tuple[str, ...]) -> list[list[str]]:
+    rows = [["state", *(record.state for record in records)],
+            ["step", *(str(record.step) for record in records)]]  # fmt: skip
     known = _known(records)
     for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
-        rows.add_row(f"{metric} last", *(_number(record.last(metric)) for record in records))
+        rows.append([f"{metric} last", *(_number(record.last(metric)) for record in records)])
         if metric.startswith(UNJUDGED):
             continue
         bests = [record.best(metric) for record in records]
         told = [f"{best[1]:.6g} (step {best[0]})" if best else ABSENT for best in bests]
-        rows.add_row(f"{metric} best", *told)
+        rows.append([f"{metric} best", *told])
     return rows
 
 

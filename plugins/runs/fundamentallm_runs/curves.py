@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -20,6 +22,8 @@ LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first r
 POINTS = 2000  # more than a picture has columns are only slow
 SIZE = (96, 24)  # of a drawing, in columns and lines
 LARGEST = 1e300  # of what is drawn: the length of an axis must be a number, too
+LEGEND = 8  # curves that a drawing of this size has room to name
+MARKS = "1234567890" + string.ascii_letters
 SUFFIXES = (".png", ".svg", ".html")
 
 
@@ -90,7 +94,8 @@ def smoothed(values: Sequence[float], weight: float) -> Sequence[float]:
 
 
 def drawn(curves: list[Curve], metric: str, axis: Axis, colours: bool = True) -> str:
-    """Return the curves as text: told apart by the colours of a terminal, or else by a digit."""
+    """Return the curves as text: told apart by the colours of a terminal, or else, and if they are
+    many, by digits and letters."""
     import plotext
 
     figure = plotext.figure
@@ -101,20 +106,29 @@ def drawn(curves: list[Curve], metric: str, axis: Axis, colours: bool = True) ->
     # At the right, since losses fall from the left.
     right, top = max(max(one.x) for one in curves), max(max(one.y) for one in curves)
     figure.legend(x=right, y=top, ha="right", relative=True)
-    for number, one in enumerate(curves, 1):
-        signal = figure.signal(one.x, one.y, marker=None if colours else str(number % 10))
+    marked = list(zip(itertools.cycle(MARKS), curves, strict=False))
+    is_full = len(curves) > LEGEND
+    for mark, one in marked:
+        signal = figure.signal(one.x, one.y, marker=mark if is_full or not colours else None)
         signal.label(one.name)
         if len(one.x) > 1:
             signal.lines()
         figure.draw(signal)
-    return str(figure.build())
+    told = str(figure.build().string(colorless=not colours))
+    legend = "  ".join(f"{mark} {one.name}" for mark, one in marked)
+    return f"{told.rstrip()}\n{legend}\n" if is_full else told
+
+
+def check_form(path: Path) -> None:
+    """Raise a ``SettingsError`` unless a picture's name tells a form that it can have."""
+    if path.suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise SettingsError(f"{path}: unknown form of a picture {path.suffix!r}; known: {known}")
 
 
 def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
     """Write the curves to a picture, whose form is the suffix of its name."""
-    if path.suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise SettingsError(f"{path}: unknown form of a picture {path.suffix!r}; known: {known}")
+    check_form(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

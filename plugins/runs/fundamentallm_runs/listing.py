@@ -13,6 +13,7 @@ import click
 from fundamentallm import FundamentalError, StorageError
 from fundamentallm_runs.record import Record, is_run, is_running, read
 from fundamentallm_runs.rows import Row
+from fundamentallm_runs.streams import number, take_any_text
 from fundamentallm_runs.tail import Tail
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -25,6 +26,7 @@ TOLD = ("run", "state", "step", "done", "best", "best_step", "written", "error")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def runs(folder: Path, metric: str, as_json: bool) -> None:
     """List the runs in FOLDER (by default runs/), the newest last."""
+    take_any_text()
     if not folder.is_dir():
         raise StorageError(f"{folder}: there is no such folder")
     folders = [inner for inner in sorted(folder.iterdir()) if is_run(inner)]
@@ -36,22 +38,21 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
     if not rows:
         click.echo(f"{folder}: no runs")
         return
-    from fundamentallm_runs.tables import add_column, console, table
+    from fundamentallm_runs.tables import console, show
 
-    shown = table("run", "state")
-    for name in ("step", "done", f"best {metric}", "at step", "last row"):
-        add_column(shown, name, justify="right")
-    for *row, _ in (row.values() for row in rows):
-        shown.add_row(*map(_shown, row))
-    console(120).print(shown)
+    numbers = ("step", "done", f"best {metric}", "at step", "last row")
+    told = [[_shown(value) for value in row.values()][: 2 + len(numbers)] for row in rows]
+    show(console(120), ["run", "state", *numbers], told, right=numbers)
 
 
 @click.command()
 @click.argument("run", type=FOLDER)
 @click.option("--metric", "metrics", multiple=True, help="Show only these; may be repeated.")
-@click.option("--every", default=0.5, show_default=True, help="Seconds between two looks.")
+@click.option("--every", type=click.FloatRange(0.01, 3600), callback=number, default=0.5,
+              show_default=True, help="Seconds between two looks.")  # fmt: skip
 def watch(run: Path, metrics: tuple[str, ...], every: float) -> None:
     """Print the rows of RUN as they come, until it ends."""
+    take_any_text()
     read(run)
     tail = Tail(run / "metrics.jsonl")
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -34,7 +35,7 @@ class Record:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.name
+        return named(self.folder).name
 
     @property
     def started(self) -> float:
@@ -87,6 +88,11 @@ class Record:
             return None
         value = best(value for _, value in found)
         return self.columns.steps[min(place for place, one in found if one == value)], value
+
+
+def named(folder: Path) -> Path:
+    """Return the path of a folder that ends in its name, as ``.`` and ``..`` do not."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100 - a link keeps the name that it has
 
 
 def is_run(folder: Path) -> bool:

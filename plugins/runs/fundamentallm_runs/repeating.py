@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fundamentallm import SettingsError
-from fundamentallm_runs.record import Record, read
+from fundamentallm_runs.record import Record, named, read
 from fundamentallm_runs.rows import read_rows
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def rerun(
     from fundamentallm import recorded, train
 
     before = read(run)
-    folder = run_dir or run.with_name(f"{run.name}-rerun")
+    folder = run_dir or named(run).with_name(f"{before.name}-rerun")
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"{folder}: is not empty; name another with --run-dir")
     composed, weights = recorded(run, overrides), saved_weights(run)  # before hours are spent
