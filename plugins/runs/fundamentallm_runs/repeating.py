@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import click
 
-from fundamentallm import SettingsError
+from fundamentallm import FundamentalError, SettingsError, StorageError
 from fundamentallm_runs.record import Record, named, read
 from fundamentallm_runs.rows import read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fundamentallm import Composed, Run
+
 MEASURED = ("perf/", "system/")
+SHORT = ("cut", "failed", "interrupted", "running")  # states of a run that has not come to its end
 UNSAVED = "weights: none were saved to compare with"
+
+
+@attrs.frozen
+class Kept:
+    """What the newest checkpoint of a run holds to compare with."""
+
+    step: int
+    weights: dict[str, Tensor]
+    data: str | None
+    """The fingerprint of the data that were trained on, if it is told."""
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--run-dir", type=click.Path(path_type=Path), help="[default: RUN-rerun]")
+@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False),
+              help="[default: RUN-rerun]")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
 @click.pass_context
 def rerun(
@@ -31,48 +48,109 @@ def rerun(
 
     Ends with exit code 1 if they differ.
     """
-    from fundamentallm import recorded, train
+    from fundamentallm import recorded
 
     before = read(run)
     folder = run_dir or named(run).with_name(f"{before.name}-rerun")
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"{folder}: is not empty; name another with --run-dir")
-    composed, weights = recorded(run, overrides), saved_weights(run)  # before hours are spent
-    made = train(composed, run_dir=folder)
+    check_record(before)
+    composed, kept = recorded(run, overrides), saved(run)  # before hours are spent
+    made = repeated(composed, folder, before)
+    if made is not None and made.signal is not None:
+        click.echo(f"interrupted at step {made.progress.step}: there is nothing to compare yet")
+        context.exit(128 + made.signal)
     after = read(folder)
-    for line in versions(before, after):
+    told = [different_rows(before, after), weights_told(kept, made, folder)]
+    for line in [*history(before), *versions(before, after), *data_told(kept, made), *told]:
         click.echo(line)
-    told = [different_rows(before, after), different_weights(weights, made.model.state_dict())]
-    for line in told:
-        click.echo(line)
-    same = all(line.endswith("identical") or line == UNSAVED for line in told)
+    same = all(line.endswith(("identical", "to compare with")) for line in told)
     click.echo("the run is reproduced" if same else "the run is not reproduced")
     if not same:
         context.exit(1)
 
 
+def check_record(before: Record) -> None:
+    """Raise a ``SettingsError`` if the record lacks a part of the run."""
+    given = [name for name, told in part(before, "plugins").items()
+             if str(told).endswith("given as an object")]  # fmt: skip
+    if given:
+        command = before.environment.get("command")
+        how = f" ({shlex.join(map(str, command))})" if isinstance(command, list) else ""
+        raise SettingsError(
+            f"{before.folder}: its record does not hold all of it: {', '.join(given)} came as "
+            f"Python objects; start the program that gives them once more{how}, and compare the "
+            f"two runs with 'fundamentallm compare'"
+        )
+
+
+def repeated(composed: Composed, folder: Path, before: Record) -> Run | None:
+    """Train once more; None if that fails as the first run has failed."""
+    from fundamentallm import train
+
+    try:
+        return train(composed, run_dir=folder)
+    except FundamentalError as error:
+        if before.state != "failed":
+            raise
+        click.echo(f"the run fails again: {error}")
+        return None
+
+
+def part(record: Record, name: str) -> dict[str, Any]:
+    """Return a table of what is recorded of the environment; an empty one if it is none."""
+    found = record.environment.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def history(before: Record) -> list[str]:
+    """Return a line for everything that the record cannot tell of the run."""
+    lines = []
+    first = min(before.columns.times, default=math.inf)
+    if first < before.started:
+        lines.append("the run was continued: the settings and versions of before that, if they "
+                     "were others, are not in its record")  # fmt: skip
+    if before.state in SHORT:
+        lines.append(f"the run did not come to its end ({before.state}): it is compared up to "
+                     f"step {before.step}")  # fmt: skip
+    return lines
+
+
 def versions(before: Record, after: Record) -> list[str]:
     """Return a line for everything that the two runs did not have in common."""
+    if not before.environment:
+        return ["versions: the run has no record of them"]
     lines = []
-    for part in ("versions", "plugins"):
-        old, new = (one.environment.get(part, {}) for one in (before, after))
+    for table in ("versions", "plugins"):
+        old, new = (part(one, table) for one in (before, after))
         lines += [f"{name}: was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
-    for part in ("python", "platform", "host", "processor", "threads"):
-        old, new = (one.environment.get(part) for one in (before, after))
-        lines += [f"{part}: was {old}, is {new}"] if old != new else []
+    for fact in ("python", "platform", "host", "processor", "threads"):
+        was, now = (one.environment.get(fact, "absent") for one in (before, after))
+        lines += [f"{fact}: was {was}, is {now}"] if was != now else []
     return lines
+
+
+def data_told(kept: Kept | None, made: Run | None) -> list[str]:
+    """Return a line if the data are no longer what they were."""
+    if kept is None or made is None or kept.data in (None, made.data.fingerprint):
+        return []
+    was, now = str(kept.data)[:12], made.data.fingerprint[:12]
+    return [f"data: are not what they were: their fingerprint was {was}, is {now}"]
 
 
 def different_rows(before: Record, after: Record) -> str:
     """Tell whether both runs logged the same, measurements of time and memory aside."""
+    last = before.step if before.state in SHORT else math.inf
     files = (one.folder / "metrics.jsonl" for one in (before, after))
-    old, new = ({row.step: row.metrics for row in read_rows(path)} for path in files)
+    old, new = ({row.step: row.metrics for row in read_rows(path) if row.step <= last}
+                for path in files)  # fmt: skip
     if not old:
         return "metrics: there are none to compare with"
     for step in sorted(old.keys() | new.keys()):
         if step not in old or step not in new:
-            return f"metrics: only one of the runs has a row at step {step}"
+            which = "first" if step in old else "repeated"
+            return f"metrics: only the {which} run has a row at step {step}"
         for name in sorted(old[step].keys() | new[step].keys()):
             one, other = (rows[step].get(name, math.nan) for rows in (old, new))
             same = one == other or (math.isnan(one) and math.isnan(other))
@@ -81,21 +159,56 @@ def different_rows(before: Record, after: Record) -> str:
     return f"metrics: {len(old)} rows, identical"
 
 
-def saved_weights(folder: Path) -> dict[str, Tensor] | None:
-    """Return the weights of the newest checkpoint in a folder, on the CPU; None if it has none."""
+def saved(folder: Path) -> Kept | None:
+    """Return what the newest sound checkpoint in a folder holds; None if there is none."""
+    every = sorted((folder / "checkpoints").glob("step-*/manifest.json"), reverse=True)
+    found = [one for one in every if one.parent.name.removeprefix("step-").isdecimal()]
+    for manifest in found:
+        try:
+            weights = weights_at(folder, manifest.parent.name)
+        except StorageError:
+            if manifest is found[-1]:
+                raise
+            continue
+        step = int(manifest.parent.name.removeprefix("step-"))
+        return None if weights is None else Kept(step, weights, _data_of(manifest))
+    return None
+
+
+def weights_at(folder: Path, checkpoint: str) -> dict[str, Tensor] | None:
+    """Return the weights of a checkpoint, on the CPU; None if there is none of that name."""
     from fundamentallm import load_run
 
     try:
-        kept = load_run(folder).model.state_dict()
+        weights = load_run(folder, at=checkpoint).model.state_dict()
     except SettingsError:  # were they wrong in another way, the training would say so, too
         return None
-    return {name: tensor.cpu() for name, tensor in kept.items()}
+    return {name: tensor.cpu() for name, tensor in weights.items()}
 
 
-def different_weights(old: dict[str, Tensor] | None, new: dict[str, Tensor]) -> str:
-    """Tell whether a run ended with the weights that were kept, bit by bit."""
-    if old is None:
+def _data_of(manifest: Path) -> str | None:
+    try:
+        told = json.loads(manifest.read_text("utf-8"))["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return told if isinstance(told, str) else None
+
+
+def weights_told(kept: Kept | None, made: Run | None, folder: Path) -> str:
+    """Tell whether the repeated run had the weights that were kept when it was as far as that."""
+    if kept is None:
         return UNSAVED
+    if made is not None and made.progress.step == kept.step:
+        return different_weights(kept.weights, made.model.state_dict())
+    name = f"step-{kept.step:08}"
+    there = weights_at(folder, name) if (folder / "checkpoints" / name).is_dir() else None
+    if there is None:
+        return f"weights: the repeated run has kept none of step {kept.step} to compare with"
+    return different_weights(kept.weights, there)
+
+
+def different_weights(old: dict[str, Tensor], new: dict[str, Tensor]) -> str:
+    """Tell whether weights are the same, bit by bit."""
     for name in dict.fromkeys([*old, *new]):
         if name not in old or name not in new:
             return f"weights: only the {'first' if name in old else 'repeated'} run has {name}"

@@ -31,11 +31,12 @@ from fundamentallm import (
     StorageError,
     train,
 )
+from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer, TinySamples
 from fundamentallm_runs.comparing import compare, differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
 from fundamentallm_runs.listing import runs, watch
 from fundamentallm_runs.record import Record, read
-from fundamentallm_runs.repeating import different_weights, rerun
+from fundamentallm_runs.repeating import Kept, data_told, different_weights, rerun, saved
 from fundamentallm_runs.rows import Columns, Row, gathered, parsed, read_rows
 from fundamentallm_runs.tail import Tail
 
@@ -662,6 +663,112 @@ def test_other_versions_are_named(copies, tmp_path):
 def test_a_folder_that_holds_something_is_not_trained_into(two, tmp_path):
     (tmp_path / "kept").touch()
     assert "is not empty" in said(rerun, two[0], "--run-dir", tmp_path, fails=SettingsError)
+
+
+def test_a_run_that_was_cut_is_compared_as_far_as_it_came(copies, tmp_path):
+    for name in ("outcome.json", "checkpoints/step-00000008"):
+        path = copies[0] / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    rows = copies[0] / "metrics.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
+    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "did not come to its end (cut): it is compared up to step 6" in told
+    assert "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced" in told
+
+
+def test_what_the_repeated_run_has_not_kept_is_not_compared(copies, tmp_path):
+    shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
+    told = said(rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"')
+    assert "weights: the repeated run has kept none of step 4 to compare with\nthe run is reproduced" in told
+
+
+def test_a_run_that_finished_is_compared_to_its_last_row(copies, tmp_path):
+    rows = copies[0] / "metrics.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
+    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "metrics: only the repeated run has a row at step 8" in told
+    assert "the run is not reproduced" in told
+
+
+def test_a_failure_is_repeated(tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    with pytest.raises(PluginError):
+        trained(tmp_path / "one", plugins=[str(tmp_path / "fails.py")])
+    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
+    assert re.search("^the run fails again: .*no more", told, re.MULTILINE)
+    assert "metrics: 2 rows, identical" in told
+    (tmp_path / "fails.py").write_text(FAILS.replace("== 4", "== 99"))
+    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "heals")
+    assert "did not come to its end (failed): it is compared up to step 4" in told
+    assert "fails again" not in told
+    (tmp_path / "fails.py").write_text(FAILS.replace("== 4", "== 2"))
+    shutil.rmtree(tmp_path / "again")
+    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
+    assert "metrics: only the first run has a row at step 4" in told
+
+
+def test_a_run_that_finished_and_fails_now_ends_with_that_error(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    one = trained(folder / "one", plugins=[])
+    (folder / "parts.py").write_text(LOCAL.replace("if self.noise:", "raise ValueError('no more')\n        if self.noise:"))
+    assert "no more" in said(rerun, one, fails=PluginError)
+
+
+def test_a_run_of_objects_is_refused_with_their_names_before_anything_is_made(tmp_path):
+    given = [TinyData(), TinyModel(), TinyOptimizer()]
+    train({"plugins": ["jsonl"], "run": {"length": 2, "device": "cpu"}}, run_dir=tmp_path / "one", plugins=given)
+    told = said(rerun, tmp_path / "one", fails=SettingsError)
+    assert "tiny_data, tiny_model, tiny_optimizer came as Python objects" in told
+    assert "fundamentallm compare" in told
+    assert not (tmp_path / "one-rerun").exists()
+
+
+def test_a_run_that_was_continued_says_so(copies, tmp_path):
+    path = copies[0] / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"started": time.time()}))
+    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "the run was continued: the settings and versions of before" in told
+    assert "was continued" not in said(rerun, copies[1], "--run-dir", tmp_path / "other")
+
+
+def test_data_that_are_no_longer_the_same_are_named(copies, tmp_path):
+    assert data_told(Kept(8, {}, "small"), SimpleNamespace(data=TinySamples(4, "cpu"))) == ["data: are not what they were: their fingerprint was small, is tiny"]
+    assert data_told(Kept(8, {}, "tiny"), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
+    assert data_told(saved(copies[1]), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
+    assert saved(copies[1]).data == "tiny"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"versions": 3, "plugins": ["x"], "started": "s", "command": 4}', '{"plugins": {"a": 1}}'])
+def test_an_environment_that_tells_nothing_ends_no_repetition(copies, tmp_path, text):
+    (copies[0] / "environment.json").write_text(text)
+    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert told.endswith("the run is reproduced\n")
+    assert ("no record of them" in told) == (text in ("", "[]", "{}"))
+
+
+def test_a_run_is_repeated_from_its_own_folder(copies, monkeypatch):
+    monkeypatch.chdir(copies[0])
+    assert "is reproduced" in said(rerun, ".")
+    assert (copies[0].parent / "slow-rerun" / "metrics.jsonl").exists()
+
+
+def test_a_repetition_that_is_interrupted_compares_nothing(tmp_path):
+    signals = "import os, signal\n        if run.progress.step == 5: os.kill(os.getpid(), signal.SIGTERM)\n        if self.noise:"
+    made = tmp_path / "mine"
+    made.mkdir()
+    one = trained(made / "one")
+    (made / "parts.py").write_text(LOCAL.replace("if self.noise:", signals))
+    done = CliRunner().invoke(rerun, [str(one)])
+    assert done.exit_code == 143
+    assert "interrupted at step 6: there is nothing to compare yet" in done.output
+    assert "reproduced" not in done.output
+
+
+def test_a_file_is_no_folder_to_train_into(copies):
+    done = CliRunner().invoke(rerun, [str(copies[0]), "--run-dir", str(copies[0] / "settings.toml")])
+    assert done.exit_code == 2
+    assert "is a file" in done.output
 
 
 def test_the_commands_import_nothing_heavy():
