@@ -288,6 +288,7 @@ def test_a_signal_ends_the_waiting_for_a_store_that_hangs(
     run = tiny_run(one, Terminates(after=0))
     assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 0)
     assert not (run.folder / "mlflow" / "journal.jsonl").exists()
+    assert "cannot be used" not in (run.folder / "mlflow" / "ship.log").read_text()
     assert shippers() == []
 
 
