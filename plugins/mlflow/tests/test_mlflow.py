@@ -471,6 +471,7 @@ def test_a_row_costs_the_same_whether_or_not_the_store_is_there(
     tiny_run(logger("here"), watch, **rows)
     tiny_run(logger("away", **away), other, run_dir=tmp_path / "away", **rows)
     watch.rows |= {step + 100: row for step, row in other.rows.items() if step > 1}
+    watch.waits |= {step + 100: waits for step, waits in other.waits.items()}
     watch.called += other.called
     watch.assert_rows_cost_one_write(2, away=range(102, 120))
     watch.assert_it_stayed_at_home()
