@@ -57,7 +57,7 @@ class Pace:
         self.memory.append(psutil.Process().memory_info().rss)
 
 
-@pytest.mark.parametrize("rows", [500, pytest.param(15_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_rows_of_ten_metrics_at_a_steady_pace_are_all_shipped_while_they_come(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, rows: int
 ) -> None:
