@@ -141,7 +141,7 @@ def main() -> int:
     """Train, print, and tell whether the bounds hold."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--saves", type=int, default=9, help="how many of each kind")
+    parser.add_argument("--saves", type=int, default=31, help="how many of each kind")
     parser.add_argument("--layers", type=int, default=48, help="a million parameters each")
     parser.add_argument("--folder", type=Path, help="where to write; a disk, not a tmpfs")
     chosen = parser.parse_args()

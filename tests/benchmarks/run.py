@@ -43,9 +43,10 @@ def main() -> int:
         within += [speed.report(chosen.pairs)]
         within += [logging_cost.report(max(8, chosen.pairs // 2))]  # as many steps
         sys.stdout.flush()
-        # In a process of its own, whose memory is measured.
-        stall = [sys.executable, Path(__file__).with_name("checkpoint_stall.py")]
-        within += [subprocess.run(stall, check=False).returncode == 0]
+        # In processes of their own: the memory of one is measured, a server of the other stopped.
+        for script in ("checkpoint_stall.py", "outage_hooks.py"):
+            alone = [sys.executable, Path(__file__).with_name(script)]
+            within += [subprocess.run(alone, check=False).returncode == 0]
     return 0 if all(within) else 1
 
 
