@@ -2,8 +2,8 @@
 
 One run trains in turns. In every other one the hooks of the two plugins are left out and the
 process that ships to MLflow is stopped, so that nothing of them is left; it catches up in the turn
-after. A turn is longer than the second between two shipments, and has a log row every ten steps.
-Which comes first changes from pair to pair, since a machine may grow faster or slower.
+after. A turn is longer than the three seconds between two shipments, and has a log row every ten
+steps. Which comes first changes from pair to pair, since a machine may grow faster or slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LOGGERS = ("mlflow", "jsonl")
-TURN, EVERY = 20, 10
+TURN, EVERY = 50, 10
 WARM = 1
 BOUND = 1.01
 DRAWS = 2000

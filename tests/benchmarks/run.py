@@ -41,7 +41,7 @@ def main() -> int:
         within += [] if chosen.quick else [show_instructions(prefix)]
     if not chosen.quick:
         within += [speed.report(chosen.pairs)]
-        within += [logging_cost.report(max(8, chosen.pairs // 2))]  # as many steps
+        within += [logging_cost.report(max(8, chosen.pairs // 5))]  # as many steps
         sys.stdout.flush()
         # In processes of their own: the memory of one is measured, a server of the other stopped.
         for script in ("checkpoint_stall.py", "outage_hooks.py"):

