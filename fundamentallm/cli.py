@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import plugtable
-from fundamentallm.errors import FundamentalError
+from fundamentallm.errors import FundamentalError, StorageError
 from fundamentallm.plugins import Composed, compose
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except FundamentalError as error:
+    except (FundamentalError, OSError) as error:  # such as an output that takes no more
         click.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", StorageError.exit_code))
     sys.exit(code if isinstance(code, int) else 0)  # click returns what a command's exit() said

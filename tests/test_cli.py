@@ -477,6 +477,14 @@ def spawn(*words: str, **options: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("words", [("plugins",), ("show", "tiny.toml"), ("schema",)], ids=str)
+def test_an_output_that_takes_no_more_is_told_without_a_traceback(words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "fundamentallm", *words],
+                              stdout=full, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert (done.returncode, done.stderr) == (5, "error: [Errno 28] No space left on device\n")
+
+
 def test_a_bug_ends_with_1_and_a_traceback_to_report() -> None:
     words = ("train", "tiny.toml", "--plugin", "saver.py", "--plugin", "trouble.py", "--set", "trouble.kind=bug")
     process = spawn(*words)
