@@ -175,7 +175,7 @@ class Shipper:
         while b"\n" not in self._read:
             left = until - time.monotonic()
             ready, _, _ = select.select([self._pipe], [], [], max(0.0, min(left, LOOK)))
-            if self._given_up():
+            if not ready and self._given_up():
                 return {"error": "nobody waits for it any more"}
             if not ready and left <= 0:
                 return {"error": f"it did not open within {self._patience:g} seconds"}

@@ -16,7 +16,7 @@ import logging
 import shutil
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil  # type: ignore[import-untyped]
 
@@ -85,8 +85,9 @@ def seen(
     the points of each row from ``offset`` on, and the offset behind it."""
     if not (folder / FILE).is_file():
         return
-    reader = JournalReader(folder / FILE, offset)
-    for _, row in reader.rows():
+    # One that was deleted or cut meanwhile is read anew.
+    reader = JournalReader(folder / FILE, offset if offset <= (folder / FILE).stat().st_size else 0)
+    for row in _looks(reader):
         is_own = row["start"] >= first and (end is None or row["start"] < end)
         metrics = row["metrics"] if is_own else {}
         yield reader.offset, [(k, v, row["time"], row["step"]) for k, v in metrics.items()]
@@ -99,7 +100,17 @@ def _opened(path: Path) -> tuple[Journal | None, int]:
     except OSError:
         log.exception("%s cannot be written: the machine is not looked at", path)
         return None, -1
-    return rows, max((row["step"] for _, row in JournalReader(path).rows()), default=-1)
+    return rows, max((row["step"] for row in _looks(JournalReader(path))), default=-1)
+
+
+def _looks(reader: JournalReader) -> Iterator[dict[str, Any]]:
+    """Yield the rows that are what this process writes: a damaged file keeps nothing else back."""
+    for _, row in reader.rows():
+        metrics = row.get("metrics")
+        numbers = metrics.values() if isinstance(metrics, dict) else [None]
+        if (all(type(row.get(key)) is int for key in ("time", "step", "start"))
+                and all(type(number) in (int, float) for number in numbers)):  # fmt: skip
+            yield row
 
 
 def _host(pid: int) -> dict[str, float]:
@@ -117,6 +128,8 @@ def _host(pid: int) -> dict[str, float]:
 def _device(line: str) -> list[tuple[str, float]]:
     """Return the numbers of one line; a device may not know all of them (``[N/A]``)."""
     index, *texts = (text.strip() for text in line.split(","))
+    if len(texts) != ASKED.count(","):  # words on what is wrong
+        return []
     numbers = [float(t) if t.replace(".", "", 1).isdigit() else None for t in texts]
     used, total = numbers[1], numbers[2]
     found = {

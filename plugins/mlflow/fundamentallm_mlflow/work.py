@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from fundamentallm_mlflow.shipment import Shipping
     from fundamentallm_mlflow.store import Store
     from fundamentallm_mlflow.turn import Turn
+
+log = logging.getLogger("ship")
 
 
 class Work:
@@ -58,9 +61,14 @@ class Work:
         if not seconds:
             return
         self.enter()
-        if self._system is None:
-            self._system = SystemMetrics(self._folder, self._request["parent"], seconds)
-        self._system.look()
+        try:
+            if self._system is None:
+                self._system = SystemMetrics(self._folder, self._request["parent"], seconds)
+            self._system.look()
+        except Exception:
+            # Nothing that is shipped is to depend on it.
+            log.exception("the machine is not looked at from here on")
+            self._request["system_seconds"] = 0
 
     def ship(self) -> None:
         """Send all that there is by now."""

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow import Mlflow, system
 from fundamentallm_mlflow.journal import Journal, JournalReader
 from fundamentallm_mlflow.ledger import Ledger
 from fundamentallm_mlflow.places import charts, chosen, masked, noted, settled
@@ -476,6 +476,59 @@ def test_what_is_seen_of_the_machine_is_kept_without_a_store_and_goes_into_every
     assert look.points(fork.attach()["run_id"], MEMORY) == later
     assert look.points(look.runs("looks")[0], MEMORY) == kept
     assert first != last
+
+
+WRONG = ({"step": "2"}, {"step": None}, {"start": None}, {"time": "x"}, {"metrics": [1]},
+         {"metrics": None}, {"metrics": {"system/a": "b"}})  # fmt: skip
+
+
+def test_a_damaged_look_costs_no_other_and_no_row(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3)
+    machine(tmp_path, look.uri, "damaged", 1000.0).measure()
+    path = tmp_path / "system.jsonl"
+    row = json.loads(path.read_text())
+    lines = [json.dumps(row | wrong) for wrong in WRONG] + [json.dumps({"kind": "system"})]
+    path.write_text("\n".join([*lines, json.dumps(row), ""]))
+    work = machine(tmp_path, look.uri, "damaged", 1000.0)
+    work.measure()
+    work.ship()
+    kept = look.run("damaged")
+    assert [step for step, _ in look.points(kept, MEMORY)] == [row["step"], row["step"] + 1]
+    assert len(look.points(kept, "train/loss")) == 3
+
+
+def test_a_file_of_looks_that_was_deleted_is_read_anew(look: Any, tmp_path: Path) -> None:
+    Process(tmp_path).trains(3)
+    for _ in range(5):
+        work = machine(tmp_path, look.uri, "anew", 1000.0)
+        work.measure()
+    work.ship()
+    (tmp_path / "system.jsonl").unlink()
+    work = machine(tmp_path, look.uri, "anew", 1e-9)
+    work.measure()
+    work.ship()
+    assert set(seen(tmp_path)) <= set(look.points(look.run("anew"), MEMORY))
+    assert len(seen(tmp_path)) == 1
+
+
+def test_a_machine_that_cannot_be_looked_at_keeps_no_row_back(
+    look: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pid: int) -> dict[str, float]:
+        raise ZeroDivisionError(pid)
+
+    monkeypatch.setattr(system, "_host", fail)
+    Process(tmp_path).trains(3)
+    work = machine(tmp_path, look.uri, "unseen", 1000.0)
+    for _ in range(2):
+        work.measure()
+    work.ship()
+    assert len(look.points(look.run("unseen"), "train/loss")) == 3
+
+
+def test_words_of_nvidia_smi_are_no_numbers() -> None:
+    assert system._device("No devices were found") == []
+    assert system._device("0, 12, 100, 1000, [N/A]")[0] == ("gpu_0_utilization_percentage", 12.0)
 
 
 def test_a_look_that_was_cut_short_costs_no_other_and_no_step_is_there_twice(

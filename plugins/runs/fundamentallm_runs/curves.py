@@ -136,11 +136,10 @@ def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
         raise SettingsError(f"{path}: pictures need matplotlib: {wanted}") from error
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for one in curves:
-        axes.plot(one.x, one.y, label=_literal(one.name), linewidth=1.2)
+    lines = [axes.plot(one.x, one.y, linewidth=1.2)[0] for one in curves]
     axes.set(xlabel=LABELS[axis], ylabel=_literal(metric))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(lines, [_literal(one.name) for one in curves])  # also names with an underscore
     made = io.BytesIO()
     figure.savefig(made, format="png" if path.suffix == ".png" else "svg", dpi=150)
     data = made.getvalue() if path.suffix != ".html" else page(made.getvalue(), metric)

@@ -61,13 +61,29 @@ def rerun(
         click.echo(f"interrupted at step {made.progress.step}: there is nothing to compare yet")
         context.exit(128 + made.signal)
     after = read(folder)
-    told = [different_rows(before, after), weights_told(kept, made, folder)]
+    told = [different_rows(before, after), weights_told(kept, made, before.folder, folder)]
     for line in [*history(before), *versions(before, after), *data_told(kept, made), *told]:
         click.echo(line)
-    same = all(line.endswith(("identical", "to compare with")) for line in told)
-    click.echo("the run is reproduced" if same else "the run is not reproduced")
-    if not same:
-        context.exit(1)
+    click.echo(judgement(told))
+    if any(line.endswith("identical") for line in told) and not differs(told):
+        return
+    context.exit(1)
+
+
+def differs(told: list[str]) -> bool:
+    """Whether anything that was compared is not the same."""
+    return any(not line.endswith(("identical", "to compare with")) for line in told)
+
+
+def judgement(told: list[str]) -> str:
+    """Return what the lines on metrics and weights say together."""
+    same = [line.partition(":")[0] for line in told if line.endswith("identical")]
+    if differs(told):
+        return "the run is not reproduced"
+    if len(same) == len(told):
+        return "the run is reproduced"
+    rest = "nothing else was compared"
+    return f"the {same[0]} are reproduced; {rest}" if same else "nothing was compared"
 
 
 def check_record(before: Record) -> None:
@@ -152,10 +168,9 @@ def different_rows(before: Record, after: Record) -> str:
             which = "first" if step in old else "repeated"
             return f"metrics: only the {which} run has a row at step {step}"
         for name in sorted(old[step].keys() | new[step].keys()):
-            one, other = (rows[step].get(name, math.nan) for rows in (old, new))
-            same = one == other or (math.isnan(one) and math.isnan(other))
-            if not same and not name.startswith(MEASURED):
-                return f"metrics: {name} first differs at step {step}: was {one!r}, is {other!r}"
+            one, other = (repr(rows[step].get(name, "absent")) for rows in (old, new))
+            if one != other and not name.startswith(MEASURED):
+                return f"metrics: {name} first differs at step {step}: was {one}, is {other}"
     return f"metrics: {len(old)} rows, identical"
 
 
@@ -194,8 +209,10 @@ def _data_of(manifest: Path) -> str | None:
     return told if isinstance(told, str) else None
 
 
-def weights_told(kept: Kept | None, made: Run | None, folder: Path) -> str:
+def weights_told(kept: Kept | None, made: Run | None, before: Path, folder: Path) -> str:
     """Tell whether the repeated run had the weights that were kept when it was as far as that."""
+    if kept is None and (before / "checkpoint-folders").is_file():
+        return "weights: they are in another folder; there are none here to compare with"
     if kept is None:
         return UNSAVED
     if made is not None and made.progress.step == kept.step:

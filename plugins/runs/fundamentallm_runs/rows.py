@@ -13,6 +13,7 @@ import attrs
 import orjson
 
 PART = 1 << 16  # bytes that are parsed at once
+LATEST = 1e12  # Unix seconds: no row is of a later time, and none can be drawn
 _STEP, _TOKENS, _TIME, _METRICS = map(itemgetter, ("step", "tokens", "time", "metrics"))
 
 
@@ -60,6 +61,8 @@ class Columns:
         times = array("d", map(_TIME, rows))
         if {*map(type, steps), *map(type, tokens)} != {int}:
             raise TypeError("a step or a count that is no integer")
+        if not -LATEST < min(times) <= max(times) < LATEST:
+            raise ValueError("a time that is none")
         stretches = []  # rows with the same metrics, one behind the other
         for names, following in groupby(map(_METRICS, rows), tuple):
             metrics = list(following)
@@ -142,6 +145,9 @@ def parsed(line: bytes) -> Row | None:
         numbers = kept["metrics"]
         if {*map(type, numbers.values())} != {float}:  # integers, and what is no number in JSON
             numbers = {n: float("nan" if v is None else v) for n, v in numbers.items()}
-        return Row(int(kept["step"]), int(kept["tokens"]), float(kept["time"]), numbers)
+        step, tokens, time = kept["step"], kept["tokens"], kept["time"]
+        if {type(step), type(tokens)} != {int} or not abs(time) < LATEST:
+            return None
+        return Row(step, tokens, float(time), numbers)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None

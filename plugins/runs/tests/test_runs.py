@@ -623,7 +623,33 @@ def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
 def test_without_a_checkpoint_the_metrics_are_compared_all_the_same(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints")
     shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "metrics: 4 rows, identical\nweights: none were saved to compare with\nthe run is reproduced" in shown
+    assert "metrics: 4 rows, identical\nweights: none were saved to compare with\nthe metrics are reproduced; nothing else was compared" in shown
+
+
+def test_weights_in_another_folder_are_not_said_to_be_unsaved(copies, tmp_path):
+    (copies[0] / "checkpoints").rename(tmp_path / "elsewhere")
+    (copies[0] / "checkpoint-folders").write_text(f"{tmp_path / 'elsewhere'}\n")
+    shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "weights: they are in another folder" in shown
+    assert "the run is reproduced" not in shown
+
+
+def test_where_nothing_can_be_compared_nothing_is_said_to_be_reproduced(copies, tmp_path):
+    shutil.rmtree(copies[0] / "checkpoints")
+    (copies[0] / "metrics.jsonl").unlink()
+    done = CliRunner().invoke(rerun, [str(copies[0]), "--run-dir", str(tmp_path / "again")])
+    assert done.exit_code == 1
+    assert done.output.endswith("nothing was compared\n")
+
+
+def test_a_metric_that_only_one_run_has_is_a_difference(copies, tmp_path):
+    path = copies[0] / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["metrics"] |= {"val/other": None}
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = CliRunner().invoke(rerun, [str(copies[0]), "--run-dir", str(tmp_path / "again")])
+    assert f"val/other first differs at step {rows[1]['step']}: was nan, is 'absent'" in done.output
+    assert done.exit_code == 1
 
 
 def test_a_checkpoint_that_cannot_be_read_is_an_error_before_anything_is_trained(copies, tmp_path):
@@ -679,7 +705,7 @@ def test_a_run_that_was_cut_is_compared_as_far_as_it_came(copies, tmp_path):
 def test_what_the_repeated_run_has_not_kept_is_not_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
     told = said(rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"')
-    assert "weights: the repeated run has kept none of step 4 to compare with\nthe run is reproduced" in told
+    assert "weights: the repeated run has kept none of step 4 to compare with\nthe metrics are reproduced; nothing else was compared" in told
 
 
 def test_a_run_that_finished_is_compared_to_its_last_row(copies, tmp_path):

@@ -133,6 +133,29 @@ def test_a_picture_of_another_form_is_refused_before_anything_is_read(tmp_path):
     assert done.output == ""
 
 
+@pytest.mark.parametrize("axis", ["step", "tokens", "time"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"time": "nan"}, {"time": 1e308}, {"time": -1e308}, {"tokens": "1" + 400 * "0"}, {"tokens": "7"},
+     {"tokens": 1e300}, {"step": "5"}, {"step": 5.5}, {"step": None}, {"time": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_row_with_numbers_that_no_logger_writes_is_passed_over(tmp_path, wrong, axis):
+    folder = made(tmp_path / "a")
+    before = said(compare, folder, "--x", axis)
+    rows = folder / "metrics.jsonl"
+    row = {"time": 5, "step": 5, "tokens": 40, "metrics": {"val/loss": 9.0}}
+    for content in (row | wrong, row | wrong | {"metrics": {"other": 1.0}}):
+        rows.write_text(rows.read_text() + json.dumps(content) + "\n")
+    assert said(compare, folder, "--x", axis) == before
+
+
+def test_names_that_begin_with_an_underscore_are_in_the_legend_of_a_picture(tmp_path, recwarn):
+    said(compare, made(tmp_path / "_a"), made(tmp_path / "_b", 2), "-o", tmp_path / "o.svg")
+    assert {"_a", "_b"} <= set(re.findall(r"<!-- (\S+) -->", (tmp_path / "o.svg").read_text()))
+    assert [str(one.message) for one in recwarn] == []
+
+
 @pytest.mark.parametrize("words", [(compare, "--smooth", "nan"), (watch, "--every", "nan"), (watch, "--every", "-1"), (watch, "--every", "inf")])
 def test_a_number_that_is_none_or_out_of_range_is_refused(tmp_path, words):
     command, *more = words
