@@ -179,7 +179,8 @@ def sync_folder(path: Path) -> None:
         with _naming(path):
             system.fsync(file)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that syncs no folders: the best it has
+        # A file system that syncs no folders does the best it can.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         system.close(file)

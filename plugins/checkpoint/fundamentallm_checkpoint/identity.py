@@ -74,10 +74,13 @@ def settle(folder: Path, adopted: str) -> str:
         return found
     made = adopted if _FORM.fullmatch(adopted) else secrets.token_hex(6)
     try:
-        _replace(folder, FILE, f"{made}\n".encode())
         for above in folder.absolute().parents:  # its own name, and those that are new with it
             with contextlib.suppress(PermissionError):  # one may write below what one may not read
                 files.sync_folder(above)
+            if above.is_mount():
+                break
+        # Last: where there is an id, all of this has been done.
+        _replace(folder, FILE, f"{made}\n".encode())
     except OSError as error:
         what = f"{error.filename}: cannot be written: {error.strerror}"
         raise StorageError(f"the run folder {folder} cannot be made to last: {what}") from error

@@ -282,13 +282,29 @@ def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
     assert synced.count(str(tmp_path)) == 1
 
 
+def test_a_run_folder_whose_name_is_not_on_the_disk_has_no_id(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(files.System):
+        def fsync(self, file: int) -> None:
+            if Path(f"/proc/self/fd/{file}").readlink() == tmp_path:
+                raise OSError(errno.EIO, "Input/output error")
+            super().fsync(file)
+
+    monkeypatch.setattr(files, "system", Fails())
+    for _ in range(2):  # what has failed is not taken for done
+        with pytest.raises(StorageError, match="cannot be made to last"):
+            tiny_run(Checkpoint(every=TWO), length=2)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     class Plain(files.System):
         def fsync(self, file: int) -> None:
             if Path(f"/proc/self/fd/{file}").readlink().is_dir():
-                raise OSError(errno.EINVAL, "Invalid argument")
+                raise OSError(number, os.strerror(number))
             super().fsync(file)
 
     monkeypatch.setattr(files, "system", Plain())
