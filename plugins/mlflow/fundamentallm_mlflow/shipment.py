@@ -177,13 +177,13 @@ class Shipment:
 
     def _ship_system(self) -> None:
         points: list[Point] = []
-        before = offset = self._entry.system
-        for offset, more in seen(self._folder, before, self._start, self._end):
+        offset = self._entry.system
+        for offset, more in seen(self._folder, offset, self._start, self._end):
             points += more
             if len(points) >= ENOUGH:
                 self._take_system(points, offset)
                 points = []
-        if offset > self._entry.system:
+        if offset != self._entry.system:
             self._take_system(points, offset)
 
     def _take_system(self, points: list[Point], offset: int) -> None:
