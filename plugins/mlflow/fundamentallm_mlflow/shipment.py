@@ -178,7 +178,7 @@ class Shipment:
     def _ship_system(self) -> None:
         points: list[Point] = []
         offset = self._entry.system
-        for offset, more in seen(self._folder, offset, self._start, self._end):
+        for offset, more in seen(self._folder, self._entry.system, self._start, self._end):
             points += more
             if len(points) >= ENOUGH:
                 self._take_system(points, offset)
