@@ -208,9 +208,10 @@ class Mlflow:
         if run.signal is None and self.on_start_failure == "journal":
             log.warning("%s; the rows wait in the journal", said)
             return
-        self._drop_shipper()  # first: it is not to read what is dropped
+        self._shipper.kill()  # first: it is not to read what is dropped
         if self._journal is not None and start is not None:
             self._journal.drop(start)
+        self._drop_shipper()
         # A signal asks for the end, and there is nothing to save yet.
         raise PluginError(said) if run.signal is None else KeyboardInterrupt
 
