@@ -13,13 +13,13 @@ REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--rea
 setup: $(VENV)/.ready
 
 # One pip call for everything, without isolated builds: a minute where twenty calls take ten.
-$(VENV)/.ready: constraints.txt pyproject.toml plugtable/pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+$(VENV)/.ready: constraints.txt pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fundamentallm needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation -e ./plugtable -e '.[dev]' $(PLUGINS:%=-e ./%)
+		--no-build-isolation -e '.[dev]' $(PLUGINS:%=-e ./%)
 	@touch $@
 
 quickstart: setup
@@ -53,7 +53,8 @@ browser: setup
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/mypy fundamentallm plugtable/src/plugtable $(wildcard plugins/*/fundamentallm_*)
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fundamentallm $(wildcard plugins/*/fundamentallm_*)
 	$(BIN)/lint-imports
 	$(BIN)/fundamentallm reference --check $(REFERENCE)
 

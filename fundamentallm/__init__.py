@@ -10,15 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
-from plugtable import Found, attribute_docs, described, field, kind, plugin, plugin_name
-from plugtable import setting_fields, settings_options, state, state_fields, table
+from fundamentallm.host import Found, attribute_docs, described, field, kind, plugin, plugin_name
+from fundamentallm.host import setting_fields, settings_options, state, state_fields, suggest, table
 
 from fundamentallm.data import Batch, Data, Progress, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
 from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl
+from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
-from fundamentallm.plugins import Composed, compose, find_plugins, hook_methods, order
+from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order
 from fundamentallm.run import Run, Snapshot
 from fundamentallm.settings import RunSettings
 
@@ -26,14 +28,63 @@ if TYPE_CHECKING:
     from fundamentallm.launch import load_run, recorded, train
 
 __all__ = [
-    "HOOKS", "Batch", "Composed", "Data", "DataError", "Found", "FundamentalError", "Hooks",
-    "NotFiniteError", "OutOfMemoryError", "Outcome", "Period", "PluginError", "Progress", "Run",
-    "RunSettings", "SettingsError", "Snapshot", "StorageError", "Tokenizer", "and_",
-    "attribute_docs", "compose", "deep_iterable", "described", "field", "find_plugins", "ge", "gt",
-    "hook_methods", "hookimpl", "in_", "kind", "le", "load_run", "lt", "matches_re", "optional",
-    "order", "plugin", "plugin_name", "recorded", "setting_fields", "settings_options", "state",
-    "state_fields", "table", "train",
-]  # fmt: skip
+    "HOOKS",
+    "Batch",
+    "Composed",
+    "Data",
+    "DataError",
+    "Found",
+    "FundamentalError",
+    "Hooks",
+    "NotFiniteError",
+    "OutOfMemoryError",
+    "Outcome",
+    "Period",
+    "PluginError",
+    "Progress",
+    "Run",
+    "RunSettings",
+    "SettingsError",
+    "Snapshot",
+    "StorageError",
+    "Tokenizer",
+    "and_",
+    "attribute_docs",
+    "compose",
+    "deep_iterable",
+    "described",
+    "durable_file",
+    "field",
+    "find_blocks",
+    "find_plugins",
+    "ge",
+    "gt",
+    "hook_methods",
+    "hookimpl",
+    "in_",
+    "kind",
+    "le",
+    "load_run",
+    "lt",
+    "matches",
+    "matches_re",
+    "optional",
+    "order",
+    "parameter_names",
+    "plugin",
+    "plugin_name",
+    "recorded",
+    "setting_fields",
+    "settings_options",
+    "state",
+    "state_fields",
+    "suggest",
+    "sync_folder",
+    "table",
+    "train",
+    "unmatched",
+    "write_durably",
+]
 
 
 def __getattr__(name: str) -> Any:

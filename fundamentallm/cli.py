@@ -10,19 +10,19 @@ from typing import Any
 
 import click
 
-import plugtable
+from fundamentallm import host
 from fundamentallm.errors import FundamentalError, StorageError
-from fundamentallm.plugins import Composed, compose
+from fundamentallm.settings import Composed, compose
 
 
-@click.group(cls=plugtable.Commands, entries="fundamentallm.commands")
+@click.group(cls=host.Commands, entries="fundamentallm.commands")
 @click.version_option(package_name="fundamentallm")
 def cli() -> None:
     """Train language models, and any other PyTorch model, from a TOML file."""
 
 
 @cli.command()
-@plugtable.settings_options
+@host.settings_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Start or continue this run.")
 def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
     """Train as SETTINGS say, in a new run folder."""
@@ -31,25 +31,27 @@ def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@plugtable.choice_options
+@host.choice_options
 @click.option("--from", "at", help="step-00000500, best or latest, in place of the newest sound.")
 def resume(run: Path, at: str | None, **choice: Any) -> None:
     """Continue the run in folder RUN from a checkpoint."""
     from fundamentallm.launch import recorded
+
     _train(recorded(run, **choice), run, at)
 
 
 @cli.command()
-@plugtable.settings_options
+@host.settings_options
 def show(settings: Path, **choice: Any) -> None:
     """Print the composed SETTINGS, and where each value comes from."""
-    click.echo("\n".join(plugtable.described(compose(settings, **choice))))
+    click.echo("\n".join(host.described(compose(settings, **choice))))
 
 
 def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from fundamentallm.folder import new_folder
     from fundamentallm.launch import train as launch
-    from fundamentallm.record import new_folder
+
     folder = run_dir or new_folder(composed)
     run = launch(composed, run_dir=folder, at=at)
     click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")

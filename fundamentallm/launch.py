@@ -15,11 +15,11 @@ import torch
 
 from fundamentallm import defaults, loop
 from fundamentallm.errors import FundamentalError, OutOfMemoryError, PluginError, SettingsError
-from fundamentallm.plugins import HOST, Composed, compose
-from fundamentallm.randomness import seed_random
-from fundamentallm.record import locked, new_folder, write_record
+from fundamentallm.folder import locked, new_folder, write_record
+from fundamentallm.host import blame, freeze, register
+from fundamentallm.rng import seed_random
 from fundamentallm.run import Run
-from plugtable import blame, freeze, register
+from fundamentallm.settings import HOST, Composed, compose
 
 if TYPE_CHECKING:
     from pluggy import PluginManager

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm.errors import DataError, SettingsError
-from fundamentallm.rows import log_row, report, validation
+from fundamentallm.metrics import log_row, report, validation
 
 if TYPE_CHECKING:
     from fundamentallm.data import Batch

@@ -11,8 +11,8 @@ import attrs
 
 from fundamentallm.data import Batch, Progress
 from fundamentallm.errors import SettingsError, StorageError
-from fundamentallm.randomness import random_state, set_random_state
-from plugtable import get_state, set_state
+from fundamentallm.host import get_state, set_state
+from fundamentallm.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,6 +86,10 @@ class Run:
             value = value.detach()
         weighed = self.weight if weight is None else weight
         self._logged[name].append((value, weighed, self.moment))
+
+    def name_of(self, plugin: object) -> str:
+        """Return the instance name of a listed plugin: the name of its TOML table."""
+        return next(name for name, listed in self.plugins.items() if listed is plugin)
 
     def stop(self, reason: str) -> None:
         """Ask for the end: the run stops at the next safe point, validated and saved."""

@@ -1,14 +1,25 @@
-"""The core's own table: what the loop itself needs to know."""
+"""Settings: the ``[run]`` table, and the core as the host of its plugins.
+
+``compose`` reads settings and makes the plugins they list; ``HOST`` says what they may be.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
+import tomli
 from attrs.validators import ge, matches_re, optional
 
+from fundamentallm import host
+from fundamentallm.errors import SettingsError
+from fundamentallm.hookspecs import REQUIRED, Hooks
+from fundamentallm.host import Found, Host, Source, field, plugin, suggest, walk
 from fundamentallm.periods import Period
-from plugtable import field, plugin
+
+CORE_METRICS = ("train/loss", "train/tokens", "optim/lr", "val/loss")
 
 
 def _of_time(_: object, __: object, value: Period) -> None:
@@ -39,3 +50,73 @@ class RunSettings:
     """The run's name, and its folder's; by default that of the settings file."""
     folder: Path = Path("runs")
     """The folder that run folders are made in; the default is one where the command is run."""
+
+
+class Composed(host.Composed):
+    """Checked settings: the ``[run]`` table and the plugins by instance name, in list order."""
+
+    @property
+    def run(self) -> RunSettings:
+        """The ``[run]`` table."""
+        return cast("RunSettings", self.own)
+
+
+def find_plugins() -> dict[str, list[Found]]:
+    """Return the installed plugins by name; more than one under a name is a conflict."""
+    return host.find(HOST.name)
+
+
+def compose(
+    settings: Path | str | Mapping[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    plugins: Sequence[object] = (),
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+) -> Composed:
+    """Read settings, make the plugins they list, and check that all fits together.
+
+    ``overrides`` are strings such as ``"run.length=100"``; ``plugins`` are ready instances to use
+    beside the listed ones; ``add`` and ``remove`` change the list. Raises ``SettingsError`` with
+    every mistake; nothing is created, no data is read.
+    """
+    source = host.read(settings, overrides)
+    made = host.compose(HOST, source, plugins=plugins, add=add, remove=remove)
+    return Composed(made.host, made.own, made.plugins, made.source, made.brought)
+
+
+def order(plugins: Mapping[str, object]) -> list[str]:
+    """Return the names in list order, moved only as far as ``before``/``after`` demand."""
+    return host.order(HOST, plugins)
+
+
+def hook_methods(cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Yield the name, options and function of every method marked as a hook."""
+    return host.hook_methods(HOST, cls)
+
+
+def check_values(source: Source, built: Mapping[str, Any]) -> None:
+    """Note which settings ask for what the plugins do not bring: metrics, epochs."""
+    produced = [*CORE_METRICS, *(m for p in built.values() for m in getattr(p, "produces", ()))]
+    data = [one for one in built.values() if hasattr(one, "build_data")]
+    epochs = all(getattr(one, "has_epochs", True) for one in data)
+    for key, value in walk(built):
+        if isinstance(value, Period) and value.unit == "epochs" and not epochs:
+            source.blame(key, "the data has no epochs")
+    for name, wanted in ((name, getattr(one, "monitor", None)) for name, one in built.items()):
+        if isinstance(wanted, str) and not any(fnmatchcase(wanted, p) for p in produced):
+            text = f"nothing listed produces {wanted!r}{suggest(wanted, produced)}"
+            source.blame((name, "monitor"), text)
+
+
+HOST = Host(
+    name="fundamentallm",
+    hooks=Hooks,
+    table=RunSettings,
+    required=REQUIRED,
+    known=tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8")),
+    check=check_values,
+    error=SettingsError,
+    fatal=(SettingsError,),
+    to_the_end=("on_train_end",),
+)

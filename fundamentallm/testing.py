@@ -39,10 +39,10 @@ from fundamentallm import (
     plugin,
     plugin_name,
     setting_fields,
-)  # fmt: skip
+)
 from fundamentallm.hookspecs import REQUIRED
-from fundamentallm.plugins import HOST, hook_methods
-from plugtable import Source, build, class_problems, get_state, plain, set_state, structure
+from fundamentallm.host import Source, build, class_problems, get_state, plain, set_state, structure
+from fundamentallm.settings import HOST, hook_methods
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,8 +139,12 @@ TINY: dict[str, Callable[[], object]] = {
 
 def tiny_parts(plugins: list[object]) -> list[object]:
     """Return a tiny data source, model and optimizer, as far as ``plugins`` do not bring them."""
-    answered = {hook for one in plugins for hook, options, _ in hook_methods(type(one))
-                if not options["wrapper"]}  # fmt: skip
+    answered = {
+        hook
+        for one in plugins
+        for hook, options, _ in hook_methods(type(one))
+        if not options["wrapper"]
+    }
     return [TINY[hook]() for hook in REQUIRED if hook not in answered]
 
 

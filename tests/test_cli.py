@@ -134,7 +134,12 @@ Call = Callable[..., Ended]
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with settings and plugins, and the current one."""
-    for name, text in {"tiny.py": TINY, "trouble.py": TROUBLE, "saver.py": SAVER, "tiny.toml": SETTINGS}.items():
+    for name, text in {
+        "tiny.py": TINY,
+        "trouble.py": TROUBLE,
+        "saver.py": SAVER,
+        "tiny.toml": SETTINGS,
+    }.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -161,13 +166,18 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_train_ends_with_0_and_says_where_the_run_is(call: Call, folder: Path) -> None:
-    assert call("train", "tiny.toml") == Ended(0, f"finished after 4 steps: {folder}/runs/tiny\n", "")
+    assert call("train", "tiny.toml") == Ended(
+        0, f"finished after 4 steps: {folder}/runs/tiny\n", ""
+    )
 
 
 def test_train_records_settings_that_compose_again_and_the_environment(call: Call) -> None:
     call("train", "tiny.toml", "--set", "run.seed=5")
     run = Path("runs/tiny")
-    recorded, composed = compose(run / "settings.toml"), compose("tiny.toml", overrides=["run.seed=5"])
+    recorded, composed = (
+        compose(run / "settings.toml"),
+        compose("tiny.toml", overrides=["run.seed=5"]),
+    )
     assert recorded.tables == composed.tables
     about = json.loads((run / "environment.json").read_text())
     assert about["seed"] == 5
@@ -180,15 +190,28 @@ def test_each_train_makes_a_new_run_folder_named_after_settings_or_name(call: Ca
     for _ in range(3):
         assert call("train", "tiny.toml").code == 0
     assert call("train", "tiny.toml", "--set", "run.name=other").code == 0
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["other", "tiny", "tiny-2", "tiny-3"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "other",
+        "tiny",
+        "tiny-2",
+        "tiny-3",
+    ]
 
 
 def test_train_starts_or_continues_the_run_in_a_given_folder(call: Call) -> None:
     words = ("train", "tiny.toml", "--run-dir", "mine", "--plugin", "./saver.py")
-    assert call(*words).out.splitlines() == ["step 1", "step 2", "step 3", "step 4", "finished after 4 steps: mine"]
+    assert call(*words).out.splitlines() == [
+        "step 1",
+        "step 2",
+        "step 3",
+        "step 4",
+        "finished after 4 steps: mine",
+    ]
     assert call(*words, "--set", "run.length=6").out.splitlines() == [
-        "step 5", "step 6", "finished after 6 steps: mine",
-    ]  # fmt: skip
+        "step 5",
+        "step 6",
+        "finished after 6 steps: mine",
+    ]
 
 
 def test_resume_goes_on_from_the_checkpoint_that_is_asked_for(call: Call) -> None:
@@ -201,8 +224,12 @@ def test_resume_goes_on_from_the_checkpoint_that_is_asked_for(call: Call) -> Non
 
 
 def test_resume_takes_plugins_away_and_adds_them(call: Call) -> None:
-    call("train", "tiny.toml", "--plugin", "./saver.py", "--plugin", "jsonl", "--set", "run.length=2")
-    ended = call("resume", "runs/tiny", "--no-plugin", "jsonl", "--plugin", "csv", "--set", "run.length=4")
+    call(
+        "train", "tiny.toml", "--plugin", "./saver.py", "--plugin", "jsonl", "--set", "run.length=2"
+    )
+    ended = call(
+        "resume", "runs/tiny", "--no-plugin", "jsonl", "--plugin", "csv", "--set", "run.length=4"
+    )
     assert ended.code == 0, ended.err
     assert Path("runs/tiny/metrics.csv").is_file()
     assert len(Path("runs/tiny/metrics.jsonl").read_text().splitlines()) == 1
@@ -222,8 +249,9 @@ def test_resume_continues_from_what_the_folder_records(call: Call) -> None:
     call("train", "tiny.toml", "--plugin", "./saver.py", "--set", "run.length=2")
     assert call("resume", "runs/tiny").out.splitlines() == ["finished after 2 steps: runs/tiny"]
     assert call("resume", "runs/tiny", "--set", "run.length=3").out.splitlines() == [
-        "step 3", "finished after 3 steps: runs/tiny",
-    ]  # fmt: skip
+        "step 3",
+        "finished after 3 steps: runs/tiny",
+    ]
 
 
 def test_a_run_that_stops_on_purpose_ends_with_0(call: Call) -> None:
@@ -235,13 +263,18 @@ def test_a_run_that_stops_on_purpose_ends_with_0(call: Call) -> None:
 # Showing
 
 
-def test_show_prints_toml_that_composes_to_the_same_with_the_place_of_each_value(call: Call) -> None:
+def test_show_prints_toml_that_composes_to_the_same_with_the_place_of_each_value(
+    call: Call,
+) -> None:
     ended = call("show", "tiny.toml", "--set", "run.seed=7", "--set", "tiny.options.b=[]")
     assert (ended.code, ended.err) == (0, "")
-    assert tomli.loads(ended.out) == compose(
-        "tiny.toml", overrides=["run.seed=7", "tiny.options.b=[]"]
-    ).tables
-    lines = {line.partition(" = ")[0]: line.rpartition("  # ")[2] for line in ended.out.splitlines()}
+    assert (
+        tomli.loads(ended.out)
+        == compose("tiny.toml", overrides=["run.seed=7", "tiny.options.b=[]"]).tables
+    )
+    lines = {
+        line.partition(" = ")[0]: line.rpartition("  # ")[2] for line in ended.out.splitlines()
+    }
     assert lines["length"] == "tiny.toml:5"
     assert lines["seed"] == "--set"
     assert lines["log_every"] == "tiny.toml:6"
@@ -286,8 +319,13 @@ class Wrap:
     @hookimpl
     def on_step_end(self): ...
 """)
-    Path("hooks.toml").write_text(SETTINGS.replace('"./tiny.py"', '"./tiny.py", "saver.py", "wrap.py"'))
-    heard = {line.split()[0]: line.split(maxsplit=2)[2:] for line in call("hooks", "hooks.toml").out.splitlines()}
+    Path("hooks.toml").write_text(
+        SETTINGS.replace('"./tiny.py"', '"./tiny.py", "saver.py", "wrap.py"')
+    )
+    heard = {
+        line.split()[0]: line.split(maxsplit=2)[2:]
+        for line in call("hooks", "hooks.toml").out.splitlines()
+    }
     assert heard["build_model"] == ["wrap (wraps), tiny"]
     assert heard["on_step_end"] == ["saver, wrap"] or heard["on_step_end"] == ["wrap, saver"]
     assert heard["forward"] == []
@@ -364,7 +402,9 @@ def test_a_command_that_cannot_be_loaded_says_so_and_hides_no_other(call: Call) 
     assert "Train as SETTINGS say" in listing.out
 
 
-@pytest.mark.parametrize(("how", "code"), [("exit", 3), ("error", 4), ("abort", 130), ("return", 0)])
+@pytest.mark.parametrize(
+    ("how", "code"), [("exit", 3), ("error", 4), ("abort", 130), ("return", 0)]
+)
 @pytest.mark.usefixtures("installed")
 def test_a_command_of_another_distribution_ends_as_it_says(call: Call, how: str, code: int) -> None:
     ended = call("odd", how)
@@ -375,7 +415,9 @@ def test_a_command_of_another_distribution_ends_as_it_says(call: Call, how: str,
 @pytest.mark.usefixtures("installed")
 def test_a_plugin_that_cannot_be_loaded_is_listed_with_the_reason(call: Call) -> None:
     rows = {row["name"]: row["about"] for row in json.loads(call("plugins", "--json").out)}
-    assert rows["broken"] == "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"
+    assert (
+        rows["broken"] == "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -394,7 +436,9 @@ def test_a_plugin_that_cannot_be_loaded_is_listed_with_the_reason(call: Call) ->
         ("end", 7, "failed in on_train_end: RuntimeError('cannot close')"),
     ],
 )
-def test_each_bad_end_has_a_code_of_its_own_and_says_why(call: Call, kind: str, code: int, said: str) -> None:
+def test_each_bad_end_has_a_code_of_its_own_and_says_why(
+    call: Call, kind: str, code: int, said: str
+) -> None:
     ended = call("train", "tiny.toml", "--plugin", "trouble.py", "--set", f"trouble.kind={kind}")
     assert ended.code == code
     (line,) = ended.err.splitlines()
@@ -473,20 +517,37 @@ def spawn(*words: str, **options: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fundamentallm", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("words", [("plugins",), ("show", "tiny.toml"), ("schema",)], ids=str)
 def test_an_output_that_takes_no_more_is_told_without_a_traceback(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-m", "fundamentallm", *words],
-                              stdout=full, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "fundamentallm", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert (done.returncode, done.stderr) == (5, "error: [Errno 28] No space left on device\n")
 
 
 def test_a_bug_ends_with_1_and_a_traceback_to_report() -> None:
-    words = ("train", "tiny.toml", "--plugin", "saver.py", "--plugin", "trouble.py", "--set", "trouble.kind=bug")
+    words = (
+        "train",
+        "tiny.toml",
+        "--plugin",
+        "saver.py",
+        "--plugin",
+        "trouble.py",
+        "--set",
+        "trouble.kind=bug",
+    )
     process = spawn(*words)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
@@ -521,8 +582,10 @@ def test_a_signal_ends_the_run_at_a_safe_point_and_prints_the_command_that_resum
     resumed = call(*command[1:], "--set", f"run.length={steps + 2}")
     assert resumed.code == 0
     assert resumed.out.splitlines() == [
-        f"step {steps + 1}", f"step {steps + 2}", f"finished after {steps + 2} steps: {command[-1]}",
-    ]  # fmt: skip
+        f"step {steps + 1}",
+        f"step {steps + 2}",
+        f"finished after {steps + 2} steps: {command[-1]}",
+    ]
 
 
 def test_a_second_signal_ends_the_run_at_once() -> None:

@@ -66,7 +66,9 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
         folder = tmp_path / distribution
         info = folder / f"{module}-1.0.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
+        )
         lines = [f"{name} = {module}:{target}" for name, target in entries.items()]
         (info / "entry_points.txt").write_text("\n".join(["[fundamentallm]", *lines]))
         (folder / f"{module}.py").write_text(PRELUDE + code)
@@ -118,7 +120,11 @@ def test_the_listed_plugins_are_built_from_their_tables_in_list_order(install: I
     composed = compose(listed("two", "parts", "one", one={"size": 3}))
     assert list(composed.plugins) == ["two", "parts", "one"]
     assert composed.plugins["one"].size == 3
-    assert composed.brought == {"two": "acme-one 1.0", "parts": "acme-parts 1.0", "one": "acme-one 1.0"}
+    assert composed.brought == {
+        "two": "acme-one 1.0",
+        "parts": "acme-parts 1.0",
+        "one": "acme-one 1.0",
+    }
 
 
 @pytest.mark.usefixtures("parts")
@@ -132,9 +138,14 @@ def test_nothing_that_is_not_listed_is_imported(install: Install) -> None:
 @pytest.mark.usefixtures("parts")
 def test_a_second_instance_has_a_name_and_a_table_of_its_own(install: Install) -> None:
     install("acme-saver", hooks("Saver", "on_log(self)", body="    keep: int = 1"), saver="Saver")
-    settings = listed("parts", "saver", "archive", archive={"plugin": "saver", "keep": 9}, saver={"keep": 2})
+    settings = listed(
+        "parts", "saver", "archive", archive={"plugin": "saver", "keep": 9}, saver={"keep": 2}
+    )
     composed = compose(settings)
-    assert {name: composed.plugins[name].keep for name in ("saver", "archive")} == {"saver": 2, "archive": 9}
+    assert {name: composed.plugins[name].keep for name in ("saver", "archive")} == {
+        "saver": 2,
+        "archive": 9,
+    }
     assert composed.brought["archive"] == "acme-saver 1.0"
     assert composed.tables["archive"] == {"plugin": "saver", "keep": 9}
     assert compose(composed.tables).tables == composed.tables
@@ -145,7 +156,10 @@ def test_a_second_instance_has_a_name_and_a_table_of_its_own(install: Install) -
     [
         ("savr", "archive.plugin: no installed plugin is named 'savr' (did you mean 'saver'?)"),
         (5, "archive.plugin: no installed plugin is named '5'"),
-        (["saver"], "archive.plugin: no installed plugin is named \"['saver']\" (did you mean 'saver'?)"),
+        (
+            ["saver"],
+            "archive.plugin: no installed plugin is named \"['saver']\" (did you mean 'saver'?)",
+        ),
     ],
 )
 @pytest.mark.usefixtures("parts")
@@ -197,8 +211,9 @@ def test_a_wrong_list_is_told_without_guesses_beyond_it(value: Any, complaint: s
 
 
 def test_a_missing_first_party_plugin_names_what_to_install() -> None:
-    assert "settings: plugins: no installed plugin is named 'gpt': pip install fundamentallm-gpt" in problems(
-        listed("gpt")
+    assert (
+        "settings: plugins: no installed plugin is named 'gpt': pip install fundamentallm-gpt"
+        in problems(listed("gpt"))
     )
     assert "pip install fundamentallm-optimizers" in problems(listed("adamw"))[0]
 
@@ -211,7 +226,9 @@ def test_what_is_said_to_be_installed_is_a_distribution_of_this_repository() -> 
     core = Path(fundamentallm.__file__).parent
     names = tomli.loads((core / "first_party.toml").read_text())
     for name, distribution in names.items():
-        folder = core.parent / "plugins" / distribution.removeprefix("fundamentallm-").replace("-", "_")
+        folder = (
+            core.parent / "plugins" / distribution.removeprefix("fundamentallm-").replace("-", "_")
+        )
         project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
         assert project["name"] == distribution
         assert name in project["entry-points"]["fundamentallm"]
@@ -249,7 +266,11 @@ def test_two_distributions_that_offer_one_name_are_both_named(install: Install) 
         ("import no_such_module", "Noise", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def (", "Noise", "SyntaxError: invalid syntax (acme_noise.py, line 6)"),
         ("", "Noise", "AttributeError: module 'acme_noise' has no attribute 'Noise'"),
-        ("class Noise: ...", "Noise", "TypeError: <class 'acme_noise.Noise'> is not a @plugin class"),
+        (
+            "class Noise: ...",
+            "Noise",
+            "TypeError: <class 'acme_noise.Noise'> is not a @plugin class",
+        ),
         ("noise = 5", "noise", "TypeError: 5 is not a @plugin class"),
     ],
 )
@@ -272,7 +293,10 @@ LOCAL = PRELUDE + hooks("MyPlugin", "on_log(self)", body="    size: int = 1")
 @pytest.mark.usefixtures("parts")
 def test_a_local_file_is_a_plugin_named_by_its_stem_beside_the_settings() -> None:
     written("sub/my_plugin.py", LOCAL)
-    path = written("sub/run.toml", "plugins = ['parts', './my_plugin.py']\nrun.length = 1\nmy_plugin.size = 5\n")
+    path = written(
+        "sub/run.toml",
+        "plugins = ['parts', './my_plugin.py']\nrun.length = 1\nmy_plugin.size = 5\n",
+    )
     composed = compose(path)
     assert composed.plugins["my_plugin"].size == 5
     assert composed.brought["my_plugin"] == str(Path.cwd() / "sub/my_plugin.py")
@@ -300,7 +324,9 @@ def test_a_local_file_is_found_again_from_the_recorded_settings() -> None:
 def test_several_plugins_in_one_file_are_told_apart_by_the_files_name() -> None:
     other = hooks("Other", "on_log(self)")
     written("my_plugin.py", LOCAL + other)
-    assert type(compose(listed("parts", "my_plugin.py")).plugins["my_plugin"]).__name__ == "MyPlugin"
+    assert (
+        type(compose(listed("parts", "my_plugin.py")).plugins["my_plugin"]).__name__ == "MyPlugin"
+    )
     written("third.py", LOCAL + other)
     (problem,) = problems(listed("parts", "third.py"))
     assert problem == (
@@ -322,10 +348,12 @@ def test_what_a_local_file_imports_is_not_its_own_plugin() -> None:
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("", "it has 0 plugins, and none named like the file"),
-        ("from fundamentallm import hookimpl\nclass Bad:\n    @hookimpl\n    def on_log(self): ...\n",
-         "is not a @plugin class"),
+        (
+            "from fundamentallm import hookimpl\nclass Bad:\n    @hookimpl\n    def on_log(self): ...\n",
+            "is not a @plugin class",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("parts")
 def test_a_local_file_that_cannot_be_loaded_is_told(code: str, said: str) -> None:
     written("bad.py", code)
@@ -337,7 +365,9 @@ def test_a_local_file_that_cannot_be_loaded_is_told(code: str, said: str) -> Non
 @pytest.mark.usefixtures("parts")
 def test_a_local_file_that_is_not_there_is_told() -> None:
     (problem,) = problems(listed("parts", "gone.py"))
-    assert problem.startswith(f"settings: plugins: gone ({Path.cwd()}/gone.py) cannot be loaded: FileNotFound")
+    assert problem.startswith(
+        f"settings: plugins: gone ({Path.cwd()}/gone.py) cannot be loaded: FileNotFound"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,7 +379,9 @@ def test_plugins_are_added_and_removed_from_outside(install: Install) -> None:
     code = hooks("One", "on_log(self)", body="    size: int") + hooks("Two", "on_log(self)")
     install("acme-one", code, one="One", two="Two")
     written("mine.py", PRELUDE + hooks("Mine", "on_log(self)"))
-    path = written("sub/run.toml", "plugins = ['parts', 'one']\nrun.length = 1\none.size = 'wrong'\n")
+    path = written(
+        "sub/run.toml", "plugins = ['parts', 'one']\nrun.length = 1\none.size = 'wrong'\n"
+    )
     composed = compose(path, add=["two", "mine.py"], remove=["one"])
     assert list(composed.plugins) == ["parts", "two", "mine"]
     assert composed.tables["plugins"] == ["parts", "two", str(Path.cwd() / "mine.py")]
@@ -413,7 +445,9 @@ def test_what_is_no_plugin_object_is_told(wrong: Any) -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_table_that_no_plugin_claims_is_told_with_the_one_that_was_meant(install: Install) -> None:
+def test_a_table_that_no_plugin_claims_is_told_with_the_one_that_was_meant(
+    install: Install,
+) -> None:
     install("acme-noise", hooks("Noise", "on_log(self)"), noise="Noise")
     settings = listed("parts", "noise", nosie={"x": 1}, lenght=5)
     assert problems(settings) == [
@@ -451,8 +485,11 @@ def test_a_misspelt_table_is_told_also_where_another_file_extends_it() -> None:
 @pytest.mark.usefixtures("parts")
 def test_a_local_file_may_have_a_second_instance() -> None:
     written("mine.py", PRELUDE + hooks("Mine", "on_log(self)"))
-    path = written("run.toml", "plugins = ['parts', './mine.py', 'other']\nrun.length = 1\n"
-                   "[other]\nplugin = './mine.py'\n")  # fmt: skip
+    path = written(
+        "run.toml",
+        "plugins = ['parts', './mine.py', 'other']\nrun.length = 1\n"
+        "[other]\nplugin = './mine.py'\n",
+    )
     composed = compose(path)
     assert type(composed.plugins["other"]).__name__ == "Mine"
     assert composed.plugins["other"] is not composed.plugins["mine"]
@@ -465,12 +502,16 @@ def test_a_local_file_may_have_a_second_instance() -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_answers_to_an_exclusive_hook_are_told_with_both_distributions(install: Install) -> None:
+def test_two_answers_to_an_exclusive_hook_are_told_with_both_distributions(
+    install: Install,
+) -> None:
     install("acme-one", hooks("One", "forward(self, run, batch)"), one="One")
     install("acme-two", hooks("Two", "forward(self)"), two="Two")
     assert problems(listed("parts", "one", "two")) == [
-        ("settings: plugins: forward: one (acme-one 1.0) and two (acme-two 1.0) both answer, "
-        "but only one can")
+        (
+            "settings: plugins: forward: one (acme-one 1.0) and two (acme-two 1.0) both answer, "
+            "but only one can"
+        )
     ]
 
 
@@ -495,7 +536,10 @@ def test_every_required_hook_that_nobody_answers_is_told(install: Install) -> No
         "build_optimizer: no plugin answers; list one that does",
     ]
     install("acme-data", hooks("Data", "build_data(self)"), data="Data")
-    assert [text[:15] for text in problems(listed("data"))] == ["build_model: no", "build_optimizer"]
+    assert [text[:15] for text in problems(listed("data"))] == [
+        "build_model: no",
+        "build_optimizer",
+    ]
 
 
 def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
@@ -507,24 +551,44 @@ def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
     [
         (hooks("Bad", "on_lgo(self, run)"), "there is no hook 'on_lgo' (did you mean 'on_log'?)"),
         (hooks("Bad", "zzz(self)"), "there is no hook 'zzz'"),
-        (hooks("Bad", "on_log(self, run, metric)"), "on_log has no argument 'metric'; known: run, metrics"),
-        (hooks("Bad", "on_log(self, **given)"), "on_log has no argument 'given'; known: run, metrics"),
-        (hooks("Bad", "on_log(self, run=None)"),
-         "on_log would never get 'run': take it by position and without default"),
-        (hooks("Bad", "on_log(self, *, run)"),
-         "on_log would never get 'run': take it by position and without default"),
-        (hooks("Bad", "on_log(self)", body="    def on_step_end(self, run): ..."),
-         "method on_step_end is named like a hook but lacks @hookimpl"),
-        ("@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(wrapper=True)\n    def on_log(self):\n        yield\n",
-         "on_log cannot be wrapped: only exclusive hooks can"),
-        ("@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(wrapper=True)\n    def forward(self): ...\n",
-         "forward: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may"),
-        ("@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(hookwrapper=True)\n    def forward(self):\n        yield\n",
-         "forward: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may"),
-        ("@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(specname='on_lgo')\n    def hear(self): ...\n",
-         "there is no hook 'on_lgo' (did you mean 'on_log'?)"),
+        (
+            hooks("Bad", "on_log(self, run, metric)"),
+            "on_log has no argument 'metric'; known: run, metrics",
+        ),
+        (
+            hooks("Bad", "on_log(self, **given)"),
+            "on_log has no argument 'given'; known: run, metrics",
+        ),
+        (
+            hooks("Bad", "on_log(self, run=None)"),
+            "on_log would never get 'run': take it by position and without default",
+        ),
+        (
+            hooks("Bad", "on_log(self, *, run)"),
+            "on_log would never get 'run': take it by position and without default",
+        ),
+        (
+            hooks("Bad", "on_log(self)", body="    def on_step_end(self, run): ..."),
+            "method on_step_end is named like a hook but lacks @hookimpl",
+        ),
+        (
+            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(wrapper=True)\n    def on_log(self):\n        yield\n",
+            "on_log cannot be wrapped: only exclusive hooks can",
+        ),
+        (
+            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(wrapper=True)\n    def forward(self): ...\n",
+            "forward: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may",
+        ),
+        (
+            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(hookwrapper=True)\n    def forward(self):\n        yield\n",
+            "forward: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may",
+        ),
+        (
+            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(specname='on_lgo')\n    def hear(self): ...\n",
+            "there is no hook 'on_lgo' (did you mean 'on_log'?)",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.usefixtures("parts")
 def test_a_class_that_misses_the_contract_is_told_with_its_distribution(
     install: Install, code: str, told: str
@@ -538,16 +602,22 @@ def test_all_that_is_wrong_with_a_class_is_told(install: Install) -> None:
     code = hooks("Bad", "on_lgo(self)", "on_log(self, x, y)", body="    def forward(self): ...")
     install("acme-bad", code, bad="Bad")
     assert [text.partition("): ")[2].split()[0] for text in problems(listed("parts", "bad"))] == [
-        "method", "there", "on_log", "on_log",
-    ]  # fmt: skip
+        "method",
+        "there",
+        "on_log",
+        "on_log",
+    ]
 
 
 @pytest.mark.usefixtures("parts")
 def test_wrappers_and_events_take_any_number_of_plugins(install: Install) -> None:
     wrapper = "    @hookimpl(wrapper=True)\n    def forward(self):\n        return (yield)\n"
     for name in ("One", "Two", "Three"):
-        install(f"acme-{name}", hooks(name, "on_log(self)", "judge_step(self)", "lr_factor(self)") + wrapper,
-                **{name.lower(): name})  # fmt: skip
+        install(
+            f"acme-{name}",
+            hooks(name, "on_log(self)", "judge_step(self)", "lr_factor(self)") + wrapper,
+            **{name.lower(): name},
+        )
     compose(listed("parts", "one", "two", "three"))
 
 
@@ -561,12 +631,16 @@ def clip(name: str, **sides: tuple[str, ...]) -> str:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_edits_of_one_thing_need_an_order_and_are_told_how_to_declare_it(install: Install) -> None:
+def test_two_edits_of_one_thing_need_an_order_and_are_told_how_to_declare_it(
+    install: Install,
+) -> None:
     install("acme-one", clip("One"), one="One")
     install("acme-two", clip("Two"), two="Two")
     assert problems(listed("parts", "one", "two")) == [
-        ("settings: plugins: edit_gradients: one (acme-one 1.0) and two (acme-two 1.0) edit the same "
-        "thing; one class must declare before or after")
+        (
+            "settings: plugins: edit_gradients: one (acme-one 1.0) and two (acme-two 1.0) edit the same "
+            "thing; one class must declare before or after"
+        )
     ]
 
 
@@ -591,20 +665,35 @@ def test_a_declaration_may_use_the_name_that_a_plugin_is_listed_by(install: Inst
     install("acme-two", clip("Two", before=("adawave",)), two="Two")
     install("acme-three", clip("Three", after=("ada_wave", "two")), three="Three")
     composed = compose(listed("three", "adawave", "two", "parts"))
-    assert [name for name in order(composed.plugins) if name != "parts"] == ["two", "adawave", "three"]
+    assert [name for name in order(composed.plugins) if name != "parts"] == [
+        "two",
+        "adawave",
+        "three",
+    ]
 
 
 @pytest.mark.usefixtures("parts")
 def test_order_moves_nothing_that_need_not_move(install: Install) -> None:
     code = "".join(hooks(name, "on_log(self)") for name in ("A", "B", "C"))
     install("acme-many", code + clip("D", before=("b",)), a="A", b="B", c="C", d="D")
-    assert order(compose(listed("c", "b", "a", "d", "parts")).plugins) == ["c", "a", "d", "b", "parts"]
+    assert order(compose(listed("c", "b", "a", "d", "parts")).plugins) == [
+        "c",
+        "a",
+        "d",
+        "b",
+        "parts",
+    ]
 
 
 @pytest.mark.usefixtures("parts")
 def test_a_circle_of_declarations_is_told_before_anything_is_made(install: Install) -> None:
-    install("acme-many", clip("A", before=("b",)) + clip("B", before=("c",)) + clip("C", before=("a",)),
-            a="A", b="B", c="C")  # fmt: skip
+    install(
+        "acme-many",
+        clip("A", before=("b",)) + clip("B", before=("c",)) + clip("C", before=("a",)),
+        a="A",
+        b="B",
+        c="C",
+    )
     settings = listed("parts", "a", "b", "c")
     assert problems(settings) == ["before/after of these plugins run in a circle: a, b, c"]
     with pytest.raises(SettingsError):
@@ -618,26 +707,34 @@ def test_a_circle_of_declarations_is_told_before_anything_is_made(install: Insta
 MONITOR = hooks("Stopper", "on_log(self)", body='    monitor: str | None = "val/loss"')
 
 
-@pytest.mark.parametrize("metric", ["val/loss", "train/loss", "optim/lr", "optim/grad_norm", "sys/gpu0"])
+@pytest.mark.parametrize(
+    "metric", ["val/loss", "train/loss", "optim/lr", "optim/grad_norm", "sys/gpu0"]
+)
 @pytest.mark.usefixtures("parts")
 def test_a_monitor_may_name_what_the_core_or_a_listed_plugin_produces(
     install: Install, metric: str
 ) -> None:
     body = '    produces = ("optim/grad_norm", "sys/gpu*")'
-    install("acme-stop", MONITOR + hooks("Norm", "on_log(self)", body=body), stop="Stopper", norm="Norm")
+    install(
+        "acme-stop", MONITOR + hooks("Norm", "on_log(self)", body=body), stop="Stopper", norm="Norm"
+    )
     compose(listed("parts", "stop", "norm", stop={"monitor": metric}))
 
 
 @pytest.mark.usefixtures("parts")
 def test_a_monitor_that_nobody_produces_is_told_with_its_line(install: Install) -> None:
     install("acme-stop", MONITOR, stop="Stopper")
-    path = written("run.toml", "plugins = ['parts', 'stop']\nrun.length = 1\n[stop]\nmonitor = 'val/los'\n")
+    path = written(
+        "run.toml", "plugins = ['parts', 'stop']\nrun.length = 1\n[stop]\nmonitor = 'val/los'\n"
+    )
     assert problems(path) == [
         "run.toml:4: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?)"
     ]
     assert problems(path, overrides=["stop.monitor=sys/gpu"]) == [
-        ("--set: stop.monitor: nothing listed produces 'sys/gpu' "
-        "(known: optim/lr, train/loss, train/tokens, val/loss)")
+        (
+            "--set: stop.monitor: nothing listed produces 'sys/gpu' "
+            "(known: optim/lr, train/loss, train/tokens, val/loss)"
+        )
     ]
 
 
@@ -669,7 +766,9 @@ others = ["5 steps", "1 epoch"]
 
 def test_whether_data_has_epochs_may_depend_on_its_settings(install: Install) -> None:
     code = PARTS.format(has_epochs='property(lambda self: self.mode == "epochs")')
-    install("acme-parts", code + '    mode: Literal["epochs", "random"] = "random"\n', parts="Parts")
+    install(
+        "acme-parts", code + '    mode: Literal["epochs", "random"] = "random"\n', parts="Parts"
+    )
     settings = {"plugins": ["parts"], "run": {"length": "1 epoch"}}
     assert problems(settings) == ["settings: run.length: the data has no epochs"]
     compose(settings | {"parts": {"mode": "epochs"}})
@@ -719,7 +818,11 @@ class Text:
 def ten(install: Install) -> Path:
     install("acme-parts", PARTS.format(has_epochs=True), parts="Parts")
     install("acme-text", TEN_CODE + MONITOR, text="Text", stop="Stopper")
-    install("acme-one", hooks("One", "edit_gradients(self)", body="    groups: list[dict[str, int]] = []"), one="One")
+    install(
+        "acme-one",
+        hooks("One", "edit_gradients(self)", body="    groups: list[dict[str, int]] = []"),
+        one="One",
+    )
     install("acme-two", hooks("Two", "edit_gradients(self)", "on_lgo(self)"), two="Two")
     install("acme-noise", hooks("Noise", "on_log(self)"), noise="Noise")
     written("base.toml", "[noise]\nignored = 1\n[run]\nlog_every = 0\n")
@@ -731,25 +834,29 @@ def ten(install: Install) -> Path:
 def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_suggestion() -> None:
     found = problems("run.toml")
     here = Path.cwd()
-    assert sorted(found) == sorted([
-        "run.toml:3: plugins: 'stop' is listed twice, or a name of the core's",
-        "run.toml:5: run.length: is missing, and has no default",
-        "run.toml:6: run.lenght: unknown setting (did you mean 'length'?)",
-        "run.toml:7: run.validate_every: unknown unit 'stpes'; known: steps, epochs, tokens, seconds, minutes, hours",
-        "base.toml:4: run.log_every: a period is finite and more than zero, not 0",
-        'run.toml:8: run.seed: expected a whole number, got "1337"',
-        "run.toml:9: run.device: unknown value \"gpu\" (did you mean 'cpu'?)",
-        "run.toml:3: plugins: no installed plugin is named 'zzz'",
-        f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: ModuleNotFoundError: No module named 'fundamentalm'",
-        'run.toml:12: text.path: expected a path, got ["a.txt"]',
-        "run.toml:15: text.batch_size: must be >= 1: 0",
-        "run.toml:18: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?)",
-        "run.toml:20: stopp: unknown table (did you mean 'stop'?)",
-        "run.toml:24: one.groups.0.decay: expected a whole number, got 1.5",
-        ("run.toml:3: plugins: edit_gradients: one (acme-one 1.0) and two (acme-two 1.0) edit the same thing; "
-        "one class must declare before or after"),
-        "run.toml:3: plugins: two (acme-two 1.0): there is no hook 'on_lgo' (did you mean 'on_log'?)",
-    ])  # fmt: skip
+    assert sorted(found) == sorted(
+        [
+            "run.toml:3: plugins: 'stop' is listed twice, or a name of the core's",
+            "run.toml:5: run.length: is missing, and has no default",
+            "run.toml:6: run.lenght: unknown setting (did you mean 'length'?)",
+            "run.toml:7: run.validate_every: unknown unit 'stpes'; known: steps, epochs, tokens, seconds, minutes, hours",
+            "base.toml:4: run.log_every: a period is finite and more than zero, not 0",
+            'run.toml:8: run.seed: expected a whole number, got "1337"',
+            "run.toml:9: run.device: unknown value \"gpu\" (did you mean 'cpu'?)",
+            "run.toml:3: plugins: no installed plugin is named 'zzz'",
+            f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: ModuleNotFoundError: No module named 'fundamentalm'",
+            'run.toml:12: text.path: expected a path, got ["a.txt"]',
+            "run.toml:15: text.batch_size: must be >= 1: 0",
+            "run.toml:18: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?)",
+            "run.toml:20: stopp: unknown table (did you mean 'stop'?)",
+            "run.toml:24: one.groups.0.decay: expected a whole number, got 1.5",
+            (
+                "run.toml:3: plugins: edit_gradients: one (acme-one 1.0) and two (acme-two 1.0) edit the same thing; "
+                "one class must declare before or after"
+            ),
+            "run.toml:3: plugins: two (acme-two 1.0): there is no hook 'on_lgo' (did you mean 'on_log'?)",
+        ]
+    )
 
 
 def test_an_observer_cannot_vote_for_a_factor():
@@ -781,23 +888,40 @@ def test_on_mistakes_nothing_is_made_and_torch_is_not_imported(command: str) -> 
     paths = os.pathsep.join([*sys.path, core])
     done = subprocess.run(
         [sys.executable, "-B", "-c", code],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
     assert done.returncode == 2, done.stderr
     assert done.stdout == "heavy:\n"
     told = done.stderr.splitlines()
     assert told[0].startswith("error: ")
-    assert len([line for line in told if "run.toml:" in line or "base.toml:" in line]) == len(told) >= 10
+    assert (
+        len([line for line in told if "run.toml:" in line or "base.toml:" in line])
+        == len(told)
+        >= 10
+    )
     assert "Traceback" not in done.stderr
     assert sorted(Path.cwd().rglob("*")) == before
 
 
-def test_of_a_plugin_with_wrong_settings_the_hooks_are_checked_all_the_same(install: Install) -> None:
+def test_of_a_plugin_with_wrong_settings_the_hooks_are_checked_all_the_same(
+    install: Install,
+) -> None:
     install("acme-parts", PARTS.format(has_epochs=True) + "    size: int = 1\n", parts="Parts")
-    install("acme-two", hooks("Two", "build_model(self)", body="    produces = ('a/b',)"), two="Two")
+    install(
+        "acme-two", hooks("Two", "build_model(self)", body="    produces = ('a/b',)"), two="Two"
+    )
     install("acme-stop", MONITOR, stop="Stopper")
-    settings = listed("parts", "two", "stop", parts={"size": "x"}, two={"y": 1}, stop={"monitor": "a/b"})
-    assert [text.split(": ", 2)[1] for text in problems(settings)] == ["parts.size", "two.y", "plugins"]
+    settings = listed(
+        "parts", "two", "stop", parts={"size": "x"}, two={"y": 1}, stop={"monitor": "a/b"}
+    )
+    assert [text.split(": ", 2)[1] for text in problems(settings)] == [
+        "parts.size",
+        "two.y",
+        "plugins",
+    ]
 
 
 def test_composed_says_what_it_holds(install: Install) -> None:
@@ -806,5 +930,3 @@ def test_composed_says_what_it_holds(install: Install) -> None:
     assert isinstance(composed, Composed)
     assert composed.tables["plugins"] == ["parts"]
     assert composed.tables["parts"] == {}
-
-

@@ -92,8 +92,11 @@ def ended(plugins: list[str], folder, cache, variants=()):
         if "early_stopping" in plugins:
             del kept["plugins"]["early_stopping"][name][3:]
     kept["logged"] = {n: rows for n, rows in kept["logged"].items() if not n.startswith(TIMED)}
-    found = {f"{part}.{name}": json.dumps(value, default=lambda tensor: tensor.tolist())
-             for part, values in kept.items() for name, value in values.items()}  # fmt: skip
+    found = {
+        f"{part}.{name}": json.dumps(value, default=lambda tensor: tensor.tolist())
+        for part, values in kept.items()
+        for name, value in values.items()
+    }
     found |= {name: tensor.tolist() for name, tensor in weights(run).items()}
     rows = [{n: v for n, v in row.items() if not n.startswith(TIMED)} for row in run.history]
     return found | {f"row {row['step']}": row for row in rows}
@@ -154,8 +157,11 @@ def test_what_changes_and_wraps_the_model_composes_in_any_order(tmp_path):
 def test_two_answers_to_one_question_are_an_error_that_names_both(listed, hook):
     plugins = [name for name in NEEDED if name not in listed] + listed
     with pytest.raises(SettingsError) as raised:
-        compose({"plugins": plugins, "run": TABLES["run"], "other_text": {"plugin": "text"}}
-                if "other_text" in listed else {"plugins": plugins, "run": TABLES["run"]})  # fmt: skip
+        compose(
+            {"plugins": plugins, "run": TABLES["run"], "other_text": {"plugin": "text"}}
+            if "other_text" in listed
+            else {"plugins": plugins, "run": TABLES["run"]}
+        )
     (told,) = [text for text in raised.value.problems if hook in text]
     assert all(name in told for name in listed)
     assert "both answer" in told

@@ -72,7 +72,10 @@ def test_the_record_tells_settings_and_environment(tiny_run):
 def test_every_new_run_gets_a_folder_of_its_own(tmp_path):
     names = [train(compose_tiny(folder=str(tmp_path), name="mine")).folder for _ in range(3)]
     assert [folder.relative_to(tmp_path) for folder in names] == [
-        Path("mine"), Path("mine-2"), Path("mine-3")]  # fmt: skip
+        Path("mine"),
+        Path("mine-2"),
+        Path("mine-3"),
+    ]
 
 
 def test_a_missing_device_is_told_before_a_folder_is_made(tmp_path):

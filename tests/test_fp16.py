@@ -163,9 +163,11 @@ class ByHand:
         optimizer = self.optimizer = make_optimizer(self.model)
         schedule = LambdaLR(optimizer, factor)
         scaler = torch.amp.GradScaler(
-            device, init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL,
+            device,
+            init_scale=INIT_SCALE,
+            growth_interval=GROWTH_INTERVAL,
             enabled=dtype is torch.float16,
-        )  # fmt: skip
+        )
         batches = Letters(device).batches(Progress())
         torch.manual_seed(empty.seed_for("train"))
         self.model.train()
@@ -209,9 +211,11 @@ def by_run(model: Any, folder: Path, order: str, **amp: Any) -> tuple[Run, Diary
 
 
 FP16 = {
-    "dtype": "fp16", "init_scale": INIT_SCALE, "growth_interval": GROWTH_INTERVAL,
+    "dtype": "fp16",
+    "init_scale": INIT_SCALE,
+    "growth_interval": GROWTH_INTERVAL,
     "min_scale": 1e-3,
-}  # fmt: skip
+}
 
 
 def assert_same(run: Run, diaries: list[Diary], hand: ByHand) -> None:
@@ -232,7 +236,9 @@ def assert_same(run: Run, diaries: list[Diary], hand: ByHand) -> None:
     assert (run.progress.step, run.progress.applied) == (STEPS, len(ours.gradients))
 
 
-@pytest.fixture(scope="module", params=[*((device, Mlp) for device in DEVICES), ("cpu", BoostedGpt)])
+@pytest.fixture(
+    scope="module", params=[*((device, Mlp) for device in DEVICES), ("cpu", BoostedGpt)]
+)
 def fp16(request: Any) -> tuple[str, Any, ByHand]:
     """A device, a model, and what the handwritten loop made of it in fp16."""
     device, model = request.param

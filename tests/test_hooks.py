@@ -14,24 +14,53 @@ from fundamentallm import HOOKS, Batch, Hooks, PluginError, field, hookimpl, kin
 from fundamentallm.testing import Recorder, TinyData, TinySamples, assert_same_weights
 
 STEP = [
-    "on_step_start", "collect_batches", "weigh_window", "train_microbatch", "forward", "backward",
-    "finish_gradients", "judge_step", "edit_gradients", "lr_factor", "optimizer_step",
-    "settle_step", "on_step_end", "stop_agreed",
-]  # fmt: skip
+    "on_step_start",
+    "collect_batches",
+    "weigh_window",
+    "train_microbatch",
+    "forward",
+    "backward",
+    "finish_gradients",
+    "judge_step",
+    "edit_gradients",
+    "lr_factor",
+    "optimizer_step",
+    "settle_step",
+    "on_step_end",
+    "stop_agreed",
+]
 
 
 def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
     recorder = Recorder()
     tiny_run(length=2, log_every=1, trace=recorder)
     assert recorder.names == [
-        "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
-        "compile_model", "distribute_model", "build_optimizer", "read_checkpoint",
+        "build_data",
+        "build_tokenizer",
+        "build_model",
+        "adapt_model",
+        "checkpoint_activations",
+        "compile_model",
+        "distribute_model",
+        "build_optimizer",
+        "read_checkpoint",
         "on_train_start",
-        *STEP, "reduce_metrics", "on_log", "on_safe_point",
-        *STEP, "validate", "evaluation_weights", "forward", "on_progress", "reduce_metrics", "on_validation_end",
-        "reduce_metrics", "on_log", "on_safe_point",
+        *STEP,
+        "reduce_metrics",
+        "on_log",
+        "on_safe_point",
+        *STEP,
+        "validate",
+        "evaluation_weights",
+        "forward",
+        "on_progress",
+        "reduce_metrics",
+        "on_validation_end",
+        "reduce_metrics",
+        "on_log",
+        "on_safe_point",
         "on_train_end",
-    ]  # fmt: skip
+    ]
 
 
 def test_hooks_are_emitted_with_exactly_the_arguments_of_their_specification(tiny_run):
@@ -94,12 +123,21 @@ ANSWERS = {
     "build_tokenizer": (lambda run: Upper(), lambda run: isinstance(run.tokenizer, Upper)),
     "checkpoint_activations": (
         lambda run, model: torch.nn.Sequential(model).forward and Doubled(model),
-        lambda run: isinstance(run.module, Doubled)),
-    "compile_model": (lambda run, model: Doubled(model), lambda run: isinstance(run.module, Doubled)),
-    "distribute_model": (lambda run, model: Doubled(model), lambda run: isinstance(run.module, Doubled)),
+        lambda run: isinstance(run.module, Doubled),
+    ),
+    "compile_model": (
+        lambda run, model: Doubled(model),
+        lambda run: isinstance(run.module, Doubled),
+    ),
+    "distribute_model": (
+        lambda run, model: Doubled(model),
+        lambda run: isinstance(run.module, Doubled),
+    ),
     "read_checkpoint": (lambda run: None, lambda run: run.progress.step == 4),
-    "collect_batches": (lambda run, stream: [next(stream), next(stream)],
-                        lambda run: run.progress.microbatches == 8),
+    "collect_batches": (
+        lambda run, stream: [next(stream), next(stream)],
+        lambda run: run.progress.microbatches == 8,
+    ),
     "weigh_window": (lambda run, window: 2.0 * sum(b.weight for b in window), None),
     "train_microbatch": (own_microbatch, None),
     "forward": (lambda run, batch: run.module(*batch.data) * 0.5, None),
@@ -107,10 +145,15 @@ ANSWERS = {
     "optimizer_step": (lambda run: None, lambda run: run.progress.applied == 4),
     "evaluation_weights": (lambda run: nullcontext(), None),
     "validate": (own_validation, lambda run: run.history[-1]["val/loss"] == 7.0),
-    "reduce_metrics": (lambda run, metrics: dict.fromkeys(metrics, 3.0),
-                       lambda run: run.history[-1]["train/loss"] == 3.0),
-    "stop_agreed": (lambda run, stopping: run.progress.step == 3, lambda run: run.progress.step == 3),
-}  # fmt: skip
+    "reduce_metrics": (
+        lambda run, metrics: dict.fromkeys(metrics, 3.0),
+        lambda run: run.history[-1]["train/loss"] == 3.0,
+    ),
+    "stop_agreed": (
+        lambda run, stopping: run.progress.step == 3,
+        lambda run: run.progress.step == 3,
+    ),
+}
 
 
 class Doubled(torch.nn.Module):
@@ -130,7 +173,9 @@ def test_a_plugin_answers_an_exclusive_hook_in_place_of_the_core(hook, tiny_run)
     assert calls
     assert run.outcome in ("finished", "stopped")
     assert shown is None or shown(run)
-    assert not any(key.startswith("inner") for key in run.snapshot()["model"]), "keys must not change"
+    assert not any(key.startswith("inner") for key in run.snapshot()["model"]), (
+        "keys must not change"
+    )
 
 
 def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
@@ -139,7 +184,11 @@ def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
 
 
 def test_every_event_reaches_every_plugin_that_hears_it(tiny_run, tmp_path):
-    events = [hook for hook in HOOKS if kind(hook) == "event" and hook not in ("on_checkpoint_saved", "on_rewind")]
+    events = [
+        hook
+        for hook in HOOKS
+        if kind(hook) == "event" and hook not in ("on_checkpoint_saved", "on_rewind")
+    ]
     for hook in events:
         one, calls = answering(hook, lambda **_: None)
         other, other_calls = answering(hook, lambda **_: None)
@@ -359,7 +408,9 @@ def test_the_learning_rate_is_the_base_times_every_factor(tiny_run):
             return 1 / (1 + run.progress.applied)
 
     run = tiny_run(Half(), Falling(), log_every=1)
-    assert [row["optim/lr"] for row in run.history] == [0.01 * (0.5 * (1 / n)) for n in (1, 2, 3, 4)]
+    assert [row["optim/lr"] for row in run.history] == [
+        0.01 * (0.5 * (1 / n)) for n in (1, 2, 3, 4)
+    ]
 
 
 def test_a_wrapper_surrounds_the_action_and_sees_its_result(tiny_run, tmp_path):
@@ -401,7 +452,9 @@ def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog
     assert shaky.heard == 1
 
 
-@pytest.mark.parametrize("hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "on_rewind", "read_checkpoint")])
+@pytest.mark.parametrize(
+    "hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "on_rewind", "read_checkpoint")]
+)
 def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
     def fail(**_):
         raise RuntimeError("it broke")

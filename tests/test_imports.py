@@ -34,9 +34,14 @@ def imported(folder: Path, *command: str) -> tuple[set[str], str]:
     """Return the top-level modules that a Python command imports, and what it prints."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *command],
-        cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    lines = [line.rpartition("|") for line in done.stderr.splitlines() if line.startswith("import time:")]
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},
+    )
+    lines = [
+        line.rpartition("|") for line in done.stderr.splitlines() if line.startswith("import time:")
+    ]
     assert done.returncode == 0, done.stderr
     return {name.strip().partition(".")[0] for _, _, name in lines}, done.stdout
 

@@ -263,7 +263,9 @@ class Classifier:
     @hookimpl
     def forward(self, run, batch):
         inputs, targets = batch.data
-        return torch.nn.functional.cross_entropy(run.module(inputs).flatten(0, 1), targets.flatten())
+        return torch.nn.functional.cross_entropy(
+            run.module(inputs).flatten(0, 1), targets.flatten()
+        )
 
 
 @plugin

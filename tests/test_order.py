@@ -19,13 +19,24 @@ LISTED = tomli.loads((SETTINGS / "quickstart.toml").read_text())["plugins"]
 
 # The quickstart's own plugins and settings, on a corner of its text and with a small model.
 SMALL = [
-    "run.length=12", "run.validate_every=5", "run.log_every=4", "run.device='cpu'",
-    "text.max_bytes=100_000", "text.context_length=16", "text.batch_size=4",
-    "text.vocab_size=300", "text.validation_batches=3",
-    "gpt.num_layers=1", "gpt.num_heads=2", "gpt.d_model=16", "gpt.dropout=0.1",
-    "lr_schedule.warmup='3 steps'", "checkpoint.every=5",
-    "sample.every=5", "sample.max_tokens=8",
-]  # fmt: skip
+    "run.length=12",
+    "run.validate_every=5",
+    "run.log_every=4",
+    "run.device='cpu'",
+    "text.max_bytes=100_000",
+    "text.context_length=16",
+    "text.batch_size=4",
+    "text.vocab_size=300",
+    "text.validation_batches=3",
+    "gpt.num_layers=1",
+    "gpt.num_heads=2",
+    "gpt.d_model=16",
+    "gpt.dropout=0.1",
+    "lr_schedule.warmup='3 steps'",
+    "checkpoint.every=5",
+    "sample.every=5",
+    "sample.max_tokens=8",
+]
 
 
 def finished(plugins: list[str], folder: Path, cache: Path):

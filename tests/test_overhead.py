@@ -24,9 +24,14 @@ BOUND = 1.05
 # What makes the host wait for a device. A tensor's number is read by the first operation, whatever
 # Python calls it (item, float, bool, int, format); the others need numbers to know their result.
 WAITING_OPERATIONS = (
-    "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
-    "aten::_unique2", "aten::is_nonzero", "aten::item",
-)  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::is_nonzero",
+    "aten::item",
+)
 # These read memory without any operation where the memory is the host's, as in these tests.
 WAITING_CALLS = ("tolist", "numpy", "cpu", "__array__")
 
@@ -102,8 +107,10 @@ def test_all_that_a_careful_user_lists_costs_few_calls_beside_the_same_by_hand(i
 
 def test_norms_of_layers_are_those_that_the_handwritten_loop_takes():
     run, rows = noop.fully_by_run({}), noop.fully_by_hand({})
-    by_run, by_hand = ([[row.get(name) for name in handwritten.SIZES] for row in found]
-                       for found in (run.history, rows))  # fmt: skip
+    by_run, by_hand = (
+        [[row.get(name) for name in handwritten.SIZES] for row in found]
+        for found in (run.history, rows)
+    )
     assert by_run == by_hand
     assert None not in by_run[0]
 
@@ -127,7 +134,9 @@ def test_mlflow_and_jsonl_read_no_device_value_in_a_step_nor_for_a_log_row():
         away = {"tracking_uri": "nonsense://x", "on_start_failure": "journal", "end_seconds": 0.01}
         reads = HostReads()
         tables = {"mlflow": away} if loggers else {}
-        noop.by_run({first: reads.start, last: reads.stop}, {"plugins": plugins + loggers, **tables})
+        noop.by_run(
+            {first: reads.start, last: reads.stop}, {"plugins": plugins + loggers, **tables}
+        )
         found.append(reads.found)
     assert found[0].total() >= 1  # the row itself
     assert found[0] == found[1]
@@ -146,21 +155,38 @@ def test_no_step_of_a_gpt_on_text_reads_a_device_value_between_two_log_rows(tmp_
         **noop.SETTINGS,
         "plugins": ["text", "gpt", *noop.SETTINGS["plugins"]],
         "run": {"length": 20, "log_every": 10, "validate_every": 10, "device": "cpu"},
-        "text": {"max_bytes": 100_000, "context_length": 16, "batch_size": 4,
-                 "validation_batches": 1, "cache_dir": str(tmp_path / "cache")},
+        "text": {
+            "max_bytes": 100_000,
+            "context_length": 16,
+            "batch_size": 4,
+            "validation_batches": 1,
+            "cache_dir": str(tmp_path / "cache"),
+        },
         "gpt": {"num_layers": 1, "num_heads": 2, "d_model": 16, "dropout": 0.1},
         "accumulate": {"microbatches": 2},
-    }  # fmt: skip
+    }
     train(settings, plugins=[Watch(first=10, last=19, reads=reads)], run_dir=tmp_path / "run")
     assert reads.found == {}
 
 
 @pytest.mark.parametrize(
     "read",
-    [float, bool, int, str, "{:.2f}".format, torch.Tensor.item, torch.Tensor.tolist,
-     torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.nonzero, lambda x: x > 0 or None,
-     lambda x: torch.equal(x, x), lambda x: x[x > 0]],
-)  # fmt: skip
+    [
+        float,
+        bool,
+        int,
+        str,
+        "{:.2f}".format,
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.cpu,
+        torch.Tensor.nonzero,
+        lambda x: x > 0 or None,
+        lambda x: torch.equal(x, x),
+        lambda x: x[x > 0],
+    ],
+)
 def test_a_plugin_that_reads_a_device_value_in_every_step_is_found_out(read, tiny_run):
     @plugin
     class Reader:

@@ -75,9 +75,25 @@ def test_a_period_prints_as_a_person_would_write_it(period: Period, text: str) -
 
 @pytest.mark.parametrize(
     "value",
-    [True, False, 1.5, 500.0, "500", "", "steps", "a step", "-5 steps", "5 steps more", "5,0 epochs",
-     "5 STEPS", "0x10 steps", None, [5], {"steps": 5}],
-)  # fmt: skip
+    [
+        True,
+        False,
+        1.5,
+        500.0,
+        "500",
+        "",
+        "steps",
+        "a step",
+        "-5 steps",
+        "5 steps more",
+        "5,0 epochs",
+        "5 STEPS",
+        "0x10 steps",
+        None,
+        [5],
+        {"steps": 5},
+    ],
+)
 def test_what_is_no_period_is_answered_by_what_one_looks_like(value: object) -> None:
     with pytest.raises(ValueError, match="expected a period such as 500 or '10 minutes', got "):
         Period.parse(value)
@@ -86,7 +102,10 @@ def test_what_is_no_period_is_answered_by_what_one_looks_like(value: object) -> 
 @pytest.mark.parametrize(
     ("value", "complaint"),
     [
-        ("5 parsecs", "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours"),
+        (
+            "5 parsecs",
+            "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours",
+        ),
         ("5 stepss", "unknown unit 'stepss'"),
         ("0 steps", "more than zero, not 0"),
         (0, "more than zero, not 0"),
@@ -113,14 +132,22 @@ def histories(draw: st.DrawFn) -> list[Progress]:
     run = Progress(epoch_samples=draw(st.integers(1, 50)))
     seen = [Progress(epoch_samples=run.epoch_samples)]
     batches = st.builds(
-        Batch, data=st.none(), weight=st.just(1.0), samples=st.integers(0, 20), tokens=st.integers(0, 99)
+        Batch,
+        data=st.none(),
+        weight=st.just(1.0),
+        samples=st.integers(0, 20),
+        tokens=st.integers(0, 99),
     )
     steps = st.tuples(
-        st.lists(batches, min_size=1, max_size=3), st.booleans(), st.sampled_from([0.0, 0.25, 7.5, 900.0])
+        st.lists(batches, min_size=1, max_size=3),
+        st.booleans(),
+        st.sampled_from([0.0, 0.25, 7.5, 900.0]),
     )
     for window, applied, seconds in draw(st.lists(steps, max_size=30)):
         run.advance(window, applied, seconds)
-        seen.append(Progress(**{name: getattr(run, name) for name in run.__slots__ if name[0] != "_"}))
+        seen.append(
+            Progress(**{name: getattr(run, name) for name in run.__slots__ if name[0] != "_"})
+        )
     return seen
 
 

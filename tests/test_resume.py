@@ -18,21 +18,39 @@ SETTINGS = Path(__file__).parent.parent / "settings"
 
 # Dropout, accumulation, best checkpoints and a schedule are on; saves come often.
 SMALL = {
-    "run.length": 60, "run.validate_every": 15, "run.log_every": 7, "run.device": "cpu",
-    "text.max_bytes": 60_000, "text.context_length": 16, "text.batch_size": 3,
-    "text.validation_batches": 2, "gpt.num_layers": 1, "gpt.d_model": 16, "gpt.dropout": 0.2,
-    "accumulate.microbatches": 2, "checkpoint.every": 4,
-}  # fmt: skip
+    "run.length": 60,
+    "run.validate_every": 15,
+    "run.log_every": 7,
+    "run.device": "cpu",
+    "text.max_bytes": 60_000,
+    "text.context_length": 16,
+    "text.batch_size": 3,
+    "text.validation_batches": 2,
+    "gpt.num_layers": 1,
+    "gpt.d_model": 16,
+    "gpt.dropout": 0.2,
+    "accumulate.microbatches": 2,
+    "checkpoint.every": 4,
+}
 
 
 def command(folder: Path, cache: Path, sampling: str) -> list[str]:
-    sets = [f"{key}={value if isinstance(value, int | float) else json.dumps(value)}"
-            for key, value in {**SMALL, "text.sampling": sampling,
-                               "text.cache_dir": str(cache)}.items()]  # fmt: skip
+    sets = [
+        f"{key}={value if isinstance(value, int | float) else json.dumps(value)}"
+        for key, value in {**SMALL, "text.sampling": sampling, "text.cache_dir": str(cache)}.items()
+    ]
     words = [word for one in sets for word in ("--set", one)]
     words += ["--plugin", "accumulate", "--no-plugin", "progress"]
-    return [sys.executable, "-m", "fundamentallm", "train", str(SETTINGS / "tiny.toml"),
-            "--run-dir", str(folder), *words]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "fundamentallm",
+        "train",
+        str(SETTINGS / "tiny.toml"),
+        "--run-dir",
+        str(folder),
+        *words,
+    ]
 
 
 def run_to_end(words: list[str]) -> subprocess.CompletedProcess[str]:

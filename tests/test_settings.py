@@ -32,7 +32,7 @@ from fundamentallm import (
     state,
     table,
 )
-from plugtable import Source, build, plain, read
+from fundamentallm.host import Source, build, plain, read
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -123,7 +123,10 @@ def built(values: dict[str, Any], cls: type = Everything) -> Any:
 def complaints(values: dict[str, Any], cls: type = Everything) -> list[str]:
     with pytest.raises(SettingsError) as caught:
         built(values, cls)
-    return [text.removeprefix("settings: it.").removeprefix("settings: ") for text in caught.value.problems]
+    return [
+        text.removeprefix("settings: it.").removeprefix("settings: ")
+        for text in caught.value.problems
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,13 +188,25 @@ REJECTED = [
     ("every", 1.5, "expected a period such as 500 or '10 minutes', got 1.5"),
     ("every", True, "expected a period such as 500 or '10 minutes', got true"),
     ("every", 0, "a period is finite and more than zero, not 0"),
-    ("every", "5 parsecs", "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours"),
+    (
+        "every",
+        "5 parsecs",
+        "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours",
+    ),
     ("maybe", "1", 'expected a whole number, got "1"'),
     ("maybe", False, "expected a whole number, got false"),
     ("either", 1.5, "expected a whole number or a string or a list, got 1.5"),
     ("either", {}, "expected a whole number or a string or a list, got {}"),
-    ("amount", True, "expected \"auto\" or a period such as 500 or '10 minutes' or a number, got true"),
-    ("amount", "5 parsecs", "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours"),
+    (
+        "amount",
+        True,
+        "expected \"auto\" or a period such as 500 or '10 minutes' or a number, got true",
+    ),
+    (
+        "amount",
+        "5 parsecs",
+        "unknown unit 'parsecs'; known: steps, epochs, tokens, seconds, minutes, hours",
+    ),
     ("numbers", 1, "expected a list, got 1"),
     ("numbers", "1", 'expected a list, got "1"'),
     ("numbers", {"a": 1}, 'expected a list, got {"a" = 1}'),
@@ -200,7 +215,7 @@ REJECTED = [
     ("groups", {"pattern": "x"}, 'expected a list, got {"pattern" = "x"}'),
     ("text", None, "expected a string, got null"),
     ("count", None, "expected a whole number, got null"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "given", "complaint"), REJECTED)
@@ -230,7 +245,9 @@ class Plain:
 
 
 @unhurried
-@given(st.sampled_from(sorted(TYPES, key=str)), st.sampled_from(sorted(SCALARS, key=str)), st.data())
+@given(
+    st.sampled_from(sorted(TYPES, key=str)), st.sampled_from(sorted(SCALARS, key=str)), st.data()
+)
 def test_a_plain_type_takes_its_own_values_unchanged_and_no_others(
     wanted: type, offered: type, data: st.DataObject
 ) -> None:
@@ -302,11 +319,13 @@ def test_a_table_is_a_table(value: Any) -> None:
 
 
 def test_tables_inside_tables_are_checked_as_strictly() -> None:
-    assert complaints({
-        "group": {"patern": "x", "decay": "0"},
-        "groups": [{"pattern": "a"}, {"pattern": 1, "decay": -1}, 5],
-        "by_name": {"one": {}, "two": {"pattern": "x"}},
-    }) == [
+    assert complaints(
+        {
+            "group": {"patern": "x", "decay": "0"},
+            "groups": [{"pattern": "a"}, {"pattern": 1, "decay": -1}, 5],
+            "by_name": {"one": {}, "two": {"pattern": "x"}},
+        }
+    ) == [
         "group.patern: unknown setting (did you mean 'pattern'?)",
         "group.pattern: is missing, and has no default",
         'group.decay: expected a number, got "0"',
@@ -314,20 +333,24 @@ def test_tables_inside_tables_are_checked_as_strictly() -> None:
         "groups.1.decay: must be >= 0: -1.0",
         "groups.2: expected a table, got 5",
         "by_name.one.pattern: is missing, and has no default",
-    ]  # fmt: skip
+    ]
 
 
 def test_every_item_of_a_list_or_table_is_checked() -> None:
-    assert complaints({
-        "numbers": [1, "2", True], "nested": [[1], [1.5, "x"], 3], "named": {"a": 1, "b": "2"},
-    }) == [
+    assert complaints(
+        {
+            "numbers": [1, "2", True],
+            "nested": [[1], [1.5, "x"], 3],
+            "named": {"a": 1, "b": "2"},
+        }
+    ) == [
         'numbers.1: expected a number, got "2"',
         "numbers.2: expected a number, got true",
         "nested.1.0: expected a whole number, got 1.5",
         'nested.1.1: expected a whole number, got "x"',
         "nested.2: expected a list, got 3",
         'named.b: expected a whole number, got "2"',
-    ]  # fmt: skip
+    ]
 
 
 def test_a_union_tells_what_is_wrong_inside_the_one_that_was_meant() -> None:
@@ -417,23 +440,35 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_path_is_relative_to_the_file_that_states_it(folder: Path) -> None:
-    written(folder / "far/base.toml", "[it]\npath = 'a'\nmaybe_path = '../b'\nfiles = ['c', '/d']\n")
-    it = build_from(written(folder / "near/run.toml", "extends = '../far/base.toml'\n[it]\npath = 'e'\n"))
+    written(
+        folder / "far/base.toml", "[it]\npath = 'a'\nmaybe_path = '../b'\nfiles = ['c', '/d']\n"
+    )
+    it = build_from(
+        written(folder / "near/run.toml", "extends = '../far/base.toml'\n[it]\npath = 'e'\n")
+    )
     assert it.path == folder / "near/e"
     assert it.maybe_path == folder / "far/../b"
     assert it.files == [folder / "far/c", Path("/d")]
 
 
 def test_each_path_of_a_table_that_two_files_fill_is_relative_to_its_own_file(folder: Path) -> None:
-    written(folder / "far/base.toml", "[it.places]\na = 'x'\nb = 'x'\n[it.group]\npattern = ''\nfile = 'f'\n")
-    path = written(folder / "near/run.toml", "extends = '../far/base.toml'\n[it.places]\nb = 'y'\n[it.group]\ndecay = 1\n")
+    written(
+        folder / "far/base.toml",
+        "[it.places]\na = 'x'\nb = 'x'\n[it.group]\npattern = ''\nfile = 'f'\n",
+    )
+    path = written(
+        folder / "near/run.toml",
+        "extends = '../far/base.toml'\n[it.places]\nb = 'y'\n[it.group]\ndecay = 1\n",
+    )
     it = build_from(path, "it.places.c=z")
     assert it.places == {"a": folder / "far/x", "b": folder / "near/y", "c": folder / "z"}
     assert it.group.file == folder / "far/f"
 
 
 def test_a_path_in_tables_of_an_array_is_relative_to_its_file(folder: Path) -> None:
-    text = "[[it.groups]]\npattern = ''\nfile = 'f'\n[it.by_name]\nx = {pattern = '', file = '~/g'}\n"
+    text = (
+        "[[it.groups]]\npattern = ''\nfile = 'f'\n[it.by_name]\nx = {pattern = '', file = '~/g'}\n"
+    )
     it = build_from(written(folder / "sub/run.toml", text))
     assert it.groups[0].file == folder / "sub/f"
     assert it.by_name["x"].file == Path.home() / "g"
@@ -447,7 +482,12 @@ def test_a_path_of_the_command_line_or_of_a_mapping_is_relative_to_here(folder: 
 
 
 def test_a_default_path_is_left_as_it_is(folder: Path) -> None:
-    it = build_from(written(folder / "sub/run.toml", "[it.group]\npattern = ''\n[[it.groups]]\npattern = ''\nfile = 'x'\n"))
+    it = build_from(
+        written(
+            folder / "sub/run.toml",
+            "[it.group]\npattern = ''\n[[it.groups]]\npattern = ''\nfile = 'x'\n",
+        )
+    )
     assert it.path == Path("default/path")
     assert it.group.kept == it.groups[0].kept == Path("kept")
 
@@ -502,7 +542,10 @@ def test_a_run_has_these_defaults() -> None:
         ({"name": ""}, "run.name: must match regex"),
         ({"folder": 5}, "run.folder: expected a path, got 5"),
         ({"lenght": 5}, "run.lenght: unknown setting (did you mean 'length'?)"),
-        ({"validate_evry": 5}, "run.validate_evry: unknown setting (did you mean 'validate_every'?)"),
+        (
+            {"validate_evry": 5},
+            "run.validate_evry: unknown setting (did you mean 'validate_every'?)",
+        ),
     ],
 )
 def test_a_wrong_run_table_is_told(values: dict[str, Any], complaint: str) -> None:
@@ -537,30 +580,35 @@ names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=6)
 numbers = st.floats(0, 1e300)
 paths = st.from_regex(r"(/|~/|\.\./)?[a-zü ]{1,4}(/[a-z.]{1,4})?", fullmatch=True)
 spans = st.integers(1, 10**9) | st.builds(
-    lambda amount, unit: f"{amount!r} {unit}", st.floats(1e-9, 1e9), st.sampled_from(["epochs", "hours"])
+    lambda amount, unit: f"{amount!r} {unit}",
+    st.floats(1e-9, 1e9),
+    st.sampled_from(["epochs", "hours"]),
 )
 tables = st.fixed_dictionaries({"pattern": names}, optional={"decay": numbers, "file": paths})
-EVERYTHING = st.fixed_dictionaries({}, optional={
-    "flag": st.booleans(),
-    "count": st.integers(1, 2**62),
-    "rate": st.floats(0, 1),
-    "text": names,
-    "path": paths,
-    "maybe_path": paths,
-    "mode": st.sampled_from(["min", "max", 3]),
-    "every": spans,
-    "maybe": st.integers(-5, 5),
-    "either": st.integers(-5, 5) | names | st.lists(st.integers(-5, 5), max_size=2),
-    "amount": st.just("auto") | spans | numbers,
-    "numbers": st.lists(numbers, max_size=3),
-    "files": st.lists(paths, max_size=3),
-    "nested": st.lists(st.lists(st.integers(-5, 5), max_size=2), max_size=2),
-    "named": st.dictionaries(names, st.integers(-5, 5), max_size=2),
-    "places": st.dictionaries(names, paths, max_size=2),
-    "group": tables,
-    "groups": st.lists(tables, max_size=2),
-    "by_name": st.dictionaries(names, tables, max_size=2),
-})  # fmt: skip
+EVERYTHING = st.fixed_dictionaries(
+    {},
+    optional={
+        "flag": st.booleans(),
+        "count": st.integers(1, 2**62),
+        "rate": st.floats(0, 1),
+        "text": names,
+        "path": paths,
+        "maybe_path": paths,
+        "mode": st.sampled_from(["min", "max", 3]),
+        "every": spans,
+        "maybe": st.integers(-5, 5),
+        "either": st.integers(-5, 5) | names | st.lists(st.integers(-5, 5), max_size=2),
+        "amount": st.just("auto") | spans | numbers,
+        "numbers": st.lists(numbers, max_size=3),
+        "files": st.lists(paths, max_size=3),
+        "nested": st.lists(st.lists(st.integers(-5, 5), max_size=2), max_size=2),
+        "named": st.dictionaries(names, st.integers(-5, 5), max_size=2),
+        "places": st.dictionaries(names, paths, max_size=2),
+        "group": tables,
+        "groups": st.lists(tables, max_size=2),
+        "by_name": st.dictionaries(names, tables, max_size=2),
+    },
+)
 
 
 @unhurried
@@ -583,7 +631,9 @@ def absolute(value: Any) -> Any:
     if isinstance(value, Path):
         return value.absolute()
     if isinstance(value, Group):
-        return {name: absolute(getattr(value, name)) for name in ("pattern", "decay", "file", "kept")}
+        return {
+            name: absolute(getattr(value, name)) for name in ("pattern", "decay", "file", "kept")
+        }
     if isinstance(value, dict):
         return {name: absolute(inner) for name, inner in value.items()}
     return [absolute(inner) for inner in value] if isinstance(value, list) else value
@@ -601,7 +651,9 @@ def test_an_object_that_python_gave_is_recorded_as_what_it_says_of_itself() -> N
 
 
 def test_composed_tables_compose_to_the_same(folder: Path) -> None:
-    path = written(folder / "sub/run.toml", """
+    path = written(
+        folder / "sub/run.toml",
+        """
 plugins = ["../lib/parts.py", "../lib/more.py"]
 [run]
 length = "3 epochs"
@@ -609,8 +661,11 @@ folder = "results"
 [more]
 path = "data.txt"
 every = "10 minutes"
-""")
-    written(folder / "lib/more.py", """
+""",
+    )
+    written(
+        folder / "lib/more.py",
+        """
 from pathlib import Path
 from fundamentallm import Period, hookimpl, plugin, field
 @plugin
@@ -623,7 +678,8 @@ class More:
     names: list[str] = field(factory=lambda: ["a"])
     @hookimpl
     def on_log(self): ...
-""")
+""",
+    )
     one = compose(path)
     written(folder / "elsewhere/settings.toml", tomli_w.dumps(one.tables))
     other = compose(folder / "elsewhere/settings.toml")
@@ -631,5 +687,10 @@ class More:
     assert other.run.folder == one.run.folder == folder / "sub/results"
     assert list(other.plugins) == list(one.plugins) == ["parts", "more"]
     mine, theirs = one.plugins["more"], other.plugins["more"]
-    assert (theirs.path, theirs.every, theirs.maybe, theirs.names) == (mine.path, mine.every, None, ["a"])
+    assert (theirs.path, theirs.every, theirs.maybe, theirs.names) == (
+        mine.path,
+        mine.every,
+        None,
+        ["a"],
+    )
     assert theirs.other == mine.other.absolute() == folder / "other"

@@ -60,7 +60,9 @@ class Deep:
 
             def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
                 loss = torch.nn.functional.mse_loss(self.first(inputs), targets)
-                return loss + 0.0 * sum(layer.weight.sum() + layer.bias.sum() for layer in self.deep)
+                return loss + 0.0 * sum(
+                    layer.weight.sum() + layer.bias.sum() for layer in self.deep
+                )
 
         return Model()
 
@@ -152,10 +154,15 @@ def main() -> int:
     watch = Watch()
     try:
         composed = compose_tiny(
-            TinyData(), Deep(layers=chosen.layers), TinyOptimizer(), watch,
+            TinyData(),
+            Deep(layers=chosen.layers),
+            TinyOptimizer(),
+            watch,
             Checkpoint(every=Period(2), keep_last=2, save_final=False),
-            length=2 * chosen.saves + 1, log_every=10**6, device=chosen.device,
-        )  # fmt: skip
+            length=2 * chosen.saves + 1,
+            log_every=10**6,
+            device=chosen.device,
+        )
         train(composed, run_dir=folder / "run")
     finally:
         shutil.rmtree(folder)
@@ -170,23 +177,30 @@ def report(watch: Watch) -> int:
     away = min(round(0.98 * math.sqrt(len(ratios))), (len(ratios) - 1) // 2)
     low, high = ratios[(len(ratios) - 1) // 2 - away], ratios[len(ratios) // 2 + away]
     ratio = statistics.median(ratios)
-    print(f"{watch.state / 1e6:.0f} MB of state, {torch.get_num_threads()} thread(s), "
-          f"{os.cpu_count()} cores, {len(pairs)} pairs of saves")  # fmt: skip
+    print(
+        f"{watch.state / 1e6:.0f} MB of state, {torch.get_num_threads()} thread(s), "
+        f"{os.cpu_count()} cores, {len(pairs)} pairs of saves"
+    )
     print(f"a plain save, synced: {_spread([plain for _, plain in pairs])}")
-    print(f"a step that saves waits: {_spread(watch.waits)}; the first time {watch.waits[0]:.3f} s, "
-          f"the memory having been made ready beside the steps in {watch.ready:.3f} s")
-    print(f"wait for a checkpoint: median ratio of {len(pairs)} pairs {ratio:.4f} (95%: {low:.4f} to "
-          f"{high:.4f}; all: {ratios[0]:.4f} to {ratios[-1]:.4f}), at most {BOUND}: "
-          f"{'PASS' if ratio <= BOUND else 'FAIL'}")  # fmt: skip
+    print(
+        f"a step that saves waits: {_spread(watch.waits)}; the first time {watch.waits[0]:.3f} s, "
+        f"the memory having been made ready beside the steps in {watch.ready:.3f} s"
+    )
+    print(
+        f"wait for a checkpoint: median ratio of {len(pairs)} pairs {ratio:.4f} (95%: {low:.4f} to "
+        f"{high:.4f}; all: {ratios[0]:.4f} to {ratios[-1]:.4f}), at most {BOUND}: "
+        f"{'PASS' if ratio <= BOUND else 'FAIL'}"
+    )
     more = (max(watch.memory) - watch.memory[0]) / watch.state
-    print(f"memory for a checkpoint: {more:.3f} times what is saved (at most {MEMORY_BOUND}): "
-          f"{'PASS' if more <= MEMORY_BOUND else 'FAIL'}")  # fmt: skip
+    print(
+        f"memory for a checkpoint: {more:.3f} times what is saved (at most {MEMORY_BOUND}): "
+        f"{'PASS' if more <= MEMORY_BOUND else 'FAIL'}"
+    )
     return 0 if ratio <= BOUND and more <= MEMORY_BOUND else 1
 
 
 def _spread(seconds: list[float]) -> str:
-    return (f"median {statistics.median(seconds):.3f} s "
-            f"({min(seconds):.3f} to {max(seconds):.3f})")  # fmt: skip
+    return f"median {statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 if __name__ == "__main__":

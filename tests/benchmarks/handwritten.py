@@ -150,9 +150,14 @@ def train_fully(
                 numbers = torch.stack(losses + norms + sizes).tolist()
                 last = 2 * len(losses)
                 means = fmean(numbers[: len(losses)]), fmean(numbers[len(losses) : last])
-                row = {"train/loss": means[0], "optim/grad_norm": means[1], "optim/lr": lr,
-                       "train/tokens": float(tokens), "guard/skipped": float(skipped),
-                       "perf/step_ms_median": 1e3 * sorted(times)[len(times) // 2]}  # fmt: skip
+                row = {
+                    "train/loss": means[0],
+                    "optim/grad_norm": means[1],
+                    "optim/lr": lr,
+                    "train/tokens": float(tokens),
+                    "guard/skipped": float(skipped),
+                    "perf/step_ms_median": 1e3 * sorted(times)[len(times) // 2],
+                }
                 row |= zip(SIZES, numbers[last:], strict=False)  # the last row may have none
                 for kept in (losses, norms, times):
                     kept.clear()

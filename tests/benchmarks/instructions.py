@@ -27,9 +27,16 @@ def counts(loop: str) -> dict[str, float]:
     """Return the instructions per step of a loop, by what the steps include."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counted"
-        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no",
-                   f"--callgrind-out-file={out}", f"--vgdb-prefix={folder}/vgdb",
-                   sys.executable, __file__, loop]  # fmt: skip
+        command = [
+            "valgrind",
+            "--tool=callgrind",
+            "--instr-atstart=no",
+            f"--callgrind-out-file={out}",
+            f"--vgdb-prefix={folder}/vgdb",
+            sys.executable,
+            __file__,
+            loop,
+        ]
         # A seed for hashing, so that the same is counted every time.
         environment = {
             **os.environ,
@@ -38,9 +45,13 @@ def counts(loop: str) -> dict[str, float]:
             "TMPDIR": folder,
         }
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env=environment,
-        ) as child:  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        ) as child:
             assert child.stdin is not None
             assert child.stdout is not None
             for mark in MARKS:
@@ -49,8 +60,9 @@ def counts(loop: str) -> dict[str, float]:
                 order = ["instrumentation", "on"] if mark == MARKS[0] else ["dump"]
                 subprocess.run(
                     ["vgdb", f"--vgdb-prefix={folder}/vgdb", f"--pid={child.pid}", *order],
-                    check=True, capture_output=True,
-                )  # fmt: skip
+                    check=True,
+                    capture_output=True,
+                )
                 child.stdin.write("go on\n")
                 child.stdin.flush()
             child.kill()

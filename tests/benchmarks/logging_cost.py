@@ -47,7 +47,9 @@ class Sides:
         (self.child,) = me.children()
         self.hooks = {True: run.hook, False: run.bind(silenced)}
         self.turns: dict[bool, Cost] = {}
-        self.order = (sides for n in range(1 << 30) for sides in ((True, False), (False, True))[n % 2])
+        self.order = (
+            sides for n in range(1 << 30) for sides in ((True, False), (False, True))[n % 2]
+        )
         self.take_turn(run)
 
     @hookimpl
@@ -95,8 +97,12 @@ def measure(pairs: int) -> tuple[list[tuple[Cost, Cost]], float]:
         settings["text"] |= {"path": str(corpus), "cache_dir": str(folder / "cache")}
         settings["run"] |= {"length": 2 * (pairs + WARM) * TURN + 1, "log_every": EVERY}
         # What the end of the run takes is not measured, and the start may be slow.
-        settings["mlflow"] = {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "plot": False,
-                              "start_seconds": 300.0, "end_seconds": 300.0}  # fmt: skip
+        settings["mlflow"] = {
+            "tracking_uri": f"sqlite:///{folder / 'mlflow.db'}",
+            "plot": False,
+            "start_seconds": 300.0,
+            "end_seconds": 300.0,
+        }
         sides = Sides(pairs=found, shipping=shipping)
         train(settings, plugins=[sides], run_dir=folder / "run")
     return found[WARM:], 1000 * (shipping[-1] - shipping[0]) / (pairs * TURN)
@@ -115,16 +121,24 @@ def report(pairs: int) -> bool:
     for side, name in enumerate(Cost._fields):
         ratios = [with_them[side] / without[side] for with_them, without in found]
         low, high = interval(ratios)
-        print(f"a GPT's steps with {' and '.join(LOGGERS)} and without, by {name} time: median "
-              f"ratio of {pairs} pairs {median(ratios):.4f} (95%: {low:.4f} to {high:.4f})")  # fmt: skip
-    print(f"the process that ships to MLflow: {shipping:.2f} s of the processor in a thousand steps "
-          f"of {1000 * median(without.wall for _, without in found) / TURN:.1f} ms")  # fmt: skip
+        print(
+            f"a GPT's steps with {' and '.join(LOGGERS)} and without, by {name} time: median "
+            f"ratio of {pairs} pairs {median(ratios):.4f} (95%: {low:.4f} to {high:.4f})"
+        )
+    print(
+        f"the process that ships to MLflow: {shipping:.2f} s of the processor in a thousand steps "
+        f"of {1000 * median(without.wall for _, without in found) / TURN:.1f} ms"
+    )
     ratios = [with_them.wall / without.wall for with_them, without in found]
     (low, high), ratio = interval(ratios), median(ratios)
-    print(f"a GPT's steps with {' and '.join(LOGGERS)} and without, by wall time: ratio "
-          f"{ratio:.4f} (at most {BOUND}): {'PASS' if ratio <= BOUND else 'FAIL'}")  # fmt: skip
+    print(
+        f"a GPT's steps with {' and '.join(LOGGERS)} and without, by wall time: ratio "
+        f"{ratio:.4f} (at most {BOUND}): {'PASS' if ratio <= BOUND else 'FAIL'}"
+    )
     if low <= BOUND < high:
-        print("  the machine is too busy to tell: the bound is within the interval; take more pairs")
+        print(
+            "  the machine is too busy to tell: the bound is within the interval; take more pairs"
+        )
     return ratio <= BOUND
 
 

@@ -57,10 +57,16 @@ SETTINGS: dict[str, Any] = {
 
 # What a careful user of a long run lists besides.
 CARE = {
-    "amp": {}, "guard": {}, "ema": {"decay": handwritten.EMA_DECAY}, "throughput": {"table": False},
-    "early_stopping": {"monitor": "train/loss"}, "validation": {}, "crash_report": {},
-    "gc": {"every": handwritten.COLLECT_EVERY}, "grad_stats": {},
-}  # fmt: skip
+    "amp": {},
+    "guard": {},
+    "ema": {"decay": handwritten.EMA_DECAY},
+    "throughput": {"table": False},
+    "early_stopping": {"monitor": "train/loss"},
+    "validation": {},
+    "crash_report": {},
+    "gc": {"every": handwritten.COLLECT_EVERY},
+    "grad_stats": {},
+}
 FULLY = {"plugins": [*PLUGINS, *EIGHT, *CARE], **CARE}
 
 
@@ -169,9 +175,11 @@ def fully_by_hand(marks: Marks) -> list[dict[str, float]]:
 
 
 LOOPS: dict[str, Callable[[Marks], object]] = {
-    "run": by_run, "handwritten": by_hand,
-    "fully_run": fully_by_run, "fully_handwritten": fully_by_hand,
-}  # fmt: skip
+    "run": by_run,
+    "handwritten": by_hand,
+    "fully_run": fully_by_run,
+    "fully_handwritten": fully_by_hand,
+}
 
 
 @contextlib.contextmanager

@@ -37,8 +37,13 @@ BOUND = 1000.0  # microseconds
 PAUSE = 0.02  # seconds between two steps: the tiny model takes none to speak of
 THIRD = 800
 # Where each phase begins: the first and the last third are those of a run with a dead server.
-PHASES = {"healthy": 1, "dead": THIRD, "back": 2 * THIRD, "hung": 3 * THIRD,
-          "back again": 3 * THIRD + int(20 / PAUSE)}  # fmt: skip
+PHASES = {
+    "healthy": 1,
+    "dead": THIRD,
+    "back": 2 * THIRD,
+    "hung": 3 * THIRD,
+    "back again": 3 * THIRD + int(20 / PAUSE),
+}
 STEPS = PHASES["back again"] + THIRD
 LOOP = 4000  # rounds
 
@@ -62,11 +67,27 @@ class Server:
     def begin(self) -> None:
         """Start, and do not wait for it."""
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        words = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1",
-                 "--backend-store-uri", f"sqlite:///{self.folder / 'served.db'}",
-                 "--artifacts-destination", str(self.folder / "files")]  # fmt: skip
-        self.process = subprocess.Popen(words, env=dict(os.environ) | quiet, start_new_session=True,
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        words = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.folder / 'served.db'}",
+            "--artifacts-destination",
+            str(self.folder / "files"),
+        ]
+        self.process = subprocess.Popen(
+            words,
+            env=dict(os.environ) | quiet,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def answers(self) -> bool:
         try:
@@ -94,8 +115,13 @@ class Outages:
     def on_train_start(self, run: Run) -> None:
         run.hook = run.bind(self.timed)
         tell, begin = self.server.tell, self.server.begin
-        do = [lambda: None, lambda: tell(signal.SIGKILL), begin, lambda: tell(signal.SIGSTOP),
-              lambda: tell(signal.SIGCONT)]  # fmt: skip
+        do = [
+            lambda: None,
+            lambda: tell(signal.SIGKILL),
+            begin,
+            lambda: tell(signal.SIGSTOP),
+            lambda: tell(signal.SIGCONT),
+        ]
         self.doing = dict(zip(PHASES.values(), do, strict=True))
 
     @hookimpl
@@ -141,12 +167,26 @@ def measure() -> tuple[dict[int, list[float]], list[str]]:
     logging.getLogger("fundamentallm").addHandler(listener)
     with noop.quiet() as folder:
         server = Server(folder)
-        tables = {"mlflow": {"tracking_uri": server.uri, "plot": False, "start_seconds": 120.0,
-                             "end_seconds": 300.0}}  # fmt: skip
+        tables = {
+            "mlflow": {
+                "tracking_uri": server.uri,
+                "plot": False,
+                "start_seconds": 120.0,
+                "end_seconds": 300.0,
+            }
+        }
         try:
-            train(compose_tiny("mlflow", Outages(server=server, took=took), settings=tables,
-                               length=STEPS, log_every=1, validate_every=50),
-                  run_dir=folder / "run")  # fmt: skip
+            train(
+                compose_tiny(
+                    "mlflow",
+                    Outages(server=server, took=took),
+                    settings=tables,
+                    length=STEPS,
+                    log_every=1,
+                    validate_every=50,
+                ),
+                run_dir=folder / "run",
+            )
         finally:
             server.tell(signal.SIGCONT)
             server.tell(signal.SIGKILL)
@@ -157,20 +197,26 @@ def report() -> bool:
     """Measure, print what was found, and tell whether it is enough."""
     took, told = measure()
     was_away = sum("cannot be used" in line for line in told)
-    print(f"{STEPS} steps with a row each, {THIRD} with a dead server and {int(20 / PAUSE)} with one "
-          f"that hangs; 'away' was told {was_away} times")  # fmt: skip
+    print(
+        f"{STEPS} steps with a row each, {THIRD} with a dead server and {int(20 / PAUSE)} with one "
+        f"that hangs; 'away' was told {was_away} times"
+    )
     within, busy = was_away > 0, False
     for name, first in PHASES.items():
         end = min((step for step in PHASES.values() if step > first), default=STEPS + 1)
         # Not the first row: it imports.
         wall, waits, loop = zip(*(took[step] for step in range(max(2, first), end)), strict=True)
         within, busy = within and share(wall, 99) <= BOUND, busy or share(loop, 99) > BOUND
-        print(f"hooks of mlflow in a step, server {name}: p50 {share(wall, 50):.0f} us, "
-              f"p99 {share(wall, 99):.0f} us (at most {BOUND:.0f}), max {max(wall):.0f} us; "
-              f"waited in {sum(map(bool, waits))} of {len(waits)} steps; the loop p50 "
-              f"{share(loop, 50):.0f} us, p99 {share(loop, 99):.0f} us: {'PASS' if share(wall, 99) <= BOUND else 'FAIL'}")  # fmt: skip
+        print(
+            f"hooks of mlflow in a step, server {name}: p50 {share(wall, 50):.0f} us, "
+            f"p99 {share(wall, 99):.0f} us (at most {BOUND:.0f}), max {max(wall):.0f} us; "
+            f"waited in {sum(map(bool, waits))} of {len(waits)} steps; the loop p50 "
+            f"{share(loop, 50):.0f} us, p99 {share(loop, 99):.0f} us: {'PASS' if share(wall, 99) <= BOUND else 'FAIL'}"
+        )
     if busy:
-        print("  the machine is too busy to tell: a loop that asks for nothing takes too long as well")
+        print(
+            "  the machine is too busy to tell: a loop that asks for nothing takes too long as well"
+        )
     return within
 
 

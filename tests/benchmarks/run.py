@@ -32,8 +32,10 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="count Python calls alone")
     parser.add_argument("--pairs", type=int, default=200, help="length of the races")
     chosen = parser.parse_args()
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
-          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     within = []
     for prefix, plugins in (("", noop.SETTINGS["plugins"]), ("fully_", noop.FULLY["plugins"])):
         print(f"a run with {', '.join(plugins)}")
@@ -53,8 +55,10 @@ def main() -> int:
 def show_calls(prefix: str) -> bool:
     """Print the Python calls per step of both loops."""
     spans = {"period": noop.PERIOD, "between": noop.BETWEEN}
-    counted = [{name: calls.per_step(noop.LOOPS[prefix + loop], span) for name, span in spans.items()}
-               for loop in ("run", "handwritten")]  # fmt: skip
+    counted = [
+        {name: calls.per_step(noop.LOOPS[prefix + loop], span) for name, span in spans.items()}
+        for loop in ("run", "handwritten")
+    ]
     return show("Python calls", *counted, FULLY["Python calls"] if prefix else BOUND)
 
 
@@ -73,9 +77,12 @@ def show(what: str, by_run: dict[str, float], by_hand: dict[str, float], bound: 
     for name, text in INTERVALS.items():
         ratio = by_run[name] / by_hand[name]
         within = within and ratio <= bound
-        print(f"{what} per step, {text}: run {by_run[name]:,.1f}, "
-              f"handwritten {by_hand[name]:,.1f}, ratio {ratio:.4f} (at most {bound}): "
-              f"{'PASS' if ratio <= bound else 'FAIL'}", flush=True)  # fmt: skip
+        print(
+            f"{what} per step, {text}: run {by_run[name]:,.1f}, "
+            f"handwritten {by_hand[name]:,.1f}, ratio {ratio:.4f} (at most {bound}): "
+            f"{'PASS' if ratio <= bound else 'FAIL'}",
+            flush=True,
+        )
     return within
 
 

@@ -152,12 +152,16 @@ def report(pairs: int) -> bool:
         # The order statistics between which the true median is in 19 of 20 measurements.
         away = min(round(0.98 * math.sqrt(pairs)), (pairs - 1) // 2)
         low, high = ratios[(pairs - 1) // 2 - away], ratios[pairs // 2 + away]
-        print(f"steps per second of a GPT, by {name} time: run {by_run:.2f}, "
-              f"handwritten {by_hand:.2f}; median ratio of {pairs} pairs {median(ratios):.4f} "
-              f"(95%: {low:.4f} to {high:.4f})")  # fmt: skip
+        print(
+            f"steps per second of a GPT, by {name} time: run {by_run:.2f}, "
+            f"handwritten {by_hand:.2f}; median ratio of {pairs} pairs {median(ratios):.4f} "
+            f"(95%: {low:.4f} to {high:.4f})"
+        )
     ratio = median(by_hand.wall / by_run.wall for by_run, by_hand in found)
-    print(f"steps per second of a GPT, by wall time: ratio {ratio:.4f} (at least {BOUND}): "
-          f"{'PASS' if ratio >= BOUND else 'FAIL'}")  # fmt: skip
+    print(
+        f"steps per second of a GPT, by wall time: ratio {ratio:.4f} (at least {BOUND}): "
+        f"{'PASS' if ratio >= BOUND else 'FAIL'}"
+    )
     return ratio >= BOUND
 
 

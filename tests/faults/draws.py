@@ -51,50 +51,95 @@ def faults(fault: Callable[..., None], **drawn: SearchStrategy[Any]) -> SearchSt
     return st.builds(partial, st.just(fault), **drawn)
 
 
-def act_at(act: SearchStrategy[Any], torn: SearchStrategy[bool] = _NOT) -> dict[str, SearchStrategy[Any]]:
+def act_at(
+    act: SearchStrategy[Any], torn: SearchStrategy[bool] = _NOT
+) -> dict[str, SearchStrategy[Any]]:
     """Draw the moments at which a process does something to itself, by their kind; ``torn``: whether
     in the midst of a write."""
     return {
-        "a system call of a save": faults(layer.act_in_save, act=act, step=st.sampled_from(SAVES),
-                                          number=st.integers(1, PLAIN), torn=torn),
-        "a name given or taken": faults(layer.act_at_rename, act=act, count=st.integers(1, 13),
-                                        after=st.integers(0, 7)),
+        "a system call of a save": faults(
+            layer.act_in_save,
+            act=act,
+            step=st.sampled_from(SAVES),
+            number=st.integers(1, PLAIN),
+            torn=torn,
+        ),
+        "a name given or taken": faults(
+            layer.act_at_rename, act=act, count=st.integers(1, 13), after=st.integers(0, 7)
+        ),
         "a call of the start": faults(layer.act_at, act=act, number=st.integers(1, START)),
-        "a hook": faults(layer.act_at_hook, act=act, hook=st.sampled_from(HEARD),
-                         step=st.integers(0, LAST)),
-        "a validation": faults(layer.act_at_hook, act=act, step=st.integers(0, LAST),
-                               hook=st.sampled_from(["forward", "evaluation_weights", "validate",
-                                                     "on_validation_end"]), validating=_YES),
-        "a task": faults(layer.act_at_task, act=act, task=st.sampled_from(TASKS),
-                         count=st.integers(1, 3)),
-    }  # fmt: skip
+        "a hook": faults(
+            layer.act_at_hook, act=act, hook=st.sampled_from(HEARD), step=st.integers(0, LAST)
+        ),
+        "a validation": faults(
+            layer.act_at_hook,
+            act=act,
+            step=st.integers(0, LAST),
+            hook=st.sampled_from(
+                ["forward", "evaluation_weights", "validate", "on_validation_end"]
+            ),
+            validating=_YES,
+        ),
+        "a task": faults(
+            layer.act_at_task, act=act, task=st.sampled_from(TASKS), count=st.integers(1, 3)
+        ),
+    }
 
 
 SEEN = {
     "any time": st.builds(AfterStep, st.integers(1, LAST - 1), st.floats(0, 0.03)),
     "while it saves": st.builds(WhileSaving, st.sampled_from(SAVES), st.floats(0, 0.01)),
 }
-HEARD = ("on_run_start", "build_data", "build_tokenizer", "build_model", "build_optimizer",
-         "read_checkpoint", "on_train_start", "collect_batches", "weigh_window", "train_microbatch",
-         "forward", "backward", "lr_factor", "optimizer_step", "settle_step", "validate",
-         "on_validation_end", "reduce_metrics", "on_log", "stop_agreed", "on_safe_point",
-         "on_train_end")  # fmt: skip
+HEARD = (
+    "on_run_start",
+    "build_data",
+    "build_tokenizer",
+    "build_model",
+    "build_optimizer",
+    "read_checkpoint",
+    "on_train_start",
+    "collect_batches",
+    "weigh_window",
+    "train_microbatch",
+    "forward",
+    "backward",
+    "lr_factor",
+    "optimizer_step",
+    "settle_step",
+    "validate",
+    "on_validation_end",
+    "reduce_metrics",
+    "on_log",
+    "stop_agreed",
+    "on_safe_point",
+    "on_train_end",
+)
 """Hooks that the tiny run's plugins and the core's defaults answer."""
 TASKS = ("reading the alphabet", "tokenizing", "validation", "saving")
 """What the tiny run reports on, besides its steps."""
 
 
 def often(
-    count: int, drawn: SearchStrategy[Any], check: Callable[[Any, Path], bool], place: Path,
-    *, quick: bool = False,
-) -> None:  # fmt: skip
+    count: int,
+    drawn: SearchStrategy[Any],
+    check: Callable[[Any, Path], bool],
+    place: Path,
+    *,
+    quick: bool = False,
+) -> None:
     """Check so many examples, each in a folder of its own. One that came to nothing, which
     ``check`` tells by False, does not count: another is drawn."""
     numbers = iter(range(10**6))
     counted = []
 
-    @settings(max_examples=count, phases=[Phase.generate], deadline=None, database=None,
-              derandomize=quick, suppress_health_check=[*HealthCheck])  # fmt: skip
+    @settings(
+        max_examples=count,
+        phases=[Phase.generate],
+        deadline=None,
+        database=None,
+        derandomize=quick,
+        suppress_health_check=[*HealthCheck],
+    )
     @given(drawn)
     def one(example: Any) -> None:
         folder = place / str(next(numbers))

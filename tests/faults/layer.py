@@ -244,8 +244,10 @@ class Recorder:
         call = getattr(files.System, name)
 
         def made(*words: Any) -> Any:
-            known = [self.paths[word] if isinstance(word, int) and n == 0 else word
-                     for n, word in enumerate(words)]  # fmt: skip
+            known = [
+                self.paths[word] if isinstance(word, int) and n == 0 else word
+                for n, word in enumerate(words)
+            ]
             noted = [str(word) if isinstance(word, Path) else word for word in known]
             noted = [bytes(word) if isinstance(word, memoryview) else word for word in noted]
             answer = call(*words)

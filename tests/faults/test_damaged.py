@@ -16,8 +16,13 @@ from tiny import EVERY
 
 from fundamentallm_checkpoint import contents, manifest
 
-FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json",
-         "state.safetensors")  # fmt: skip
+FILES = (
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "state.safetensors",
+)
 NEWEST, OLDER = 4 * EVERY, 3 * EVERY
 
 
@@ -50,17 +55,25 @@ def reseal(path, change):
     path.write_bytes(head + f',\n "seal": "{seal}"\n}}\n'.encode())
 
 
-DAMAGES = {"flip": flip, "cut": cut, "delete": lambda path: path.unlink(), "swap": swap, "grow": grow}
+DAMAGES = {
+    "flip": flip,
+    "cut": cut,
+    "delete": lambda path: path.unlink(),
+    "swap": swap,
+    "grow": grow,
+}
 EDITS = {
     "a step": lambda facts: facts.update(step=NEWEST + 1),
     "no files": lambda facts: facts.update(files={}),
     "another size": lambda facts: facts["files"]["model.safetensors"].update(size=10),
-    "two files exchanged": lambda facts: facts["files"].update({
-        "model.safetensors": facts["files"]["state.safetensors"],
-        "state.safetensors": facts["files"]["model.safetensors"]}),
+    "two files exchanged": lambda facts: facts["files"].update(
+        {
+            "model.safetensors": facts["files"]["state.safetensors"],
+            "state.safetensors": facts["files"]["model.safetensors"],
+        }
+    ),
     "one file less": lambda facts: facts["files"].pop("state.safetensors"),
-    "another file more": lambda facts: facts["files"].update(
-        more=facts["files"]["state.json"]),
+    "another file more": lambda facts: facts["files"].update(more=facts["files"]["state.json"]),
     "another sha256": lambda facts: facts["files"]["state.json"].update(sha256="0" * 64),
 }
 
@@ -96,8 +109,22 @@ def check_damage(damage, name, killed, uninterrupted, folder):
     check(folder, uninterrupted, name)
 
 
-@pytest.mark.parametrize(("name", "damage"), [*zip(("model.safetensors", "manifest.json",
-    "state.json", "optimizer.safetensors", "state.safetensors"), DAMAGES, strict=True)])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *zip(
+            (
+                "model.safetensors",
+                "manifest.json",
+                "state.json",
+                "optimizer.safetensors",
+                "state.safetensors",
+            ),
+            DAMAGES,
+            strict=True,
+        )
+    ],
+)
 def test_a_damaged_file_is_named_and_the_older_checkpoint_leads_to_the_same_bits(
     name, damage, killed, uninterrupted, tmp_path
 ):
@@ -114,8 +141,9 @@ def test_every_damage_of_every_file_is_named(name, damage, killed, uninterrupted
 QUICK = ("a step", "another sha256")
 
 
-@pytest.mark.parametrize("edit", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow)
-                                  for one in EDITS])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in EDITS]
+)
 def test_an_edited_manifest_is_noticed_even_if_it_is_sealed_anew(
     edit, killed, uninterrupted, tmp_path
 ):
@@ -137,8 +165,10 @@ def assert_noticed(folder, path, harm):
 
 # All over the file: drawn as they are, most would be at its beginning.
 PLACE = st.integers(0, 10**6 - 1).map(lambda number: number * 617_283 % 10**6 / 10**6)
-HARMS = st.one_of(st.builds(partial, st.just(flip), at=PLACE, bit=st.integers(0, 7)),
-                  st.builds(partial, st.just(cut), at=PLACE))  # fmt: skip
+HARMS = st.one_of(
+    st.builds(partial, st.just(flip), at=PLACE, bit=st.integers(0, 7)),
+    st.builds(partial, st.just(cut), at=PLACE),
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,8 +177,13 @@ def test_one_flipped_bit_or_a_file_cut_anywhere_is_noticed(count, name, killed, 
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     path = tiny.checkpoint(folder, NEWEST) / name
-    often(count, HARMS, lambda harm, _: assert_noticed(folder, path, harm), tmp_path,
-          quick=count == 50)  # fmt: skip
+    often(
+        count,
+        HARMS,
+        lambda harm, _: assert_noticed(folder, path, harm),
+        tmp_path,
+        quick=count == 50,
+    )
 
 
 def test_an_older_checkpoint_under_the_name_of_the_newest_is_noticed(

@@ -19,8 +19,12 @@ from fundamentallm_checkpoint import Checkpoint
 BEFORE = HOOKS[: HOOKS.index("on_train_start")]
 """The hooks of a start: whoever fails there, fails before the first step."""
 ONCE = {*BEFORE, "read_checkpoint", "on_train_start", "on_train_end"}
-EXCLUSIVE = {name for name in HOOKS if not name.startswith(("on_", "adapt_", "finish_", "judge_", "edit_",
-                                                           "settle_")) and name != "lr_factor"}  # fmt: skip
+EXCLUSIVE = {
+    name
+    for name in HOOKS
+    if not name.startswith(("on_", "adapt_", "finish_", "judge_", "edit_", "settle_"))
+    and name != "lr_factor"
+}
 NEUTRAL = {"lr_factor": "1.0"}
 
 FAILING = '''
@@ -93,7 +97,9 @@ def wholes(tmp_path_factory):
 
 @pytest.mark.parametrize("hook", OBSERVED)
 def test_an_observer_that_fails_is_muted_with_one_warning(hook, wholes, tiny_run, tmp_path, caplog):
-    run = tiny_run(*parts(hook), failing(hook, observer=True, at=1), run_dir=tmp_path / "run", **SETTINGS)
+    run = tiny_run(
+        *parts(hook), failing(hook, observer=True, at=1), run_dir=tmp_path / "run", **SETTINGS
+    )
     warnings = [r.getMessage() for r in caplog.records if "failed and is muted" in r.getMessage()]
     assert warnings == ["failing failed and is muted from now on: ValueError('out of order')"]
     assert run.outcome == "finished"
@@ -105,7 +111,12 @@ def test_any_other_plugin_that_fails_ends_the_run_and_is_named(hook, wholes, tin
     folder = tmp_path / "run"
     once = hook in ONCE or hook == "on_rewind"
     with pytest.raises(PluginError, match=rf"plugin 'failing' \(.*\) failed in {hook}: ValueError"):
-        tiny_run(*parts(hook), failing(hook, observer=False, at=1 if once else 2), run_dir=folder, **SETTINGS)
+        tiny_run(
+            *parts(hook),
+            failing(hook, observer=False, at=1 if once else 2),
+            run_dir=folder,
+            **SETTINGS,
+        )
     assert tiny.unsound(folder) == []
     kept = folder / "checkpoints"
     assert once or hook in ("on_checkpoint_saved", "validate", "on_validation_end") or kept.exists()
@@ -137,9 +148,12 @@ def raises(plugin, hook, step):
 
 
 CLASSES = {name: type(instance) for name, instance in compose(tiny.TABLES).plugins.items()}
-PAIRS = [(name, hook) for name, cls in CLASSES.items() for hook in HOOKS
-         if getattr(getattr(cls, hook, None), "fundamentallm_impl", None)
-         and hook != "on_rewind"]  # fmt: skip
+PAIRS = [
+    (name, hook)
+    for name, cls in CLASSES.items()
+    for hook in HOOKS
+    if getattr(getattr(cls, hook, None), "fundamentallm_impl", None) and hook != "on_rewind"
+]
 """Whose hooks are called: no run here goes back."""
 
 
@@ -147,8 +161,13 @@ def own_plugin_fails(uninterrupted, drawn, folder):
     """Let a plugin of the run fail, and see that it goes on, or is resumed, to the same bits; False
     if that hook was not called any more."""
     (name, hook), step = drawn
-    started = tiny.start("train", uninterrupted.settings, "--run-dir", folder,
-                         before=partial(raises, name, hook, step))  # fmt: skip
+    started = tiny.start(
+        "train",
+        uninterrupted.settings,
+        "--run-dir",
+        folder,
+        before=partial(raises, name, hook, step),
+    )
     code, said = started.wait(), started.said
     if "failed in step" not in said:
         assert code == 0, said
@@ -181,8 +200,9 @@ def check_newest(folder):
 @pytest.mark.parametrize("name", sorted({name for name, _ in PAIRS}))
 def test_any_plugin_of_a_run_may_fail_in_any_of_its_hooks(name, uninterrupted, tmp_path):
     own = [pair for pair in PAIRS if pair[0] == name]
-    drawn = st.sampled_from(own).flatmap(lambda pair: st.tuples(
-        st.just(pair), st.integers(0, 0 if pair[1] in ONCE else tiny.LAST)))  # fmt: skip
+    drawn = st.sampled_from(own).flatmap(
+        lambda pair: st.tuples(st.just(pair), st.integers(0, 0 if pair[1] in ONCE else tiny.LAST))
+    )
     count = sum(1 if hook in ONCE else 8 for _, hook in own)
     often(count, drawn, partial(own_plugin_fails, uninterrupted), tmp_path)
 
@@ -197,8 +217,10 @@ def in_a_process(hook, observer, at, uninterrupted, folder):
     (folder / "failing.py").write_text(source(hook, observer))
     settings = tiny.write_settings(folder)
     plain = settings.read_text()
-    settings.write_text(plain.replace('"checkpoint",', '"checkpoint", "./failing.py",') +
-                        f"\n[failing]\nat = {at}\n")  # fmt: skip
+    settings.write_text(
+        plain.replace('"checkpoint",', '"checkpoint", "./failing.py",')
+        + f"\n[failing]\nat = {at}\n"
+    )
     started = tiny.start("train", settings, "--run-dir", folder / "run")
     code, said = started.wait(), started.said
     muted = said.count("failing failed and is muted from now on")
@@ -206,7 +228,9 @@ def in_a_process(hook, observer, at, uninterrupted, folder):
         assert (code, muted) in ((0, 1), (0, 0)), said
     else:
         assert code in (0, 7), said
-        assert not code or re.search(rf"plugin 'failing' \(.*failing\.py\) failed in {hook}: ValueError", said)
+        assert not code or re.search(
+            rf"plugin 'failing' \(.*failing\.py\) failed in {hook}: ValueError", said
+        )
         assert not code or "Traceback" not in said
     check_newest(folder / "run")
     if code:
@@ -217,7 +241,9 @@ def in_a_process(hook, observer, at, uninterrupted, folder):
     return code or muted
 
 
-@pytest.mark.parametrize(("hook", "observer"), [("on_log", True), ("forward", False), ("on_safe_point", False)])
+@pytest.mark.parametrize(
+    ("hook", "observer"), [("on_log", True), ("forward", False), ("on_safe_point", False)]
+)
 def test_a_run_whose_plugin_has_failed_ends_with_the_same_bits_without_it(
     hook, observer, uninterrupted, tmp_path
 ):
@@ -231,5 +257,9 @@ def test_a_plugin_may_fail_in_any_hook_at_any_step(hook, uninterrupted, tmp_path
     once = hook in ONCE
     observes = st.booleans() if hook in OBSERVED else st.sampled_from([False])
     drawn = st.tuples(observes, st.integers(1, 1 if once else tiny.LAST // EVERY))
-    often(2 if once and hook in OBSERVED else 1 if once else 4, drawn, lambda one, folder: (
-        in_a_process(hook, *one, uninterrupted, folder)), tmp_path)  # fmt: skip
+    often(
+        2 if once and hook in OBSERVED else 1 if once else 4,
+        drawn,
+        lambda one, folder: in_a_process(hook, *one, uninterrupted, folder),
+        tmp_path,
+    )

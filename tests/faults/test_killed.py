@@ -15,9 +15,16 @@ from tiny import EVERY, SAVES
 
 MOMENTS = {**SEEN, **act_at(st.just(layer.kill), torn=st.booleans())}
 # Most of them in saves and where names are given.
-COUNTS = {"any time": 40, "while it saves": 40, "a system call of a save": 50,
-          "a name given or taken": 40, "a call of the start": 5, "a hook": 15, "a validation": 5,
-          "a task": 5}  # fmt: skip
+COUNTS = {
+    "any time": 40,
+    "while it saves": 40,
+    "a system call of a save": 50,
+    "a name given or taken": 40,
+    "a call of the start": 5,
+    "a hook": 15,
+    "a validation": 5,
+    "a task": 5,
+}
 WAITS = ("--set", "checkpoint.asynchronous=false")
 
 
@@ -45,8 +52,11 @@ def check(folder, waits=False):
 
 
 def finish(folder, uninterrupted):
-    tiny.end(tiny.resume(folder) if (folder / "settings.toml").exists()
-             else tiny.start("train", uninterrupted.settings, "--run-dir", folder))  # fmt: skip
+    tiny.end(
+        tiny.resume(folder)
+        if (folder / "settings.toml").exists()
+        else tiny.start("train", uninterrupted.settings, "--run-dir", folder)
+    )
     assert tiny.digest(folder) == uninterrupted.digest
     assert tiny.rows(folder) == uninterrupted.rows
     assert not list(folder.glob("checkpoints/.*"))
@@ -55,8 +65,11 @@ def finish(folder, uninterrupted):
 def killed(folder, uninterrupted, moment, *words):
     """Start or go on, and be killed at a moment; False if the run was over before."""
     started_before = (folder / "settings.toml").exists()
-    run = ["resume", folder] if started_before else [
-        "train", uninterrupted.settings, "--run-dir", folder]  # fmt: skip
+    run = (
+        ["resume", folder]
+        if started_before
+        else ["train", uninterrupted.settings, "--run-dir", folder]
+    )
     if isinstance(moment, partial):
         started = tiny.start(*run, *words, before=moment)
     else:

@@ -69,15 +69,18 @@ def poison(key):
 
 def entry(**facts):
     """Change what a manifest tells of the weights."""
-    return lambda folder: reseal(folder / "manifest.json", lambda table: table["files"][
-        "model.safetensors"].update(facts))  # fmt: skip
+    return lambda folder: reseal(
+        folder / "manifest.json", lambda table: table["files"]["model.safetensors"].update(facts)
+    )
 
 
 def seal(folder, text):
     """Put text in front of all that a manifest tells."""
     path = folder / "manifest.json"
     head = b"{" + text + path.read_bytes().rpartition(b',\n "seal": "')[0].removeprefix(b"{")
-    path.write_bytes(head + b',\n "seal": "' + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n')
+    path.write_bytes(
+        head + b',\n "seal": "' + hashlib.sha256(head).hexdigest().encode() + b'"\n}\n'
+    )
 
 
 def link_out(folder):
@@ -101,10 +104,13 @@ def state(text):
 
 
 EVIL = {
-    "a pickle for weights": lambda f: put(f, "model.safetensors", pickle.dumps(Touch(f.parent / "run!"))),
+    "a pickle for weights": lambda f: put(
+        f, "model.safetensors", pickle.dumps(Touch(f.parent / "run!"))
+    ),
     "a pickle for state": lambda f: put(f, "state.json", pickle.dumps(Touch(f.parent / "run!"))),
     "a pickle for a manifest": lambda f: (f / "manifest.json").write_bytes(
-        pickle.dumps(Touch(f.parent / "run!"))),
+        pickle.dumps(Touch(f.parent / "run!"))
+    ),
     "a path that climbs": list_file("../outside"),
     "an absolute path": list_file("/etc/hostname"),
     "a path below": list_file("x/../../outside"),
@@ -113,17 +119,27 @@ EVIL = {
     "a terabyte of weights": lambda f: put(f, "model.safetensors", b"\xff" * 8, 2**40),
     "terabytes of holes for a tensor": lambda f: hollow(f / "model.safetensors", 2**43),
     "a terabyte of state": lambda f: put(f, "state.json", b"{", 2**40),
-    "a header of exabytes": lambda f: put(f, "optimizer.safetensors", (2**62).to_bytes(8, "little")),
-    "a tensor of exabytes": lambda f: put(f, "model.safetensors", tensors({"w": F32 | {"shape": [2**60]}})),
-    "an empty tensor of exabytes": lambda f: put(f, "model.safetensors", tensors(
-        {"w": F32 | {"shape": [0, 2**60, 2**60], "data_offsets": [0, 0]}}, b"")),
-    "a name twice": lambda f: put(f, "model.safetensors", tensors(
-        b'{"w": %b, "w": %b}' % ((json.dumps(F32).encode(),) * 2))),
+    "a header of exabytes": lambda f: put(
+        f, "optimizer.safetensors", (2**62).to_bytes(8, "little")
+    ),
+    "a tensor of exabytes": lambda f: put(
+        f, "model.safetensors", tensors({"w": F32 | {"shape": [2**60]}})
+    ),
+    "an empty tensor of exabytes": lambda f: put(
+        f,
+        "model.safetensors",
+        tensors({"w": F32 | {"shape": [0, 2**60, 2**60], "data_offsets": [0, 0]}}, b""),
+    ),
+    "a name twice": lambda f: put(
+        f, "model.safetensors", tensors(b'{"w": %b, "w": %b}' % ((json.dumps(F32).encode(),) * 2))
+    ),
     "one place for two": lambda f: put(f, "model.safetensors", tensors({"w": F32, "v": F32})),
     "deep state": state(b"[" * 10**6),
     "a deep header": lambda f: put(f, "model.safetensors", tensors(b'{"w":' * 10**5)),
     "a deep manifest": lambda f: (f / "manifest.json").write_bytes(b'{"a":' * 10**5),
-    "a number of a million digits": state(b'{"model": {}, "optimizer": {}, "x": ' + b"9" * 10**6 + b"}"),
+    "a number of a million digits": state(
+        b'{"model": {}, "optimizer": {}, "x": ' + b"9" * 10**6 + b"}"
+    ),
     "an import in the state": state(b'{"model": {}, "optimizer": {}, "x": {"$import": "os"}}'),
     "a NaN for the time": poison("created"),
     "a NaN for the step": poison("step"),
@@ -134,12 +150,14 @@ EVIL = {
     "a size that no file has": entry(size=2**80),
     "a time that no float can hold": lambda f: seal(f, b'"created": 1e999, '),
     "a step of a million digits": lambda f: seal(f, b'"step": ' + b"9" * 10**6 + b", "),
-    "a metric of a thousand digits": lambda f: reseal(f / "manifest.json", lambda t: t.update(
-        metrics={"val/loss": 10**1000})),
+    "a metric of a thousand digits": lambda f: reseal(
+        f / "manifest.json", lambda t: t.update(metrics={"val/loss": 10**1000})
+    ),
     "a list for files": lambda f: reseal(f / "manifest.json", lambda t: t.update(files=[1])),
-    "a NaN for a metric": lambda f: reseal(f / "manifest.json", lambda t: t.update(
-        metrics={"val/loss": float("-inf")})),
-}  # fmt: skip
+    "a NaN for a metric": lambda f: reseal(
+        f / "manifest.json", lambda t: t.update(metrics={"val/loss": float("-inf")})
+    ),
+}
 
 
 @pytest.fixture(scope="session")
@@ -165,15 +183,26 @@ def refuse(evil, run, folder):
     return started.peak
 
 
-QUICK = ("a pickle for weights", "a path that climbs", "a link of the same size",
-         "a terabyte of state", "a name twice", "a deep header", "a NaN for the time")  # fmt: skip
+QUICK = (
+    "a pickle for weights",
+    "a path that climbs",
+    "a link of the same size",
+    "a terabyte of state",
+    "a name twice",
+    "a deep header",
+    "a NaN for the time",
+)
 
 
 @pytest.mark.parametrize(
     "evil", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in EVIL]
 )
 def test_a_malicious_checkpoint_is_refused_and_the_run_goes_on_from_a_sound_one(
-    evil, killed, ordinary, uninterrupted, tmp_path  # noqa: F811
+    evil,
+    killed,  # noqa: F811 - the fixture imported above
+    ordinary,
+    uninterrupted,
+    tmp_path,
 ):
     folder = tmp_path / "run"
     assert refuse(evil, killed, folder) <= ordinary + LIMIT

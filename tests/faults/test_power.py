@@ -38,7 +38,9 @@ class File:
     def put(self, path, keep):
         # What was written and not synced may be there in part: blocks that hold nothing.
         kept = self.data if keep() else self.durable
-        path.write_bytes(kept if keep() else kept[: len(kept) // 2] if kept != self.durable else kept)
+        path.write_bytes(
+            kept if keep() else kept[: len(kept) // 2] if kept != self.durable else kept
+        )
 
 
 class Folder:
@@ -110,7 +112,9 @@ def recorded(uninterrupted, tmp_path_factory):
     """The system calls of all saves of a run, and the run's folder."""
     folder = tmp_path_factory.mktemp("recorded")
     before = partial(layer.record, folder / "calls")
-    tiny.end(tiny.start("train", uninterrupted.settings, "--run-dir", folder / "run", before=before))
+    tiny.end(
+        tiny.start("train", uninterrupted.settings, "--run-dir", folder / "run", before=before)
+    )
     return pickle.loads((folder / "calls").read_bytes()), folder / "run"
 
 

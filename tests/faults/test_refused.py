@@ -82,7 +82,8 @@ def check_stopping(folder, uninterrupted, number):
         assert failed or "could not be deleted" in said
         # All of it is on the disk before it has its name: who is refused after that, goes on from it.
         assert tiny.steps(folder)[-1] == (
-            tiny.LAST if not code else SAVED - EVERY if number <= RENAME else SAVED)
+            tiny.LAST if not code else SAVED - EVERY if number <= RENAME else SAVED
+        )
         if code and number > RENAME:
             code = tiny.resume(folder).wait()
         assert code or same(folder, uninterrupted)
@@ -94,8 +95,9 @@ def check_stopping(folder, uninterrupted, number):
 def check_going_on(folder, uninterrupted, number):
     """Refuse the same call of three saves, each with another error; the run goes on."""
     errors = dict(zip(range(SAVED, SAVED + 3 * EVERY, EVERY), ERRORS, strict=True))
-    code, failed, said = refused(folder, uninterrupted, partial(layer.refuse, number, errors),
-                                 "continue")  # fmt: skip
+    code, failed, said = refused(
+        folder, uninterrupted, partial(layer.refuse, number, errors), "continue"
+    )
     assert code == 0
     assert said.count("refused:") == 3, said
     for step, error in errors.items():
@@ -141,8 +143,10 @@ def test_a_disk_that_takes_a_part_of_every_write_gets_all_of_it(uninterrupted, t
     assert same(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("number", [1, 14, *(
-    pytest.param(n, marks=pytest.mark.slow) for n in range(2, START) if n != 14)])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [1, 14, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, START) if n != 14)],
+)
 def test_a_refused_call_of_the_start_is_told_before_the_first_step(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     error = ERRORS[number % 3]
@@ -171,9 +175,16 @@ def gone(folder, uninterrupted, fault, on_save_error):
 
 
 @pytest.mark.parametrize("on_save_error", BOTH)
-@pytest.mark.parametrize("call", ["write", *(
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in ("rename", "unlink", "open", "fsync", "mkdir", "rmdir"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        "write",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("rename", "unlink", "open", "fsync", "mkdir", "rmdir")
+        ),
+    ],
+)
 def test_a_disk_that_refuses_from_some_moment_on_leaves_what_was_saved(
     call, on_save_error, uninterrupted, tmp_path
 ):
@@ -182,21 +193,34 @@ def test_a_disk_that_refuses_from_some_moment_on_leaves_what_was_saved(
 
 
 @pytest.mark.parametrize("on_save_error", BOTH)
-@pytest.mark.parametrize("call", ["open", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("flock", "rename", "unlink", "rmdir"))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "open",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("flock", "rename", "unlink", "rmdir")
+        ),
+    ],
+)
 def test_a_disk_that_is_mounted_read_only_leaves_what_was_saved(
     call, on_save_error, uninterrupted, tmp_path
 ):
     place = tmp_path / "run" / "checkpoints"
-    said = gone(tmp_path / "run", uninterrupted, partial(mounts.read_only, place, SAVED, call),
-                on_save_error)  # fmt: skip
+    said = gone(
+        tmp_path / "run",
+        uninterrupted,
+        partial(mounts.read_only, place, SAVED, call),
+        on_save_error,
+    )
     assert "Read-only file system" in said
     assert ("mounted read-only: True" in said) == mounts.allowed()
 
 
 @pytest.mark.parametrize("on_save_error", BOTH)
-@pytest.mark.parametrize("after", [9, *(
-    pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 14, 17, 22, 27))])
+@pytest.mark.parametrize(
+    "after", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 14, 17, 22, 27))]
+)
 def test_a_run_folder_that_may_no_longer_be_written_leaves_what_was_saved(
     after, on_save_error, uninterrupted, tmp_path
 ):
@@ -222,9 +246,17 @@ def test_a_run_folder_that_may_no_longer_be_written_leaves_what_was_saved(
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_disk_that_is_full_though_it_said_not_to_be(on_save_error, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    words = ["--run-dir", folder, "--set", f'checkpoint.on_save_error="{on_save_error}"',
-             "--set", "checkpoint.keep_last=50"]  # fmt: skip
-    started = tiny.start("train", uninterrupted.settings, *words, before=partial(layer.quota, 250_000))
+    words = [
+        "--run-dir",
+        folder,
+        "--set",
+        f'checkpoint.on_save_error="{on_save_error}"',
+        "--set",
+        "checkpoint.keep_last=50",
+    ]
+    started = tiny.start(
+        "train", uninterrupted.settings, *words, before=partial(layer.quota, 250_000)
+    )
     code, said = started.wait(), started.said
     assert code == 5, said
     assert "No space left on device. Earlier checkpoints" in said
@@ -242,7 +274,9 @@ def test_a_disk_of_8_mb_that_fills_up(on_save_error, tmp_path):
     settings = tiny.write_settings(tmp_path / "large", **large)
     folder, copied = tmp_path / "disk", tmp_path / "copied"
     words = ["--run-dir", folder, "--set", f'checkpoint.on_save_error="{on_save_error}"']
-    started = tiny.start("train", settings, *words, before=partial(mounts.small_disk, folder, copied))
+    started = tiny.start(
+        "train", settings, *words, before=partial(mounts.small_disk, folder, copied)
+    )
     said = tiny.end(started, 5)
     assert ("It was the run's last" in said) == (on_save_error == "continue")
     assert re.search(r"step \d+ could not be saved: .*No space left on device", said)
@@ -256,13 +290,22 @@ def test_a_disk_of_8_mb_that_fills_up(on_save_error, tmp_path):
 TARGETS = {
     "the checkpoints": lambda folder: folder / "checkpoints",
     "the run": lambda folder: folder,
-    "what is being written": lambda folder: next(folder.glob("checkpoints/.tmp-*"), folder / "none"),
+    "what is being written": lambda folder: next(
+        folder.glob("checkpoints/.tmp-*"), folder / "none"
+    ),
 }
 
 
-@pytest.mark.parametrize("number", [20, *(
-    pytest.param(n, marks=pytest.mark.slow)
-    for n in (2, 3, 4, 5, 15, 16, 40, 66, 67, 68, 69, 70, 72, 76))])  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        20,
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in (2, 3, 4, 5, 15, 16, 40, 66, 67, 68, 69, 70, 72, 76)
+        ),
+    ],
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_folder_that_is_deleted_while_the_run_goes_on_is_made_again(
     target, number, uninterrupted, tmp_path

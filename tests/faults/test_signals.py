@@ -82,9 +82,16 @@ def whole(uninterrupted):
 
 
 MOMENTS = {**SEEN, **act_at(st.none())}
-COUNTS = {"any time": 15, "while it saves": 5, "a system call of a save": 10,
-          "a name given or taken": 4, "a hook": 14, "a validation": 12, "a task": 10,
-          "a call of the start": 2}  # fmt: skip
+COUNTS = {
+    "any time": 15,
+    "while it saves": 5,
+    "a system call of a save": 10,
+    "a name given or taken": 4,
+    "a hook": 14,
+    "a validation": 12,
+    "a task": 10,
+    "a call of the start": 2,
+}
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -100,8 +107,10 @@ def test_a_signal_during_a_validation_ends_the_run_at_that_step(number, validate
     assert check(tmp_path / "run", tiny.start(*words, before=moment), number, validated) == 12
 
 
-@pytest.mark.parametrize(("number", "task"), [*zip(SIGNALS, (
-    "reading the alphabet", "tokenizing", "validation"), strict=True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "task"),
+    [*zip(SIGNALS, ("reading the alphabet", "tokenizing", "validation"), strict=True)],
+)
 def test_a_signal_during_a_task_loses_nothing(number, task, whole, tmp_path):
     moment = partial(layer.act_at_task, task=task, count=1)
     assert signalled(whole, (number, moment), tmp_path / "run")

@@ -37,30 +37,58 @@ SAVES = (*range(EVERY, LAST, EVERY), LAST)
 """The steps that are saved."""
 
 TABLES: dict[str, Any] = {
-    "plugins": ["text", "gpt", "adamw", "accumulate", "early_stopping", "ema", "lr_schedule",
-                "jsonl", "checkpoint"],
+    "plugins": [
+        "text",
+        "gpt",
+        "adamw",
+        "accumulate",
+        "early_stopping",
+        "ema",
+        "lr_schedule",
+        "jsonl",
+        "checkpoint",
+    ],
     "run": {"length": "100 steps", "validate_every": 6, "log_every": 1, "device": "cpu"},
-    "text": {"path": "corpus.txt", "tokenizer": "char", "context_length": 8, "batch_size": 2,
-             "sampling": "epochs", "validation_batches": 2, "cache_dir": "cache"},
+    "text": {
+        "path": "corpus.txt",
+        "tokenizer": "char",
+        "context_length": 8,
+        "batch_size": 2,
+        "sampling": "epochs",
+        "validation_batches": 2,
+        "cache_dir": "cache",
+    },
     "gpt": {"num_layers": 1, "num_heads": 2, "d_model": 16, "dropout": 0.2},
     "accumulate": {"microbatches": 2},
     "early_stopping": {"patience": 4, "min_delta": 100.0},
     "ema": {"decay": 0.9},
     "lr_schedule": {"warmup": "5 steps"},
     "checkpoint": {"every": EVERY, "keep_last": 3},
-}  # fmt: skip
+}
 
 # A process that has imported all this is there in a moment: each one here is forked from one that
 # has, is a process of its own in every other respect, and dies of its own. The optimizers of torch
 # import its compiler when they are made, which takes seconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["fundamentallm.cli", "fundamentallm.launch", "plugtable.environment", "torch._dynamo",
-     "fundamentallm_checkpoint.resumption", "fundamentallm_checkpoint.preparation",
-     "fundamentallm_checkpoint.saving", "fundamentallm_gpt.model", "fundamentallm_text",
-     "fundamentallm_optimizers", "fundamentallm_accumulate", "fundamentallm_early_stopping",
-     "fundamentallm_ema", "fundamentallm_lr_schedule", "fundamentallm_jsonl"]
-)  # fmt: skip
+    [
+        "fundamentallm.cli",
+        "fundamentallm.launch",
+        "fundamentallm.host.environment",
+        "torch._dynamo",
+        "fundamentallm_checkpoint.resumption",
+        "fundamentallm_checkpoint.preparation",
+        "fundamentallm_checkpoint.saving",
+        "fundamentallm_gpt.model",
+        "fundamentallm_text",
+        "fundamentallm_optimizers",
+        "fundamentallm_accumulate",
+        "fundamentallm_early_stopping",
+        "fundamentallm_ema",
+        "fundamentallm_lr_schedule",
+        "fundamentallm_jsonl",
+    ]
+)
 
 
 def write_settings(folder: Path, **tables: dict[str, Any]) -> Path:
@@ -70,8 +98,11 @@ def write_settings(folder: Path, **tables: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text(" ".join(words))
     listed = TABLES["plugins"] + [name for name in tables if name not in TABLES]
-    merged = {name: {**TABLES.get(name, {}), **tables.get(name, {})}
-              for name in {**TABLES, **tables} if name != "plugins"}  # fmt: skip
+    merged = {
+        name: {**TABLES.get(name, {}), **tables.get(name, {})}
+        for name in {**TABLES, **tables}
+        if name != "plugins"
+    }
     path = folder / "settings.toml"
     path.write_text(tomli_w.dumps({"plugins": listed, **merged}))
     return path

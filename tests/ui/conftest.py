@@ -40,9 +40,7 @@ def programs() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def shown(
-    programs: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Shown]:
+def shown(programs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """Train the runs by the command line, and show them by it."""
     folder = tmp_path_factory.mktemp("shown")
     (folder / "settings").symlink_to(ROOT / "settings")
@@ -54,9 +52,13 @@ def shown(
         )
         assert done.returncode == 0, done.stdout + done.stderr
     served = subprocess.Popen(
-        command("ui"), cwd=folder, env=environment, stdout=subprocess.PIPE, text=True,
+        command("ui"),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         assert served.stdout is not None
         url = next((line.strip() for line in served.stdout if line.startswith("http")), None)
@@ -73,10 +75,13 @@ def command(verb: str, rate: str = RATES[-1]) -> list[str]:
     if verb == "ui":
         return [*words, f"runs/{name(rate)}", "--port", str(free_port())]
     settings = {
-        "adamw.lr": rate, "run.length": "300 steps", "run.validate_every": "50 steps",
-        "checkpoint.every": "100 steps", "mlflow.experiment": "learning rates",
+        "adamw.lr": rate,
+        "run.length": "300 steps",
+        "run.validate_every": "50 steps",
+        "checkpoint.every": "100 steps",
+        "mlflow.experiment": "learning rates",
         "mlflow.system_seconds": "1",
-    }  # fmt: skip
+    }
     words += ["settings/tiny.toml", "--plugin", "mlflow"]
     words += ["--no-plugin", "progress", "--run-dir", f"runs/{name(rate)}"]
     return [*words, *(word for pair in settings.items() for word in ("--set", "=".join(pair)))]
@@ -100,14 +105,28 @@ def browser(programs):
 
     options = ChromeOptions()
     options.binary_location = programs["chromium"]
-    for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu",
-                 "hide-scrollbars", "lang=en-US", "no-proxy-server", f"blink-settings={MOUSE}"):  # fmt: skip
+    for word in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        "hide-scrollbars",
+        "lang=en-US",
+        "no-proxy-server",
+        f"blink-settings={MOUSE}",
+    ):
         options.add_argument(f"--{word}")
     chrome = Chrome(options, Service(programs["chromedriver"]))
     width, height = SIZE
-    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": False,
-    })  # fmt: skip
+    chrome.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {
+            "width": width,
+            "height": height,
+            "deviceScaleFactor": 1,
+            "mobile": False,
+        },
+    )
     chrome.set_page_load_timeout(120)
     yield chrome
     chrome.quit()

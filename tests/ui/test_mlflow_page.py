@@ -118,8 +118,14 @@ def test_the_printed_url_opens_the_charts_that_compare_the_runs(page, shown):
         points = 6 if title.startswith("val/") else 30
         assert lines == [points] * 3, title
         assert all(f"{name} ({title})" in text for name in RATES), title
-    sections = [one.text.split() for one in page.all("//*[@role='button'][contains(., 'Add chart')]")]
-    assert [words[:2] for words in sections[:3]] == [["optim", "(2)"], ["train", "(2)"], ["val", "(1)"]]
+    sections = [
+        one.text.split() for one in page.all("//*[@role='button'][contains(., 'Add chart')]")
+    ]
+    assert [words[:2] for words in sections[:3]] == [
+        ["optim", "(2)"],
+        ["train", "(2)"],
+        ["val", "(1)"],
+    ]
     page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
     page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, beside each other")
     page.keep("compare")

@@ -29,9 +29,7 @@ _PRODUCTS = frozenset(
 _ATTENTION = "scaled_dot_product"
 
 
-def recompute(
-    blocks: dict[str, nn.Module], settings: ActivationCheckpointing, plugin: str
-) -> None:
+def recompute(blocks: dict[str, nn.Module], settings: ActivationCheckpointing, plugin: str) -> None:
     """Replace the ``forward`` of the blocks in place; names and parameters stay what they are.
 
     Raises ``SettingsError`` for a block that would not be the same if it ran twice.
@@ -49,9 +47,13 @@ def recompute(
 
 
 def _run(
-    block: nn.Module, forward: Callable[..., Any], options: dict[str, Any], /,
-    *inputs: Any, **named: Any,
-) -> Any:  # fmt: skip
+    block: nn.Module,
+    forward: Callable[..., Any],
+    options: dict[str, Any],
+    /,
+    *inputs: Any,
+    **named: Any,
+) -> Any:
     # Without gradients nothing is kept anyway; compilers mind being told to recompute then.
     if torch.compiler.is_compiling() and not _has_gradients(block, (inputs, named)):
         return forward(*inputs, **named)

@@ -21,9 +21,13 @@ from fundamentallm_activation_checkpointing.blocks import find_blocks
 from fundamentallm_activation_checkpointing.recomputing import recompute
 
 MODES: list[dict[str, Any]] = [
-    {}, {"every": 2}, {"every": 9}, {"mode": "selective"}, {"mode": "selective", "every": 3},
+    {},
+    {"every": 2},
+    {"every": 9},
+    {"mode": "selective"},
+    {"mode": "selective", "every": 3},
     {"blocks": ["embed", "blocks.*.up"]},
-]  # fmt: skip
+]
 
 
 class TestContract(PluginContract):
@@ -243,9 +247,7 @@ def test_blocks_compiled_after_it_compute_the_same_gradients(
             return model
 
     gpt = Gpt()
-    run = tiny_run(
-        ActivationCheckpointing(**settings), Compiled(), gpt, length=3, validate_every=1
-    )
+    run = tiny_run(ActivationCheckpointing(**settings), Compiled(), gpt, length=3, validate_every=1)
     for mine, theirs in zip(gpt.grads, plain[1].grads, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b)
@@ -333,8 +335,10 @@ class Mixed(nn.Module):
 def test_globs_name_the_outer_modules_and_each_once() -> None:
     assert list(find_blocks(Mixed(), ["layers.*"], "it")) == ["layers.0", "layers.1"]
     assert list(find_blocks(Mixed(), ["*list.0", "layers*"], "it")) == [
-        "outer.0.list.0", "outer.1.list.0", "layers",
-    ]  # fmt: skip
+        "outer.0.list.0",
+        "outer.1.list.0",
+        "layers",
+    ]
 
 
 def test_by_default_the_blocks_are_the_list_with_the_most_parameters() -> None:
@@ -344,12 +348,15 @@ def test_by_default_the_blocks_are_the_list_with_the_most_parameters() -> None:
 @pytest.mark.parametrize(
     ("globs", "complaint"),
     [
-        (["outer"], "it.blocks: 'outer' is a container that is never called; name what is in it: outer.*"),
+        (
+            ["outer"],
+            "it.blocks: 'outer' is a container that is never called; name what is in it: outer.*",
+        ),
         (["outer.*"], "it.blocks: 'outer.0' is a container"),
         (["layer.*"], "it.blocks: 'layer.*' matches no module (did you mean 'layers.*'?)"),
         (["q"], "it.blocks: 'q' matches no module (known: outer, layers, norms)"),
     ],
-)  # fmt: skip
+)
 def test_globs_that_name_no_block_are_told(globs: list[str], complaint: str) -> None:
     with pytest.raises(SettingsError) as caught:
         find_blocks(Mixed(), globs, "it")
@@ -375,7 +382,7 @@ def test_running_statistics_would_be_updated_twice_and_are_refused() -> None:
         ({"blocks": []}, "activation_checkpointing.blocks: is empty; leave it out"),
         ({"blocks": "blocks.*"}, "activation_checkpointing.blocks: expected a list"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:

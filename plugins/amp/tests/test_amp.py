@@ -35,8 +35,14 @@ from fundamentallm_amp.scaling import Scaling
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a run on what happens to be the test's machine.
-ABSENT = [name for name, there in (("cuda", torch.cuda.is_available()),
-                                   ("mps", torch.backends.mps.is_available())) if not there]  # fmt: skip
+ABSENT = [
+    name
+    for name, there in (
+        ("cuda", torch.cuda.is_available()),
+        ("mps", torch.backends.mps.is_available()),
+    )
+    if not there
+]
 
 
 class TestContract(PluginContract):
@@ -387,9 +393,14 @@ def test_a_run_that_goes_back_takes_the_scale_of_then(tiny_run: TinyRun) -> None
     run = tiny_run(amp, Boosted(boosts=boosts), resume, Back(), length=3, log_every=1)
     assert run.progress.step == 3
     run = tiny_run(
-        Amp(dtype="fp16"), Boosted(boosts=boosts), Resume(at=2), Back(), length=7, log_every=1,
+        Amp(dtype="fp16"),
+        Boosted(boosts=boosts),
+        Resume(at=2),
+        Back(),
+        length=7,
+        log_every=1,
         run_dir=run.folder.with_name("other"),
-    )  # fmt: skip
+    )
     assert column(run, "amp/scale")[:3] == [2.0**15, 2.0**15, 2.0**15]
     assert column(run, "amp/overflows")[:3] == [1, 1, 1]
 
@@ -413,10 +424,15 @@ def test_a_run_may_change_its_mind_about_the_precision(
     tiny_run: TinyRun, tmp_path: Path, before: Any, after: Any
 ) -> None:
     kept = Resume()
-    tiny_run(Amp(dtype=before), Boosted(boosts=[OVERFLOW] * (before == "fp16")), kept,
-             run_dir=tmp_path / "one")  # fmt: skip
-    run = tiny_run(Amp(dtype=after), Boosted(), Resume(begin=kept.kept), log_every=1,
-                   run_dir=tmp_path / "b")  # fmt: skip
+    tiny_run(
+        Amp(dtype=before),
+        Boosted(boosts=[OVERFLOW] * (before == "fp16")),
+        kept,
+        run_dir=tmp_path / "one",
+    )
+    run = tiny_run(
+        Amp(dtype=after), Boosted(), Resume(begin=kept.kept), log_every=1, run_dir=tmp_path / "b"
+    )
     assert column(run, "amp/scale") == ([65536.0] if after == "fp16" else [])
     assert ("amp" in run.snapshot()["plugins"]) == (after == "fp16")
 
@@ -424,7 +440,10 @@ def test_a_run_may_change_its_mind_about_the_precision(
 @pytest.mark.parametrize(
     ("boost", "told"),
     [
-        (OVERFLOW, "the loss is .*e.29, but the gradient of hidden.weight is not finite, and those"),
+        (
+            OVERFLOW,
+            "the loss is .*e.29, but the gradient of hidden.weight is not finite, and those",
+        ),
         (math.nan, "the loss itself is nan: look at the data and the model"),
         (math.inf, "the loss itself is inf: look at the data and the model"),
     ],
@@ -443,7 +462,9 @@ def test_a_scale_that_collapses_ends_the_run_and_says_why(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    steps=st.lists(st.lists(st.sampled_from([1.0, 3.0, 1e-30, 1e38, math.nan]), max_size=3), max_size=10),
+    steps=st.lists(
+        st.lists(st.sampled_from([1.0, 3.0, 1e-30, 1e38, math.nan]), max_size=3), max_size=10
+    ),
     init_scale=st.sampled_from([2.0**16, 3.0, 1e-3, 2.0**126]),
     growth_factor=st.floats(1.0, 10.0, exclude_min=True),
     backoff_factor=st.floats(0.01, 1.0, exclude_max=True),

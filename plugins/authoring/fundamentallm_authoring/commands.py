@@ -92,8 +92,9 @@ def reference(
     stale = [path for path, text in made.items() if not path.exists() or _read(path) != text]
     if check and stale:
         names = ", ".join(map(str, stale))
-        raise FundamentalError(f"not up to date: {names}; run `fundamentallm reference` without "
-                               "--check")  # fmt: skip
+        raise FundamentalError(
+            f"not up to date: {names}; run `fundamentallm reference` without --check"
+        )
     for path in stale:
         _write(path, made[path])
         click.echo(path)

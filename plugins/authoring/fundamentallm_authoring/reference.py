@@ -43,8 +43,10 @@ def filled(text: str, plugins: Mapping[str, type], where: str) -> str:
     ``<!-- settings: adamw -->``. Raises ``SettingsError`` for a marker that nothing answers.
     """
     if len(_OPENING.findall(text)) != len(list(_MARKED.finditer(text))):
-        raise SettingsError(f"{where}: a marker is not closed: <!-- settings --> ends with "
-                            "<!-- /settings -->, <!-- hooks --> with <!-- /hooks -->")  # fmt: skip
+        raise SettingsError(
+            f"{where}: a marker is not closed: <!-- settings --> ends with "
+            "<!-- /settings -->, <!-- hooks --> with <!-- /hooks -->"
+        )
 
     def table(found: re.Match[str]) -> str:
         cls = plugins[_named(found["name"], plugins, where)]
@@ -123,8 +125,10 @@ def _named(name: str | None, plugins: Mapping[str, type], where: str) -> str:
     if name is None and len(plugins) == 1:
         return next(iter(plugins))
     if name is None:
-        raise SettingsError(f"{where}: say which plugin a marker is for, as in "
-                            f"<!-- settings: NAME -->; this distribution has: {known}")  # fmt: skip
+        raise SettingsError(
+            f"{where}: say which plugin a marker is for, as in "
+            f"<!-- settings: NAME -->; this distribution has: {known}"
+        )
     if name not in plugins:
         raise SettingsError(f"{where}: no plugin {name!r} in this distribution; it has: {known}")
     return name
@@ -140,8 +144,10 @@ def _flat(settings: list[Setting], prefix: str = "") -> Iterator[tuple[str, Sett
 
 def _row(name: str, setting: Setting) -> str:
     words = " ".join(filter(None, [type_words(setting.type), limit_words(setting.limits)]))
-    return (f"| `{name}` | {_escaped(words)} | {_default(setting.default)} "
-            f"| {_escaped(_literals(setting.doc))} |")  # fmt: skip
+    return (
+        f"| `{name}` | {_escaped(words)} | {_default(setting.default)} "
+        f"| {_escaped(_literals(setting.doc))} |"
+    )
 
 
 def _default(default: Any) -> str:

@@ -23,9 +23,18 @@ if TYPE_CHECKING:
     from fundamentallm_authoring.fields import Setting
 
 STARTER = (
-    "text", "gpt", "adamw", "lr_schedule", "accumulate", "grad_clip", "checkpoint", "sample",
-    "progress", "jsonl", "console",
-)  # fmt: skip
+    "text",
+    "gpt",
+    "adamw",
+    "lr_schedule",
+    "accumulate",
+    "grad_clip",
+    "checkpoint",
+    "sample",
+    "progress",
+    "jsonl",
+    "console",
+)
 """The plugins of a first run on text: those that ``fundamentallm[starter]`` installs."""
 
 _HEAD = """\
@@ -38,7 +47,6 @@ plugins = [
 ]
 """
 STEPS = "100 steps"
-
 
 
 def sheet(instances: Mapping[str, type], name: str) -> str:

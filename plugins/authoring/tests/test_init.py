@@ -59,9 +59,14 @@ def test_every_installed_plugin_has_a_sheet_that_composes_but_for_what_the_other
         done = CliRunner().invoke(init, [str(file), "--plugins", name])
         assert done.exit_code == 0, (name, done.exception)
         said = done.output.partition("What is left to do in it:")[2].split("\n")
-        others = [line for line in said if line and not line.startswith("build_")
-                  # Of which settings of which plugins cannot be made up.
-                  and "schedules.of: names no setting" not in line]  # fmt: skip
+        others = [
+            line
+            for line in said
+            if line
+            and not line.startswith("build_")
+            # Of which settings of which plugins cannot be made up.
+            and "schedules.of: names no setting" not in line
+        ]
         assert not others, (name, others)
 
 

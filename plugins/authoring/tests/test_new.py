@@ -46,8 +46,19 @@ def test_a_new_plugin_installs_passes_its_tests_and_is_active_in_a_run(
     work = tmp_path / "empty"
     work.mkdir()
     succeed("-m", "fundamentallm", "new", "acme-noise", cwd=work)
-    succeed("-m", "pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps",
-            "--target", installed, "./acme-noise", cwd=work)  # fmt: skip
+    succeed(
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        installed,
+        "./acme-noise",
+        cwd=work,
+    )
     tested = succeed("-m", "pytest", "-q", cwd=work / "acme-noise")
     assert " passed" in tested
     (work / "tiny.py").write_text((samples / "tiny.py").read_text())

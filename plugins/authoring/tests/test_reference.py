@@ -58,10 +58,14 @@ def test_a_readme_of_several_plugins_names_the_one_it_means(everything: type) ->
         filled(named.replace("run", "walk"), several, "README.md")
 
 
-@pytest.mark.parametrize("text", [
-    "<!-- settings -->\n", "<!-- settings -->\n<!-- /hooks -->\n",
-    "<!-- settings -->\n<!-- hooks -->\n<!-- /hooks -->\n<!-- /settings -->\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- settings -->\n",
+        "<!-- settings -->\n<!-- /hooks -->\n",
+        "<!-- settings -->\n<!-- hooks -->\n<!-- /hooks -->\n<!-- /settings -->\n",
+    ],
+)
 def test_a_marker_that_is_not_closed_is_an_error(text: str, everything: type) -> None:
     with pytest.raises(SettingsError, match=r"R\.md: a marker is not closed"):
         filled(text, {"everything": everything}, "R.md")

@@ -164,8 +164,9 @@ class Checkpoint:
         """Return what this instance keeps."""
         from fundamentallm_checkpoint.retention import Rules
 
-        return Rules(keep_last=self.keep_last, keep_best=self.keep_best,
-                     monitor=self.monitor, mode=self.mode)  # fmt: skip
+        return Rules(
+            keep_last=self.keep_last, keep_best=self.keep_best, monitor=self.monitor, mode=self.mode
+        )
 
     def settle(self, run: Run) -> None:
         """Wait until what is being saved can be read."""
@@ -215,8 +216,11 @@ class Checkpoint:
         if run.rank or writer is None:
             return
         if writer.flight is not None and self.when_busy == "skip" and not (tags or run.ending):
-            log.warning("step %d is not saved: step %d is still being written",
-                        run.progress.step, writer.flight.job.draft.step)  # fmt: skip
+            log.warning(
+                "step %d is not saved: step %d is still being written",
+                run.progress.step,
+                writer.flight.job.draft.step,
+            )
             return
         # Nothing changes any more while the last one is written: it needs no copy.
         beside = self.asynchronous and not run.ending

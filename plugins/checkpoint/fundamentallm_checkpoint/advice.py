@@ -19,8 +19,15 @@ def add(run: Run, instance: Checkpoint) -> None:
     if run.error is None or run.rank or isinstance(run.error, SettingsError | DataError):
         return
     home = instance.home(run)
-    kept = [one for one in store.sound(home, instance.run_id)
-            if one.finite and one.contents == manifest.ALL] if instance.run_id else []  # fmt: skip
+    kept = (
+        [
+            one
+            for one in store.sound(home, instance.run_id)
+            if one.finite and one.contents == manifest.ALL
+        ]
+        if instance.run_id
+        else []
+    )
     folders = [home / manifest.folder_name(step) for step in sorted(one.step for one in kept)]
     useful = [folder for folder in folders if folder.absolute() not in instance.unsound]
     if useful:

@@ -60,8 +60,12 @@ def load(homes: Iterable[Path], wish: Wish) -> Loaded | None:
     """
     there, others = store.parted([f for home in homes for f in store.folders(home)], wish.run)
     if others:
-        log.warning("%d checkpoints of another run than %s are ignored, among them %s",
-                    len(others), wish.run, others[0])  # fmt: skip
+        log.warning(
+            "%d checkpoints of another run than %s are ignored, among them %s",
+            len(others),
+            wish.run,
+            others[0],
+        )
     problems = []
     for folder in _chosen(there, wish):
         try:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _STATE_LIMIT = 2**25
 _MODEL, _OPTIMIZER, _STATE, _EXTRA = (
-    "model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors",
-)  # fmt: skip
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "state.safetensors",
+)
 _TENSORS = (_MODEL, _OPTIMIZER, _EXTRA)
 
 
@@ -87,8 +90,12 @@ def size(run: Run, kind: str = ALL) -> int:
     # Not the state dict: where a model is in parts, that is a matter for all processes.
     kept = [*run.model.parameters(), *run.model.buffers()]
     if kind == ALL:
-        kept += [value for state in run.optimizer.state.values() for value in state.values()
-                 if isinstance(value, torch.Tensor)]  # fmt: skip
+        kept += [
+            value
+            for state in run.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
     return sum(tensor.nbytes for tensor in kept)
 
 

@@ -46,8 +46,15 @@ class Row:
         tags = [tag for tag in facts.tags if tag != BEST] + [BEST] * self.best
         value = facts.metrics.get(self.rules.monitor)
         metric = "" if value is None else f"{self.rules.monitor} {value:.6g}"
-        return (self.name, saved, _bytes(facts.size), facts.contents, ", ".join(tags), metric,
-                self._state(facts))  # fmt: skip
+        return (
+            self.name,
+            saved,
+            _bytes(facts.size),
+            facts.contents,
+            ", ".join(tags),
+            metric,
+            self._state(facts),
+        )
 
     def _state(self, facts: Manifest) -> str:
         if self.problem:
@@ -102,13 +109,22 @@ def _rows(home: Path, above: str, rules: Rules, how: tuple[str, bool]) -> Iterat
     newer = {folder: str(error) for folder in there if (error := _newer(folder))}
     kept = {f: (None, "") if f in newer else _read(f, verify=verify) for f in there}
     strangers = set(store.parted(kept, run_id)[1])
-    sound = [facts for folder, (facts, problem) in kept.items()
-             if facts is not None and not problem and folder not in strangers]  # fmt: skip
+    sound = [
+        facts
+        for folder, (facts, problem) in kept.items()
+        if facts is not None and not problem and folder not in strangers
+    ]
     best = retention.ranked(sound, rules)[:1]
     for folder, (facts, problem) in kept.items():
-        yield Row(name=above + folder.name, facts=facts, rules=rules, best=facts in best,
-                  stranger=folder in strangers, problem=problem,
-                  newer=newer.get(folder, ""))  # fmt: skip
+        yield Row(
+            name=above + folder.name,
+            facts=facts,
+            rules=rules,
+            best=facts in best,
+            stranger=folder in strangers,
+            problem=problem,
+            newer=newer.get(folder, ""),
+        )
 
 
 def _newer(folder: Path) -> Newer | None:

@@ -181,8 +181,17 @@ def _check_format(facts: Any, sealed: bool) -> None:
 
 def _parse(facts: dict[str, Any]) -> Manifest:
     facts = {"contents": ALL} | facts
-    kinds = {"run": str, "created": (int, float), "settings": str, "data": str, "metrics": dict,
-             "tags": list, "contents": str, "finite": bool, "files": dict}  # fmt: skip
+    kinds = {
+        "run": str,
+        "created": (int, float),
+        "settings": str,
+        "data": str,
+        "metrics": dict,
+        "tags": list,
+        "contents": str,
+        "finite": bool,
+        "files": dict,
+    }
     untold = [n for n, kind in kinds.items() if not isinstance(facts.get(n), kind)]  # type: ignore[arg-type]
     untold += [] if _is_count(facts.get("step")) else ["step"]
     if untold:

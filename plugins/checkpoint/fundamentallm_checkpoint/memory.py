@@ -28,8 +28,10 @@ def room() -> Room | None:
     try:
         lines = [line.split() for line in _FACTS.read_text().splitlines()]
         known = {line[0]: 1024 * int(line[1]) for line in lines}
-        found = (known["MemTotal:"] + known["SwapTotal:"],
-                 known["MemAvailable:"] + known["SwapFree:"])  # fmt: skip
+        found = (
+            known["MemTotal:"] + known["SwapTotal:"],
+            known["MemAvailable:"] + known["SwapFree:"],
+        )
     except (OSError, LookupError, ValueError):
         return None
     limits = []

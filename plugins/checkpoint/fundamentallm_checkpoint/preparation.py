@@ -40,8 +40,11 @@ def check(home: Path, run: Run, weights: dict[str, Any], kind: str) -> None:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            log.warning("with the optimizer's state, a checkpoint may not fit: %s: %s",
-                        error.filename, error.strerror)  # fmt: skip
+            log.warning(
+                "with the optimizer's state, a checkpoint may not fit: %s: %s",
+                error.filename,
+                error.strerror,
+            )
 
 
 def measure(home: Path, snapshot: Snapshot, kind: str, *, goes_on: bool) -> int:

@@ -85,8 +85,12 @@ def probe(home: Path) -> None:
 def _fill(work: Path, packed: Packed, draft: Manifest, report: Report | None) -> None:
     written = contents.write(work, packed, report)
     if written.poisoned:
-        log.warning("step %d: %d of the saved tensors hold NaN or infinity, among them %s",
-                    draft.step, len(written.poisoned), written.poisoned[0])  # fmt: skip
+        log.warning(
+            "step %d: %d of the saved tensors hold NaN or infinity, among them %s",
+            draft.step,
+            len(written.poisoned),
+            written.poisoned[0],
+        )
     manifest = attrs.evolve(draft, files=written.files, finite=not written.poisoned)
     files.write(work / NAME, manifest.to_json())
     files.sync_folder(work)

@@ -70,7 +70,12 @@ def _warn_of_namesakes(folder: Path | None, run: Run, run_id: str) -> None:
         return
     place = folder / run.folder.name
     for found in identity.namesakes(place):
-        log.warning("the checkpoints in %s are another run's and are ignored: %s is a new one's"
-                    " folder. To continue that run, use its folder; if that is lost, write %s"
-                    " into %s first",
-                    place / found, run.folder, found, run.folder / identity.FILE)  # fmt: skip
+        log.warning(
+            "the checkpoints in %s are another run's and are ignored: %s is a new one's"
+            " folder. To continue that run, use its folder; if that is lost, write %s"
+            " into %s first",
+            place / found,
+            run.folder,
+            found,
+            run.folder / identity.FILE,
+        )

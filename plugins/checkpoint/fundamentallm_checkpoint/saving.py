@@ -140,8 +140,11 @@ class Writer:
         try:
             return attrs.evolve(job, packed=self.arena.copy(job.packed))
         except (MemoryError, RuntimeError) as error:
-            log.warning("no memory for a copy, so the save of step %d is waited for: %s",
-                        job.draft.step, error)  # fmt: skip
+            log.warning(
+                "no memory for a copy, so the save of step %d is waited for: %s",
+                job.draft.step,
+                error,
+            )
             return None
 
     def _tell(self, run: Run, save: Saves, *, last: bool = False) -> None:

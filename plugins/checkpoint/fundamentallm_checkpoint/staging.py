@@ -80,8 +80,10 @@ class Arena:
         for device in {original.device for original in originals if original.is_cuda}:
             torch.cuda.synchronize(device)
         copies = dict(zip(keys, self._copies, strict=True))
-        parts = {file: {name: copies[file, owner] for name, owner in owners.items()}
-                 for file, owners in own.items()}  # fmt: skip
+        parts = {
+            file: {name: copies[file, owner] for name, owner in owners.items()}
+            for file, owners in own.items()
+        }
         return attrs.evolve(packed, parts=parts)
 
     def release(self) -> None:

@@ -98,8 +98,9 @@ def abandon(home: Path, step: int, run: str = "", *, used: bool = True) -> Path 
         aside = leftovers.set_aside(home, own)
     except OSError as error:
         raise StorageError(f"{error.filename}: {error.strerror}") from error
-    log.warning("the run goes on from step %d: %d later checkpoints were moved to %s",
-                step, len(own), aside)  # fmt: skip
+    log.warning(
+        "the run goes on from step %d: %d later checkpoints were moved to %s", step, len(own), aside
+    )
     return aside
 
 

@@ -34,9 +34,11 @@ def split(tree: Any, tensors: dict[str, Tensor], path: tuple[str, ...] = ()) -> 
     if isinstance(tree, list | tuple):
         # A random generator's state is hundreds of numbers, and a step waits.
         is_plain = all(type(item) is int for item in tree)
-        items = list(tree) if is_plain else [
-            split(item, tensors, (*path, str(i))) for i, item in enumerate(tree)
-        ]  # fmt: skip
+        items = (
+            list(tree)
+            if is_plain
+            else [split(item, tensors, (*path, str(i))) for i, item in enumerate(tree)]
+        )
         return items if isinstance(tree, list) else {"$tuple": items}
     if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
         table = {key: split(item, tensors, (*path, key)) for key, item in tree.items()}

@@ -38,7 +38,10 @@ def test_a_failed_run_tells_its_newest_checkpoint_and_what_resumes_it(tiny_run, 
 
 
 def test_a_model_alone_is_nothing_to_resume_from(tiny_run, tmp_path):
-    assert notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1), contents="model")) == []
+    assert (
+        notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1), contents="model"))
+        == []
+    )
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_advised(tiny_run, tmp_path):
@@ -56,7 +59,10 @@ def test_a_checkpoint_that_is_not_finite_is_not_advised(tiny_run, tmp_path):
 
 
 def test_an_error_that_a_resume_would_repeat_advises_none(tiny_run, tmp_path):
-    assert notes(tiny_run, tmp_path, DataError("the data has ended"), Checkpoint(every=Period(1))) == []
+    assert (
+        notes(tiny_run, tmp_path, DataError("the data has ended"), Checkpoint(every=Period(1)))
+        == []
+    )
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_advises_none(tiny_run, tmp_path):
@@ -87,4 +93,8 @@ def test_what_is_advised_can_be_given_to_a_shell(tiny_run, tmp_path):
     with pytest.raises(PluginError) as raised:
         tiny_run(Fails(error=OSError("gone")), Checkpoint(every=Period(1)), run_dir=folder)
     (note,) = raised.value.__notes__
-    assert shlex.split(note.partition("resume with: ")[2]) == ["fundamentallm", "resume", str(folder)]
+    assert shlex.split(note.partition("resume with: ")[2]) == [
+        "fundamentallm",
+        "resume",
+        str(folder),
+    ]

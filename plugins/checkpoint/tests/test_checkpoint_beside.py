@@ -135,7 +135,9 @@ def test_the_run_hears_of_a_save_in_its_own_thread_once_it_is_durable(
         @hookimpl
         def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
             main = threading.current_thread() is threading.main_thread()
-            heard.append((folder.name, run.progress.step, main, (folder / "manifest.json").exists()))
+            heard.append(
+                (folder.name, run.progress.step, main, (folder / "manifest.json").exists())
+            )
 
     trace = Recorder()
     tiny_run(Checkpoint(every=Period(3)), Hears(), opens(5, gate), length=7, trace=trace)
@@ -169,7 +171,9 @@ def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
         tiny_run(Checkpoint(every=Period(2), asynchronous=beside), length=99)
     assert caught.value.exit_code == 5
     home = tmp_path / "run" / "checkpoints"
-    assert f"the checkpoint of step 4 could not be saved: {home}/.tmp-00000004-" in str(caught.value)
+    assert f"the checkpoint of step 4 could not be saved: {home}/.tmp-00000004-" in str(
+        caught.value
+    )
     assert "/model.safetensors: Disk quota exceeded" in str(caught.value)
     assert saved(home) == [2]
     assert not list(home.glob(".tmp-*"))
@@ -180,12 +184,16 @@ def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_run_that_is_told_to_goes_on_without_the_save(
-    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    beside: bool,
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(files, "system", Refuses(4))
-    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue",
-                      save_final=False)  # fmt: skip
+    kept = Checkpoint(
+        every=Period(2), asynchronous=beside, on_save_error="continue", save_final=False
+    )
     run = tiny_run(kept, length=7)
     assert run.outcome == "finished"
     assert saved(run.folder / "checkpoints") == [2]
@@ -198,12 +206,18 @@ def test_a_run_that_is_told_to_goes_on_without_the_save(
 @pytest.mark.parametrize("length", [5, 6])
 @pytest.mark.parametrize("beside", [True, False])
 def test_a_run_whose_last_save_is_refused_has_failed_whatever_it_is_told(
-    beside: bool, length: int, tiny_run: TinyRun, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    beside: bool,
+    length: int,
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.setattr(files, "system", Refuses(4))
     kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
-    with pytest.raises(StorageError, match=f"step {length} could not be saved.* untouched. It was the"):
+    with pytest.raises(
+        StorageError, match=f"step {length} could not be saved.* untouched. It was the"
+    ):
         tiny_run(kept, length=length)
     assert saved(tmp_path / "run" / "checkpoints") == [2]
     told = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
@@ -347,7 +361,10 @@ def test_a_run_killed_after_going_back_resumes_bit_identical(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     whole = tiny_run(
-        Checkpoint(every=Period(2)), GoesBack(at=5, to="step-2"), length=8, run_dir=tmp_path / "whole"
+        Checkpoint(every=Period(2)),
+        GoesBack(at=5, to="step-2"),
+        length=8,
+        run_dir=tmp_path / "whole",
     )
     back = GoesBack(at=5, to="step-2")
     part = tiny_run(Checkpoint(every=Period(2)), back, Ends(), length=8)
@@ -402,12 +419,19 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
 
 def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_saved() -> None:
     shared = torch.randn(300, 40)
-    model = {"a": shared, "tied": shared, "b": torch.randn(7).to(torch.bfloat16), "c": torch.ones(())}
+    model = {
+        "a": shared,
+        "tied": shared,
+        "b": torch.randn(7).to(torch.bfloat16),
+        "c": torch.ones(()),
+    }
     moments = {"a": {"exp_avg": torch.randn(300, 40).t(), "step": torch.tensor(3.0)}}
     packed = contents.pack({"model": model, "optimizer": moments})
     arena = Arena()
     copies = [arena.copy(packed), arena.copy(packed)]
-    first, second = ([t.data_ptr() for part in c.parts.values() for t in part.values()] for c in copies)
+    first, second = (
+        [t.data_ptr() for part in c.parts.values() for t in part.values()] for c in copies
+    )
     assert first == second
     weights = copies[0].parts["model.safetensors"]
     assert weights["a"] is weights["tied"]
@@ -419,8 +443,10 @@ def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_sa
 
 def test_large_tensors_of_every_layout_are_copied_exactly() -> None:
     made = torch.Generator().manual_seed(1)
-    large = [torch.randn(700, 701, generator=made).to(kind) for kind in
-             (torch.float32, torch.bfloat16, torch.float64, torch.complex64)] * 2  # fmt: skip
+    large = [
+        torch.randn(700, 701, generator=made).to(kind)
+        for kind in (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+    ] * 2
     odd = [large[0].t(), large[0][:, ::2], large[3].conj(), large[2].expand(2, 700, 701)]
     model = {str(number): tensor for number, tensor in enumerate([*large, *odd])}
     copied = Arena().copy(contents.pack({"model": model, "optimizer": {}}))

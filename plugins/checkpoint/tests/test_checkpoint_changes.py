@@ -192,8 +192,13 @@ def test_a_setting_that_a_later_version_of_a_plugin_has_besides_changes_nothing(
     tiny_run: TinyRun,
 ) -> None:
     def version(number: int) -> Any:
-        body: dict[str, Any] = {"__annotations__": {"old": "int"}, "old": 1, "__module__": __name__,
-                                "__qualname__": "Grows", "__doc__": "Grows."}  # fmt: skip
+        body: dict[str, Any] = {
+            "__annotations__": {"old": "int"},
+            "old": 1,
+            "__module__": __name__,
+            "__qualname__": "Grows",
+            "__doc__": "Grows.",
+        }
         if number == 2:
             body["__annotations__"] |= {"new": "str", "more": "float"}
             body |= {"new": "as before", "more": 0.5}

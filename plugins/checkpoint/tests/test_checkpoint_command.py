@@ -74,8 +74,12 @@ def test_lists_the_checkpoints_of_all_instances(trained: Path) -> None:
     found = cells(listed(trained))
     assert found[0] == ["checkpoint", "saved", "size", "holds", "tags", "metric", "state"]
     assert [row[0] for row in found[1:]] == [
-        "step-00000002", "step-00000004", "step-00000006", "archive/step-00000003",
-        "archive/step-00000006"]  # fmt: skip
+        "step-00000002",
+        "step-00000004",
+        "step-00000006",
+        "archive/step-00000003",
+        "archive/step-00000006",
+    ]
     assert {row[-1] for row in found[1:]} == {"sound"}
     assert [row[3] for row in found[1:]] == ["all"] * 3 + ["model"] * 2
     path = trained / "checkpoints" / "step-00000006" / "manifest.json"
@@ -91,7 +95,9 @@ def test_finds_what_sizes_tell_and_ends_with_the_code_of_storage(run: Path) -> N
         listed_alone(run)
     assert caught.value.exit_code == 5
     done = CliRunner().invoke(checkpoints, [str(run)])
-    assert "step-00000004  damaged: state.json cannot be read" in re.sub(r" {2,}", "  ", done.output)
+    assert "step-00000004  damaged: state.json cannot be read" in re.sub(
+        r" {2,}", "  ", done.output
+    )
 
 
 def listed_alone(run: Path, *words: str) -> list[str]:
@@ -113,7 +119,9 @@ def test_a_changed_byte_is_found_by_reading_all(run: Path) -> None:
     done = CliRunner().invoke(checkpoints, [str(run), "--verify"])
     (bad,) = [line for line in done.output.splitlines() if "damaged" in line]
     assert bad.startswith("step-00000002")
-    assert bad.endswith("damaged: model.safetensors was changed after it was written (its sha256 differs)")
+    assert bad.endswith(
+        "damaged: model.safetensors was changed after it was written (its sha256 differs)"
+    )
 
 
 def test_those_of_another_run_are_told_from_its_own(run: Path) -> None:

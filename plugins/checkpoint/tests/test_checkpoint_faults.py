@@ -80,9 +80,12 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=["flip", "cut", "delete", "swap", "link"])
 def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(
-    damage: Callable[[Path], None], said: str, name: str, run_folder: Path,
+    damage: Callable[[Path], None],
+    said: str,
+    name: str,
+    run_folder: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     folder = run_folder / "checkpoints"
     damage(folder / "step-00000004" / name)
     loaded = load(folder)
@@ -130,16 +133,24 @@ def with_file(name: str, **seal: object) -> Callable[[dict[str, object]], None]:
         (with_file("../../settings.toml", size=1, sha256=""), "which is not a plain file name"),
         (with_file("/etc/passwd", size=1, sha256=""), "which is not a plain file name"),
         (with_file(".hidden", size=1, sha256=""), "which is not a plain file name"),
-        (with_file("model.safetensors", size=-1, sha256=""), "size and sha256 of model.safetensors"),
+        (
+            with_file("model.safetensors", size=-1, sha256=""),
+            "size and sha256 of model.safetensors",
+        ),
         (with_file("model.safetensors", size=True), "size and sha256 of model.safetensors"),
-        (with_file("model.safetensors", size=1, sha256="0" * 63), "size and sha256 of model.safete"),
+        (
+            with_file("model.safetensors", size=1, sha256="0" * 63),
+            "size and sha256 of model.safete",
+        ),
         (with_file("more.bin", size=1, sha256="0" * 64), "more.bin cannot be read: No such file"),
     ],
 )
 def test_a_manifest_that_was_edited_is_told(
-    change: Callable[[dict[str, object]], None], said: str, run_folder: Path,
+    change: Callable[[dict[str, object]], None],
+    said: str,
+    run_folder: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
     reseal(path, change)
     loaded = load(run_folder / "checkpoints")
@@ -148,7 +159,9 @@ def test_a_manifest_that_was_edited_is_told(
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": NaN}', "\xff", "[" * 100_000, "x" * 2**21])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": NaN}', "\xff", "[" * 100_000, "x" * 2**21]
+)
 def test_a_manifest_that_is_none_is_told(
     text: str, run_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,7 +209,9 @@ def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_anew(
 def test_a_newer_format_is_refused_and_not_passed_over(run_folder: Path, tiny_run: TinyRun) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
     reseal(path, edit("format", 3))
-    with pytest.raises(StorageError, match=r"format 3, and this version .* reads formats 1 to 2: pip "):
+    with pytest.raises(
+        StorageError, match=r"format 3, and this version .* reads formats 1 to 2: pip "
+    ):
         tiny_run(Checkpoint(every=Period(2)), length=6, run_dir=run_folder)
 
 

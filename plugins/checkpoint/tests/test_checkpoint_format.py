@@ -26,19 +26,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.complex64, torch.bool,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.complex64,
+    torch.bool,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
     torch.uint64,
-]  # fmt: skip
+]
 
 
 def saved(folder: Path, snapshot: dict[str, Any]) -> Manifest:
     """Write a snapshot, as a run does that saves beside its steps, and return its manifest."""
     staged = Arena().copy(contents.pack(snapshot))
     written = contents.write(folder, staged)
-    return Manifest(step=1, run="it", created=0.0, settings="", data="", metrics={},
-                    files=written.files)  # fmt: skip
+    return Manifest(
+        step=1, run="it", created=0.0, settings="", data="", metrics={}, files=written.files
+    )
 
 
 def bits(tensor: Tensor) -> tuple[Any, ...]:
@@ -87,13 +102,22 @@ def any_tensor(draw: st.DrawFn) -> Tensor:
 
 names = st.text(st.characters(), min_size=0, max_size=8)
 leaves = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | any_tensor()
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | any_tensor()
+)
 trees_of = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(names | st.sampled_from(["$tensor", "$float", "$table", "a/b"]), inner, max_size=4)
-    | st.tuples(inner, inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            names | st.sampled_from(["$tensor", "$float", "$table", "a/b"]), inner, max_size=4
+        )
+        | st.tuples(inner, inner)
+    ),
     max_leaves=12,
 )
 model_names = names.filter(lambda name: name != "__metadata__" and name.isascii())
@@ -133,11 +157,16 @@ def test_any_tree_comes_back_exactly_from_strict_json(tree: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kind_of_number_is_readable_by_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_kind_of_number_is_readable_by_safetensors(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     tensor = torch.arange(6).reshape(2, 3).to(dtype)
     tensors.write(tmp_path / "it", {"odd": tensor[:, :1], "even": tensor.t()})
     found = load_file(tmp_path / "it")
-    assert {k: bits(v) for k, v in found.items()} == {"odd": bits(tensor[:, :1]), "even": bits(tensor.t())}
+    assert {k: bits(v) for k, v in found.items()} == {
+        "odd": bits(tensor[:, :1]),
+        "even": bits(tensor.t()),
+    }
 
 
 def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path: Path) -> None:
@@ -197,7 +226,9 @@ def test_optimizer_state_is_kept_by_parameter_name(tmp_path: Path) -> None:
     saved(tmp_path, {"model": {}, "optimizer": moments})
     found = load_file(tmp_path / "optimizer.safetensors")
     assert sorted(found) == ["exp_avg/layer.weight", "step/layer.weight"]
-    assert json.loads((tmp_path / "state.json").read_bytes())["optimizer"] == {"layer.weight": {"flag": True}}
+    assert json.loads((tmp_path / "state.json").read_bytes())["optimizer"] == {
+        "layer.weight": {"flag": True}
+    }
 
 
 def test_what_was_read_is_no_part_of_the_file_any_more(tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def test_runs_of_one_name_share_a_folder_and_nothing_else(
     assert contents(home) == before
     for seed, name in {1337: "x", 7: "y"}.items():
         trace = Recorder()
-        longer = tiny_run(shared(tmp_path), length=6, seed=seed, run_dir=tmp_path / name / "r",
-                          trace=trace)  # fmt: skip
+        longer = tiny_run(
+            shared(tmp_path), length=6, seed=seed, run_dir=tmp_path / name / "r", trace=trace
+        )
         assert trace.names.count("on_step_start") == 2
         assert_same_weights(longer, tiny_run(length=6, seed=seed, run_dir=tmp_path / f"{name}6"))
 
@@ -163,7 +164,9 @@ def test_those_of_another_run_are_never_loaded(
 
 
 def test_those_of_another_run_are_not_to_be_had_by_name_either(mixed: Path) -> None:
-    with pytest.raises(StorageError, match=r"there is no checkpoint 'step-8' \(checkpoints: step-0"):
+    with pytest.raises(
+        StorageError, match=r"there is no checkpoint 'step-8' \(checkpoints: step-0"
+    ):
         load(mixed, "step-8", MINE)
 
 
@@ -192,7 +195,9 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
     (run / "run-id").write_text("c" * 12)
     shutil.copytree(mixed, run / "checkpoints")
     before, trace = contents(mixed), Recorder()
-    with pytest.raises(StorageError, match=r"step-00000008 is a checkpoint of another run than ccc"):
+    with pytest.raises(
+        StorageError, match=r"step-00000008 is a checkpoint of another run than ccc"
+    ):
         store.abandon(run / "checkpoints", 4, "c" * 12)
     with pytest.raises(FundamentalError, match="checkpoint"):
         tiny_run(Checkpoint(every=Period(2)), length=4, trace=trace)
@@ -209,15 +214,19 @@ def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
     assert steps(mixed) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("before", "after"), [
-    ("here", "far"), ("far", "here"), ("far", "near"), ("far", "renamed"), ("here", "renamed")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("here", "far"), ("far", "here"), ("far", "near"), ("far", "renamed"), ("here", "renamed")],
+)
 def test_a_run_goes_on_though_its_checkpoints_are_no_longer_where_its_settings_say(
     before: str, after: str, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    tables = {"here": {"checkpoint": KEPT},
-              "far": {"checkpoint": KEPT | {"folder": str(tmp_path / "far")}},
-              "near": {"checkpoint": KEPT | {"folder": str(tmp_path / "near")}},
-              "renamed": {"mine": KEPT | {"plugin": "checkpoint"}}}  # fmt: skip
+    tables = {
+        "here": {"checkpoint": KEPT},
+        "far": {"checkpoint": KEPT | {"folder": str(tmp_path / "far")}},
+        "near": {"checkpoint": KEPT | {"folder": str(tmp_path / "near")}},
+        "renamed": {"mine": KEPT | {"plugin": "checkpoint"}},
+    }
 
     def goes_on(which: str, length: int) -> Recorder:
         trace = Recorder()

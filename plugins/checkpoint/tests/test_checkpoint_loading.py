@@ -25,7 +25,7 @@ from fundamentallm import (
     plugin,
     state,
     train,
-)  # fmt: skip
+)
 from fundamentallm.testing import TinyRun, compose_tiny
 from fundamentallm_checkpoint import (
     Checkpoint,
@@ -93,7 +93,12 @@ def poisoned(tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
     """A run that has diverged, with checkpoints of four steps of which the last two hold a NaN."""
     with pytest.raises(Exception, match="diverged"):
         tiny_run(Checkpoint(every=Period(1), keep_last=9), Poison(), length=5, log_every=99)
-    assert [facts(tmp_path / "run", step)["finite"] for step in (1, 2, 3, 4)] == [True, True, False, False]
+    assert [facts(tmp_path / "run", step)["finite"] for step in (1, 2, 3, 4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     caplog.clear()
     return tmp_path / "run"
 
@@ -106,7 +111,10 @@ def test_poisoned_checkpoints_are_passed_over_with_a_warning_that_names_them(
     run = tiny_run(Checkpoint(every=Period(1), keep_last=9), cured, length=5, log_every=99)
     assert (cured.begins, run.outcome) == (2, "finished")
     told = [r.getMessage() for r in caplog.records if "NaN or infinity" in r.getMessage()]
-    assert ["step-00000004: it holds" in told[0], "step-00000003: it holds" in told[1]] == [True, True]
+    assert ["step-00000004: it holds" in told[0], "step-00000003: it holds" in told[1]] == [
+        True,
+        True,
+    ]
     assert "to take it all the same, ask for step-00000004 by its name" in told[0]
 
 
@@ -122,7 +130,9 @@ def test_a_poisoned_checkpoint_is_taken_if_it_is_asked_for_by_name(
 def test_if_all_are_poisoned_the_run_does_not_begin_anew(poisoned: Path, tiny_run: TinyRun) -> None:
     for step in (1, 2):
         shutil.rmtree(poisoned / "checkpoints" / f"step-{step:08d}")
-    with pytest.raises(StorageError, match=r"no sound checkpoint(?s:.*)step-00000003: it holds NaN"):
+    with pytest.raises(
+        StorageError, match=r"no sound checkpoint(?s:.*)step-00000003: it holds NaN"
+    ):
         tiny_run(Checkpoint(every=Period(1)), Poison(at=0), length=5, log_every=99)
 
 
@@ -177,7 +187,10 @@ def test_the_model_alone_takes_a_third_of_the_space_and_says_what_it_is(
     run = start(tmp_path, '"checkpoint"', SMALL)
     newest = run.folder / "checkpoints" / "step-00000006"
     assert sorted(path.name for path in newest.iterdir()) == [
-        "manifest.json", "model.safetensors", "state.json"]  # fmt: skip
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+    ]
     assert facts(run.folder, 6)["contents"] == MODEL
     assert "no checkpoint will hold more than the model: the run cannot be resumed" in caplog.text
 
@@ -190,15 +203,19 @@ def test_the_model_alone_can_be_loaded_and_not_resumed_from(tmp_path: Path) -> N
     before = saved(run.folder / "checkpoints")
     with pytest.raises(StorageError) as caught:
         start(tmp_path, '"checkpoint"', SMALL, "run.length=8")
-    assert "step-00000006: it holds the model alone, so no run can go on from it" in str(caught.value)
+    assert "step-00000006: it holds the model alone, so no run can go on from it" in str(
+        caught.value
+    )
     assert saved(run.folder / "checkpoints") == before
 
 
 def test_a_run_goes_on_from_the_newest_that_holds_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tables = ("checkpoint = {every = 4, save_final = false}\n"
-              "weights = {plugin = 'checkpoint', every = 1, contents = 'model', keep_last = 9}\n")  # fmt: skip
+    tables = (
+        "checkpoint = {every = 4, save_final = false}\n"
+        "weights = {plugin = 'checkpoint', every = 1, contents = 'model', keep_last = 9}\n"
+    )
     start(tmp_path, '"weights", "checkpoint"', tables)
     caplog.set_level(logging.INFO)
     caplog.clear()
@@ -257,10 +274,14 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     "a deep header": (file_of(b"[" * 10**5), "nested too deeply"),
     "a header that is no table": (file_of([]), "no table"),
     "a name twice": (
-        file_of(b'{"w":%b,"w":%b}' % ((json.dumps(entry()).encode(),) * 2), W), "a key twice"),
+        file_of(b'{"w":%b,"w":%b}' % ((json.dumps(entry()).encode(),) * 2), W),
+        "a key twice",
+    ),
     "a shape of exabytes": (file_of({"w": entry(shape=[2**60])}, W), "does not fit"),
     "a shape of nothing and exabytes": (
-        file_of({"w": entry(shape=[0, 2**50, 2**50], data_offsets=[0, 0])}), "not where or what"),
+        file_of({"w": entry(shape=[0, 2**50, 2**50], data_offsets=[0, 0])}),
+        "not where or what",
+    ),
     "a negative shape": (file_of({"w": entry(shape=[-2])}, W), "does not tell what"),
     "a shape of booleans": (file_of({"w": entry(shape=[True, 2])}, W), "does not tell what"),
     "an unknown kind": (file_of({"w": entry(dtype="PICKLE")}, W), "does not tell what"),
@@ -273,13 +294,19 @@ TENSORS: dict[str, tuple[bytes, str]] = {
     "more bytes than tensors": (file_of({"w": entry()}, W + W), "do not fill the file"),
     "fewer bytes than tensors": (file_of({"w": entry()}, W[:4]), "ends too early|do not fill"),
     "an alias of nothing": (
-        file_of({"__metadata__": {"aliases": '{"v": "x"}'}, "w": entry()}, W), "leads nowhere"),
+        file_of({"__metadata__": {"aliases": '{"v": "x"}'}, "w": entry()}, W),
+        "leads nowhere",
+    ),
     "an alias of another's name": (
-        file_of({"__metadata__": {"aliases": '{"w": "w"}'}, "w": entry()}, W), "leads nowhere"),
+        file_of({"__metadata__": {"aliases": '{"w": "w"}'}, "w": entry()}, W),
+        "leads nowhere",
+    ),
     "aliases that are no table": (
-        file_of({"__metadata__": {"aliases": "[]"}, "w": entry()}, W), "aliases are no table"),
+        file_of({"__metadata__": {"aliases": "[]"}, "w": entry()}, W),
+        "aliases are no table",
+    ),
     "metadata that is no table": (file_of({"__metadata__": 1, "w": entry()}, W), "no table"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("data", "said"), TENSORS.values(), ids=TENSORS)
@@ -293,7 +320,12 @@ def test_a_file_of_tensors_that_is_none_is_refused(data: bytes, said: str, one_s
 def test_what_another_program_writes_as_safetensors_can_be_read(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    given = {"b": torch.randn(3, 4), "a": torch.arange(5), "e": torch.empty(0, 2), "s": torch.ones(())}
+    given = {
+        "b": torch.randn(3, 4),
+        "a": torch.arange(5),
+        "e": torch.empty(0, 2),
+        "s": torch.ones(()),
+    }
     save_file(given, tmp_path / "it", metadata={"by": "another"})
     found = tensors.read(tmp_path / "it")
     assert found.keys() == given.keys()
@@ -306,14 +338,20 @@ STATES: dict[str, tuple[bytes, str]] = {
     "no tables": (b'{"model": [], "optimizer": {}}', "no tables 'model' and 'optimizer'"),
     "a deep tree": (b'{"model": ' + b"[" * 10**5, "nested too deeply"),
     "a tree of many marks": (
-        b'{"model": {}, "optimizer": {}, "x": ' + b'{"$tuple": [' * 400 + b"]}" * 400 + b"}", "state"),
+        b'{"model": {}, "optimizer": {}, "x": ' + b'{"$tuple": [' * 400 + b"]}" * 400 + b"}",
+        "state",
+    ),
     "a mark that means nothing": (
-        b'{"model": {}, "optimizer": {}, "x": {"$import": "os"}}', "means nothing"),
+        b'{"model": {}, "optimizer": {}, "x": {"$import": "os"}}',
+        "means nothing",
+    ),
     "a tensor that is not there": (
-        b'{"model": {}, "optimizer": {}, "x": {"$tensor": "../model"}}', "means nothing"),
+        b'{"model": {}, "optimizer": {}, "x": {"$tensor": "../model"}}',
+        "means nothing",
+    ),
     "a number that is none": (b'{"model": {}, "optimizer": {}, "x": NaN}', "holds NaN"),
     "a number of many digits": (b'{"model": {}, "x": ' + b"9" * 10**5 + b"}", "limit"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("data", "said"), STATES.values(), ids=STATES)
@@ -336,7 +374,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def test_files_of_absurd_size_are_refused_with_little_memory(one_saved: Path, tmp_path: Path) -> None:
+def test_files_of_absurd_size_are_refused_with_little_memory(
+    one_saved: Path, tmp_path: Path
+) -> None:
     names = ["manifest.json", "state.json", "model.safetensors"]
     for name in names:
         folder = Path(shutil.copytree(one_saved.parent, tmp_path / name)) / one_saved.name
@@ -433,7 +473,9 @@ def test_the_room_is_that_of_the_machine_or_what_a_group_of_processes_may_have(
     assert memory.room() == Room(all=7000, free=6 * 1024)
 
 
-def test_a_tree_that_is_too_deep_to_be_read_back_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+def test_a_tree_that_is_too_deep_to_be_read_back_is_refused_when_it_is_saved(
+    tmp_path: Path,
+) -> None:
     tree: Any = 1
     for _ in range(jsontext.DEPTH - 1):
         tree = (tree,)

@@ -52,7 +52,9 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(files, "system", Disk(free=300))
     trace = Recorder()
-    with pytest.raises(StorageError, match=r"no checkpoint can be saved: .*/run/checkpoints: No space"):
+    with pytest.raises(
+        StorageError, match=r"no checkpoint can be saved: .*/run/checkpoints: No space"
+    ):
         tiny_run(Checkpoint(every=TWO), length=4, trace=trace)
     assert "on_step_start" not in trace.names
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
@@ -92,7 +94,9 @@ def test_a_save_without_room_is_not_begun(
         def write(self, *_: object) -> int:
             raise AssertionError("nothing is to be written")
 
-    with pytest.raises(StorageError, match=r"step 4 .*bytes are needed, and 20,000 are free. Earlier"):
+    with pytest.raises(
+        StorageError, match=r"step 4 .*bytes are needed, and 20,000 are free. Earlier"
+    ):
         tiny_run(Checkpoint(every=TWO, asynchronous=beside), Fills(), length=4)
     assert saved(tmp_path / "run" / "checkpoints") == [2]
 
@@ -113,9 +117,7 @@ def test_a_folder_that_takes_no_files_is_told_before_the_first_step(
     assert "on_step_start" not in trace.names
 
 
-def test_a_finished_run_needs_no_room(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_needs_no_room(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_run(Checkpoint(every=TWO), length=4)
     monkeypatch.setattr(files, "system", Disk(free=0))
     assert tiny_run(Checkpoint(every=TWO), length=4).outcome == "finished"
@@ -183,8 +185,10 @@ def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_aga
 def test_the_folders_of_instances_that_are_no_longer_listed_are_seen_to(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    tables = {"checkpoint": {"every": 2, "keep_last": 9},
-              "archive": {"plugin": "checkpoint", "every": 3, "keep_last": 9}}  # fmt: skip
+    tables = {
+        "checkpoint": {"every": 2, "keep_last": 9},
+        "archive": {"plugin": "checkpoint", "every": 3, "keep_last": 9},
+    }
     tiny_run("checkpoint", "archive", settings=tables, length=6)
 
     @plugin

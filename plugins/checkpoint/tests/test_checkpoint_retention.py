@@ -16,8 +16,16 @@ def known(
     step: int, loss: float | None = None, tags: tuple[str, ...] = (), *, finite: bool = True
 ) -> Manifest:
     metrics = {} if loss is None else {"val/loss": loss}
-    return Manifest(step=step, run="it", created=0.0, settings="", data="", metrics=metrics,
-                    tags=tags, finite=finite)  # fmt: skip
+    return Manifest(
+        step=step,
+        run="it",
+        created=0.0,
+        settings="",
+        data="",
+        metrics=metrics,
+        tags=tags,
+        finite=finite,
+    )
 
 
 existing = st.lists(

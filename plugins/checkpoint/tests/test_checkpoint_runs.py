@@ -21,7 +21,7 @@ from fundamentallm import (
     plugin,
     state,
     train,
-)  # fmt: skip
+)
 from fundamentallm.testing import (
     PluginContract,
     Recorder,
@@ -29,7 +29,7 @@ from fundamentallm.testing import (
     TinyRun,
     assert_same_weights,
     compose_tiny,
-)  # fmt: skip
+)
 from fundamentallm_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -172,7 +172,11 @@ def test_the_metrics_of_a_checkpoint_are_those_of_its_very_step(tiny_run: TinyRu
 def test_an_older_validation_says_nothing_of_a_checkpoint(tiny_run: TinyRun) -> None:
     kept = Checkpoint(every=Period(1), keep_last=9)
     run = tiny_run(kept, length=4, log_every=1, validate_every=2)
-    assert ["val/loss" in manifest(run, step)["metrics"] for step in (1, 2, 3)] == [False, True, False]
+    assert ["val/loss" in manifest(run, step)["metrics"] for step in (1, 2, 3)] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_saves_a_validation_that_is_among_the_best(tiny_run: TinyRun) -> None:
@@ -226,7 +230,9 @@ def test_two_instances_have_a_folder_each(tiny_run: TinyRun) -> None:
     assert saved(run.folder / "checkpoints" / "archive") == [3, 6, 8]
 
 
-@pytest.mark.parametrize("names", [("checkpoint", "archive"), ("archive", "checkpoint"), ("checkpoint",)])
+@pytest.mark.parametrize(
+    "names", [("checkpoint", "archive"), ("archive", "checkpoint"), ("checkpoint",)]
+)
 def test_resuming_looks_at_all_instances(names: tuple[str, ...], tiny_run: TinyRun) -> None:
     tables = two_instances(save_final=False)
     tables["checkpoint"] |= {"every": 100, "save_final": False}
@@ -346,7 +352,9 @@ def test_a_nan_in_the_weights_is_told_and_never_crowds_out_the_last_sound_weight
 
 
 def test_rejects_a_monitor_that_nothing_produces(tiny_run: TinyRun) -> None:
-    with pytest.raises(SettingsError, match=r"checkpoint\.monitor: nothing listed produces 'val/los'"):
+    with pytest.raises(
+        SettingsError, match=r"checkpoint\.monitor: nothing listed produces 'val/los'"
+    ):
         tiny_run(Checkpoint(every=TWO, monitor="val/los"))
 
 

@@ -40,8 +40,11 @@ def find_blocks(model: nn.Module, globs: list[str] | None, plugin: str) -> dict[
 
 
 def _largest_list(modules: dict[str, nn.Module], plugin: str) -> dict[str, nn.Module]:
-    lists = {name: module for name, module in modules.items()
-             if isinstance(module, nn.ModuleList) and len(module)}  # fmt: skip
+    lists = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     if not lists:
         raise SettingsError(
             f"{plugin}.blocks: the model has no nn.ModuleList to take the blocks from; name them: "

@@ -191,8 +191,11 @@ def test_progress_shows_that_the_compiler_is_at_work_until_the_second_step(
 ) -> None:
     recorder = Recorder()
     tiny_run(aot(), Build(), length=3, trace=recorder)
-    told = [(name, given) for name, given in recorder.calls
-            if name == "on_step_start" or given.get("task") == "compiling"]  # fmt: skip
+    told = [
+        (name, given)
+        for name, given in recorder.calls
+        if name == "on_step_start" or given.get("task") == "compiling"
+    ]
     assert [given.get("done", "step") for _, given in told] == ["step", 0, "step", 1, "step"]
 
 
@@ -376,12 +379,14 @@ def test_a_cache_that_cannot_be_made_is_told(tiny_run: TinyRun, tmp_path: Path) 
         ({"blocks": ["x"]}, 'compile.blocks: has no effect without scope = "blocks"'),
         ({"scope": "blocks", "blocks": []}, "compile.blocks: is empty"),
         ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
-        ({"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
-         "compile.mode: is the inductor's; the backend is 'aot_eager'"),
+        (
+            {"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
+            "compile.mode: is the inductor's; the backend is 'aot_eager'",
+        ),
         ({"backend": "aot_eager", "cache_dir": "x"}, "compile.cache_dir: is the inductor's"),
         ({"dynamic": "yes"}, "compile.dynamic: expected true or false"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
@@ -393,8 +398,10 @@ def test_wrong_settings_are_told_before_anything_starts(
 def test_blocks_are_found_by_globs_or_in_the_largest_list(tiny_run: TinyRun) -> None:
     assert list(find_blocks(Net(), None, "it")) == ["blocks.0", "blocks.1"]
     assert list(find_blocks(Net(), ["head", "blocks.*"], "it")) == [
-        "blocks.0", "blocks.1", "head",
-    ]  # fmt: skip
+        "blocks.0",
+        "blocks.1",
+        "head",
+    ]
     with pytest.raises(SettingsError, match=r"'block\.\*' matches no module .*'blocks\.\*'"):
         find_blocks(Net(), ["block.*"], "it")
     with pytest.raises(SettingsError, match="'blocks' is a container that is never called"):

@@ -60,9 +60,15 @@ class Console:
         progress, settings = run.progress, run.settings
         parameters = sum(parameter.numel() for parameter in run.parameters)
         begin = f"continues at step {progress.step}" if progress.step else "starts"
-        log.info("run %s %s: %s parameters on %s, for %s, seed %d",
-                 run.folder.name, begin, f"{parameters:,}", run.device, settings.length,
-                 settings.seed)  # fmt: skip
+        log.info(
+            "run %s %s: %s parameters on %s, for %s, seed %d",
+            run.folder.name,
+            begin,
+            f"{parameters:,}",
+            run.device,
+            settings.length,
+            settings.seed,
+        )
         log.info("plugins: %s", ", ".join(run.plugins))
 
     @hookimpl
@@ -95,8 +101,14 @@ class Console:
             self._open(run)
         why = f" ({run.stop_reason})" if outcome == "stopped" else ""
         counts = run.progress
-        log.info("%s%s at step %d, after %.1f s of training and %s tokens",
-                 outcome, why, counts.step, counts.seconds, f"{counts.tokens:,}")  # fmt: skip
+        log.info(
+            "%s%s at step %d, after %.1f s of training and %s tokens",
+            outcome,
+            why,
+            counts.step,
+            counts.seconds,
+            f"{counts.tokens:,}",
+        )
         if run.error is not None:
             # To the file alone: whoever started the run hears of the error by itself, but not of
             # the lines that led to it and to its causes.

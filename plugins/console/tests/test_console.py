@@ -94,9 +94,12 @@ def test_the_log_tells_why_a_run_stopped(tiny_run: TinyRun) -> None:
 
 @pytest.mark.parametrize("hook", ["on_step_end", "build_model"])
 def test_the_log_tells_how_a_run_failed_and_the_terminal_shows_no_traceback(
-    hook: str, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    hook: str,
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def fail(self: object) -> None:
         raise ZeroDivisionError("one by nought")
 
@@ -133,9 +136,11 @@ def test_a_file_that_cannot_be_written_is_a_warning_and_not_the_end(
 
 
 def test_a_disk_that_fills_up_is_told_once(
-    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.log").symlink_to("/dev/full")
     assert tiny_run(Console(), length=8).outcome == "finished"
@@ -172,8 +177,9 @@ ROW = "step 2: train/loss #, optim/lr #, train/tokens 8"
 def test_the_terminal_shows_each_line_once_and_rows_unless_another_plugin_shows_the_progress(
     tmp_path: Path,
 ) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert not done.stdout
     shown = [re.sub(r"\d\.\d+", "#", line) for line in done.stderr.splitlines()]
     expected = []

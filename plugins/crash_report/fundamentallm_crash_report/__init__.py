@@ -50,8 +50,11 @@ class CrashReport:
             shutil.rmtree(folder, ignore_errors=True)
             beside.rename(folder)
         except OSError as error:
-            log.warning("crash_report: no report could be written to %s: %s", folder,
-                        os.strerror(error.errno) if error.errno else error)  # fmt: skip
+            log.warning(
+                "crash_report: no report could be written to %s: %s",
+                folder,
+                os.strerror(error.errno) if error.errno else error,
+            )
         else:
             run.error.add_note(f"a report is in {folder}")
         finally:
@@ -78,18 +81,25 @@ def report(run: Run, rows: int) -> Iterator[tuple[str, str]]:
     error = run.error
     assert error is not None
     yield "traceback.txt", "".join(traceback.format_exception(error))
-    window = [{name: getattr(batch, name) for name in ("first", "samples", "weight")}
-              for batch in run.window]  # fmt: skip
-    yield "crash.json", written({
-        "error": f"{type(error).__name__}: {error}",
-        "step": run.progress.step + run.moment % 2,  # odd while a step is being attempted
-        "doing": doing(run, error),
-        "window": window or "none yet",
-        "seed": run.settings.seed,
-        "progress": {name: getattr(run.progress, name) for name in COUNTS},
-        "rejected": run.rejected,
-        "memory": memory(run.device),
-    })  # fmt: skip
+    window = [
+        {name: getattr(batch, name) for name in ("first", "samples", "weight")}
+        for batch in run.window
+    ]
+    yield (
+        "crash.json",
+        written(
+            {
+                "error": f"{type(error).__name__}: {error}",
+                "step": run.progress.step + run.moment % 2,  # odd while a step is being attempted
+                "doing": doing(run, error),
+                "window": window or "none yet",
+                "seed": run.settings.seed,
+                "progress": {name: getattr(run.progress, name) for name in COUNTS},
+                "rejected": run.rejected,
+                "memory": memory(run.device),
+            }
+        ),
+    )
     yield "settings.json", written(run.tables)
     versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     yield "versions.json", written(dict(sorted(versions.items())))

@@ -146,8 +146,9 @@ def broken_off(tmp_path, *plugins, rows=100, log_every=1):
     plugins = ("checkpoint", *plugins)
     settings = {"checkpoint": {"every": 10}}
     for length, failing in ((10, ()), (20, (CrashReport(rows=rows), Fails(done=14)))):
-        composed = compose_tiny(*plugins, *failing, settings=settings, length=length,
-                                log_every=log_every)  # fmt: skip
+        composed = compose_tiny(
+            *plugins, *failing, settings=settings, length=length, log_every=log_every
+        )
         try:
             train(composed, run_dir=tmp_path)
         except PluginError:
@@ -287,8 +288,9 @@ except FundamentalError as error:
 
 
 def test_a_report_that_the_system_refuses_leaves_one_line_and_no_trace(tmp_path):
-    done = subprocess.run([sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True, check=True
+    )
     assert "no such layer" in done.stdout
     assert "a report is in" not in done.stdout
     (told,) = done.stderr.splitlines()

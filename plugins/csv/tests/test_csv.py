@@ -51,10 +51,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 def history(path: Path) -> list[dict[str, float]]:
     """What the table says, as the run itself has it."""
     return [
-        {"step": int(row["step"]),
-         **{name: float(cell) for name, cell in list(row.items())[3:] if cell}}
+        {
+            "step": int(row["step"]),
+            **{name: float(cell) for name, cell in list(row.items())[3:] if cell},
+        }
         for row in rows(path)
-    ]  # fmt: skip
+    ]
 
 
 def steps(folder: Path) -> list[int]:
@@ -119,7 +121,9 @@ def test_every_row_is_there_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
     assert seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("end", [b"", b"1.5,6,2", b"1.5,4,16,1,1,1,1", b"\x00\x00\n", b"1.5,5\n", b"a,b,c,d,e,f,g\n"])
+@pytest.mark.parametrize(
+    "end", [b"", b"1.5,6,2", b"1.5,4,16,1,1,1,1", b"\x00\x00\n", b"1.5,5\n", b"a,b,c,d,e,f,g\n"]
+)
 def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> None:
     memory = Memory(step=4)
     whole = tiny_run(Csv(), memory, length=8, log_every=1)
@@ -184,7 +188,9 @@ def test_what_holds_no_row_is_not_kept(junk: bytes, tiny_run: TinyRun, tmp_path:
     assert names(run.folder) == ["metrics.csv"]
 
 
-@pytest.mark.parametrize("foreign", [b"year;sales\n1999;3\n", b"\xff\xfe\n", b"x" * 200_000 + b"\n"])
+@pytest.mark.parametrize(
+    "foreign", [b"year;sales\n1999;3\n", b"\xff\xfe\n", b"x" * 200_000 + b"\n"]
+)
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_file_of_someone_else_is_kept_beside(
     foreign: bytes, resumed: bool, tiny_run: TinyRun, tmp_path: Path

@@ -182,8 +182,10 @@ def test_two_runs_are_the_same_and_the_same_as_without_it(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     """What a tiny model does on a CPU is deterministic anyway, so nothing may change."""
-    runs = [tiny_run(*parts, run_dir=tmp_path / str(index))
-            for index, parts in enumerate([[Deterministic()], [Deterministic()], []])]  # fmt: skip
+    runs = [
+        tiny_run(*parts, run_dir=tmp_path / str(index))
+        for index, parts in enumerate([[Deterministic()], [Deterministic()], []])
+    ]
     for run in runs[1:]:
         assert_same_weights(runs[0], run)
         assert run.history == runs[0].history

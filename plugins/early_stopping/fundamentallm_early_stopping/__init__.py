@@ -147,6 +147,11 @@ class EarlyStopping:
         if patience == "unlimited":
             return None
         step, samples, tokens, seconds = map(operator.sub, self.measured, self.waiting)
-        since = Progress(step=int(step), samples=int(samples), tokens=int(tokens), seconds=seconds,
-                         epoch_samples=progress.epoch_samples)  # fmt: skip
+        since = Progress(
+            step=int(step),
+            samples=int(samples),
+            tokens=int(tokens),
+            seconds=seconds,
+            epoch_samples=progress.epoch_samples,
+        )
         return str(patience) if patience.reached(since) else None

@@ -25,7 +25,7 @@ from fundamentallm import (
     plugin,
     state_fields,
     train,
-)  # fmt: skip
+)
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_early_stopping import EarlyStopping
 
@@ -97,8 +97,13 @@ def known(run: Run) -> dict[str, Any]:
 
 def watched(tiny_run: TinyRun, values: list[float], every: int = 1, **table: Any) -> Run:
     length = table.pop("length", len(values) * every)
-    return tiny_run(Validations(values=values, every=every), EarlyStopping(**table),
-                    length=length, validate_every=every, log_every=every)  # fmt: skip
+    return tiny_run(
+        Validations(values=values, every=every),
+        EarlyStopping(**table),
+        length=length,
+        validate_every=every,
+        log_every=every,
+    )
 
 
 def test_stops_after_patience_validations_in_a_row_without_an_improvement(
@@ -116,8 +121,9 @@ def test_the_step_that_it_stops_at_is_validated_logged_and_at_a_safe_point(
     tiny_run: TinyRun,
 ) -> None:
     memory = Memory()
-    run = tiny_run(Validations(values=[2, 3, 1]), EarlyStopping(patience=1), memory,
-                   length=9, validate_every=1)  # fmt: skip
+    run = tiny_run(
+        Validations(values=[2, 3, 1]), EarlyStopping(patience=1), memory, length=9, validate_every=1
+    )
     assert run.history[-1]["step"] == run.progress.step == max(memory.kept) == 2
     assert run.history[-1]["val/loss"] == 3
 
@@ -209,8 +215,10 @@ def test_a_run_killed_before_or_after_that_last_step_ends_with_it_all_the_same(
     tiny_run: TinyRun, resumed_at: int
 ) -> None:
     def score() -> list[object]:
-        return [Validations(values=[4, 3, 3, 3, 2]),
-                EarlyStopping(monitor="train/score", patience=2)]  # fmt: skip
+        return [
+            Validations(values=[4, 3, 3, 3, 2]),
+            EarlyStopping(monitor="train/score", patience=2),
+        ]
 
     memory = Memory()
     whole = tiny_run(*score(), memory, length=9, log_every=1)
@@ -245,10 +253,17 @@ def test_two_of_them_watch_two_metrics_in_any_order(tiny_run: TinyRun, tmp_path:
         "score": {"plugin": "early_stopping", "monitor": "train/score", "stop_at": 7.0},
     }
     runs = [
-        tiny_run(*order, Validations(values=[9, 8, 7, 6, 5]), settings=tables, length=9,
-                 validate_every=1, log_every=1, run_dir=tmp_path / order[0])
+        tiny_run(
+            *order,
+            Validations(values=[9, 8, 7, 6, 5]),
+            settings=tables,
+            length=9,
+            validate_every=1,
+            log_every=1,
+            run_dir=tmp_path / order[0],
+        )
         for order in itertools.permutations(names)
-    ]  # fmt: skip
+    ]
     assert [run.progress.step for run in runs] == [4, 4]
     assert_same_weights(*runs)
 
@@ -257,8 +272,13 @@ def test_a_stopped_run_stays_stopped_until_its_settings_let_it_go_on(
     tiny_run: TinyRun, tmp_path: Any
 ) -> None:
     def again(memory: Memory, **table: Any) -> Run:
-        return tiny_run(Validations(values=[3, 4, 5, 6, 7]), EarlyStopping(**table), memory,
-                        length=5, validate_every=1)  # fmt: skip
+        return tiny_run(
+            Validations(values=[3, 4, 5, 6, 7]),
+            EarlyStopping(**table),
+            memory,
+            length=5,
+            validate_every=1,
+        )
 
     memory = Memory()
     assert again(memory, patience=2).progress.step == 3
@@ -333,9 +353,14 @@ def composed() -> Composed:
     data=st.data(),
 )
 def test_any_values_stop_it_when_a_plain_account_says_also_if_resumed_anywhere(
-    tmp_path_factory: pytest.TempPathFactory, composed: Composed,
-    values: list[float], every: int, table: dict[str, Any], rows: bool, data: st.DataObject,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    composed: Composed,
+    values: list[float],
+    every: int,
+    table: dict[str, Any],
+    rows: bool,
+    data: st.DataObject,
+) -> None:
     table["monitor"] = "train/score" if rows else "val/loss"
     length = len(values) * every
 
@@ -391,5 +416,7 @@ def test_patience_is_a_number_of_measurements_or_a_period_or_unlimited() -> None
 
 
 def test_a_metric_that_is_never_measured_is_told_at_the_start(tiny_run: TinyRun) -> None:
-    with pytest.raises(SettingsError, match="early_stopping: 'val/loss' is measured in validations"):
+    with pytest.raises(
+        SettingsError, match="early_stopping: 'val/loss' is measured in validations"
+    ):
         tiny_run("early_stopping", length=4)

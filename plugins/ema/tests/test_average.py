@@ -145,9 +145,12 @@ def composed() -> Composed:
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(table=tables(), rejects=st.sets(st.integers(1, 8), max_size=4), data=st.data())
 def test_any_rule_any_rejected_steps_any_resumption_make_the_average_of_a_few_lines_by_hand(
-    tmp_path_factory: pytest.TempPathFactory, composed: Composed,
-    table: dict[str, Any], rejects: set[int], data: st.DataObject,
-) -> None:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory,
+    composed: Composed,
+    table: dict[str, Any],
+    rejects: set[int],
+    data: st.DataObject,
+) -> None:
     def trained(memory: Memory) -> Run:
         composed.plugins.update(
             witness=Witness(rejects=rejects),
@@ -286,8 +289,9 @@ def test_low_precision_is_averaged_in_float32_and_resumes_to_the_same_bits(
     tiny_run: TinyRun,
 ) -> None:
     def half(witness: Witness, memory: Memory) -> Run:
-        return tiny_run(Ema(decay=0.99, warmup=False), Half(), witness, memory,
-                        length=9, validate_every=2)  # fmt: skip
+        return tiny_run(
+            Ema(decay=0.99, warmup=False), Half(), witness, memory, length=9, validate_every=2
+        )
 
     witness, memory = Witness(), Memory()
     run, seen = half(witness, memory), witness.seen

@@ -152,10 +152,16 @@ class Compile:
 
 def test_a_compiled_model_validates_with_the_average_too(tiny_run: TinyRun, tmp_path: Path) -> None:
     runs = [
-        tiny_run(Ema(decay=0.9), TinyModel(dropout=0.0), *more, length=6, validate_every=2,
-                 run_dir=tmp_path / str(len(more)))
+        tiny_run(
+            Ema(decay=0.9),
+            TinyModel(dropout=0.0),
+            *more,
+            length=6,
+            validate_every=2,
+            run_dir=tmp_path / str(len(more)),
+        )
         for more in ([], [Compile()])
-    ]  # fmt: skip
+    ]
     assert runs[0].history == runs[1].history
     assert_same_weights(*runs)
     assert same(average(runs[0]), average(runs[1]))

@@ -80,9 +80,11 @@ def freeze(model: nn.Module, settings: Freeze, name: str) -> Freezing:
     """
     known = parameter_names(model)
     every = [alias for aliases in known.values() for alias in aliases]
-    frozen = {name: aliases for name, aliases in known.items()
-              if _matches(aliases, settings.patterns)
-              and not _matches(aliases, settings.except_for)}  # fmt: skip
+    frozen = {
+        name: aliases
+        for name, aliases in known.items()
+        if _matches(aliases, settings.patterns) and not _matches(aliases, settings.except_for)
+    }
     held = [alias for aliases in frozen.values() for alias in aliases]
     problems = [
         *unmatched(f"{name}.patterns", settings.patterns, every),
@@ -92,8 +94,11 @@ def freeze(model: nn.Module, settings: Freeze, name: str) -> Freezing:
     if problems:
         raise SettingsError(problems)
     parameters = dict(model.named_parameters())
-    until = {name: [p for glob, p in settings.unfreeze.items() if _matches(aliases, [glob])]
-             for name, aliases in frozen.items() if parameters[name].requires_grad}  # fmt: skip
+    until = {
+        name: [p for glob, p in settings.unfreeze.items() if _matches(aliases, [glob])]
+        for name, aliases in frozen.items()
+        if parameters[name].requires_grad
+    }
     for frozen_name in until:
         parameters[frozen_name].requires_grad_(False)  # noqa: FBT003 - it takes no keyword in torch's stub
     if not any(parameter.requires_grad for parameter in parameters.values()):

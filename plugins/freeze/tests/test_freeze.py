@@ -141,10 +141,13 @@ def test_each_part_is_unfrozen_after_exactly_its_period(tiny_run: TinyRun) -> No
     tiny_run(Freeze(patterns=["hidden.*"], unfreeze=unfreeze), seen, length=6)
     out = {"out.weight", "out.bias"}
     assert seen.trained == [
-        out, out,
-        out | {"hidden.bias"}, out | {"hidden.bias"},  # the first of three periods that match it
-        out | {"hidden.bias", "hidden.weight"}, out | {"hidden.bias", "hidden.weight"},
-    ]  # fmt: skip
+        out,
+        out,
+        out | {"hidden.bias"},
+        out | {"hidden.bias"},  # the first of three periods that match it
+        out | {"hidden.bias", "hidden.weight"},
+        out | {"hidden.bias", "hidden.weight"},
+    ]
 
 
 @pytest.mark.parametrize("unit", ["0.5 epochs", "8 tokens"])
@@ -237,7 +240,9 @@ def test_what_was_frozen_by_others_is_never_unfrozen() -> None:
     net = Net()
     for parameter in net.blocks[1].parameters():
         parameter.requires_grad = False
-    freezing = freeze(net, Freeze(patterns=["blocks.*"], unfreeze={"blocks.*": Period(1)}), "freeze")
+    freezing = freeze(
+        net, Freeze(patterns=["blocks.*"], unfreeze={"blocks.*": Period(1)}), "freeze"
+    )
     run = Run.__new__(Run)
     run.model, run.progress = net, Progress(step=1)
     assert freezing.follow(run) == []
@@ -278,18 +283,26 @@ def test_wrong_settings_are_told_before_anything_starts(
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"patterns": ["hiden.*"]},
-         "freeze.patterns: 'hiden.*' matches no parameter (did you mean 'hidden.*'?)"),
-        ({"patterns": ["q"]},
-         "freeze.patterns: 'q' matches no parameter (known: hidden.*, hidden.weight, hidden.bias"),
-        ({"patterns": ["hidden.*"], "except_for": ["out.wait"]},
-         "freeze.except_for: 'out.wait' matches no parameter (did you mean 'out.weight'?)"),
-        ({"patterns": ["hidden.*"], "unfreeze": {"out.*": Period(1)}},
-         "freeze.unfreeze: 'out.*' matches no frozen parameter"),
+        (
+            {"patterns": ["hiden.*"]},
+            "freeze.patterns: 'hiden.*' matches no parameter (did you mean 'hidden.*'?)",
+        ),
+        (
+            {"patterns": ["q"]},
+            "freeze.patterns: 'q' matches no parameter (known: hidden.*, hidden.weight, hidden.bias",
+        ),
+        (
+            {"patterns": ["hidden.*"], "except_for": ["out.wait"]},
+            "freeze.except_for: 'out.wait' matches no parameter (did you mean 'out.weight'?)",
+        ),
+        (
+            {"patterns": ["hidden.*"], "unfreeze": {"out.*": Period(1)}},
+            "freeze.unfreeze: 'out.*' matches no frozen parameter",
+        ),
         ({"patterns": ["*"]}, "freeze.patterns: nothing is left to train; except_for keeps some"),
         ({"patterns": ["*"], "unfreeze": {"*": Period(1)}}, "nothing is left to train"),
     ],
-)  # fmt: skip
+)
 def test_patterns_that_do_not_fit_the_model_are_told_with_what_does(
     tiny_run: TinyRun, settings: dict[str, Any], complaint: str
 ) -> None:
@@ -336,8 +349,12 @@ def test_unfreezing_in_several_processes_is_refused(tiny_run: TinyRun) -> None:
 
 def test_a_second_instance_is_refused(tmp_path: Path) -> None:
     table = {"patterns": ["hidden.*"]}
-    tables = {"plugins": ["freeze", "more"], "run": {"length": 1},
-              "freeze": table, "more": {"plugin": "freeze", **table}}  # fmt: skip
+    tables = {
+        "plugins": ["freeze", "more"],
+        "run": {"length": 1},
+        "freeze": table,
+        "more": {"plugin": "freeze", **table},
+    }
     with pytest.raises(SettingsError, match=r"freeze .* and more .* edit the same thing"):
         compose(tables)
 

@@ -172,13 +172,16 @@ def test_parameters_without_gradients_are_left_alone(tiny_run: TinyRun) -> None:
     ("table", "complaint"),
     [
         ({}, "grad_clip.max_norm: is missing; state max_norm or max_value"),
-        ({"max_norm": 1.0, "max_value": 1.0}, "grad_clip.max_value: state max_norm or max_value, not both"),
+        (
+            {"max_norm": 1.0, "max_value": 1.0},
+            "grad_clip.max_value: state max_norm or max_value, not both",
+        ),
         ({"max_norm": 0.0}, "grad_clip.max_norm: must be > 0"),
         ({"max_value": -1}, "grad_clip.max_value: must be > 0"),
         ({"max_norm": 1.0, "norm_type": 0}, "grad_clip.norm_type: must be > 0"),
         ({"max_norm": math.nan}, "grad_clip.max_norm: must be > 0"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:

@@ -74,8 +74,10 @@ class GradStats:
         length = run.settings.log_every
         self._every = self.every or (int(length.amount) if length.unit == "steps" else 50)
         parameters = dict(run.model.named_parameters())
-        self._groups = {group: [parameters[name] for name in names]
-                        for group, names in self._sorted(list(parameters)).items()}  # fmt: skip
+        self._groups = {
+            group: [parameters[name] for name in names]
+            for group, names in self._sorted(list(parameters)).items()
+        }
         if self.histograms:
             from fundamentallm_grad_stats.takers import Takers
 
@@ -132,8 +134,12 @@ class GradStats:
         found = naming.grouped(names, self.per)
         most = self.max_keys // METRICS
         if len(found) > most:
-            log.warning("grad_stats: %d groups would make more than %d metrics: neighbours are "
-                        "put together", len(found), self.max_keys)  # fmt: skip
+            log.warning(
+                "grad_stats: %d groups would make more than %d metrics: neighbours are "
+                "put together",
+                len(found),
+                self.max_keys,
+            )
         return naming.merged(found, most)
 
     def _write(self, run: Run) -> dict[str, list[int]]:

@@ -45,5 +45,9 @@ def merged(groups: dict[str, list[str]], most: int) -> dict[str, list[str]]:
     items = list(groups.items())
     size = -(-len(items) // most)
     chunks = [items[at : at + size] for at in range(0, len(items), size)]
-    return {chunk[0][0] if len(chunk) == 1 else f"{chunk[0][0]}..{chunk[-1][0]}":
-            [name for _, names in chunk for name in names] for chunk in chunks}  # fmt: skip
+    return {
+        chunk[0][0] if len(chunk) == 1 else f"{chunk[0][0]}..{chunk[-1][0]}": [
+            name for _, names in chunk for name in names
+        ]
+        for chunk in chunks
+    }

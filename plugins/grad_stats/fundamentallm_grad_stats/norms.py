@@ -46,16 +46,20 @@ class Weights:
     def histograms(self) -> tuple[list[str], Tensor]:
         """Return the groups that have gradients, and how many of their values have which size:
         (groups, bins) int64."""
-        grads = {name: [p.grad for p, _ in pairs if p.grad is not None]
-                 for name, pairs in self._groups.items()}  # fmt: skip
+        grads = {
+            name: [p.grad for p, _ in pairs if p.grad is not None]
+            for name, pairs in self._groups.items()
+        }
         names = [name for name, found in grads.items() if found]
         return names, torch.stack([histogram(grads[name]) for name in names])
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of some tensors taken together, in float32 or better."""
-    each = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-            for t in tensors]  # fmt: skip
+    each = [
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors
+    ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(each))
     return total
 
@@ -66,9 +70,9 @@ def histogram(tensors: Sequence[Tensor]) -> Tensor:
     Zeros are in the first bin, infinity and NaN in the last.
     """
     # By comparison: torch.histc is not deterministic on CUDA, and bincount makes the host wait.
-    below = torch.stack([torch.stack([(t.abs() < edge).sum() for t in tensors]).sum()
-                         for edge in EDGES])  # fmt: skip
+    below = torch.stack(
+        [torch.stack([(t.abs() < edge).sum() for t in tensors]).sum() for edge in EDGES]
+    )
     total = sum(t.numel() for t in tensors)
     first, last = below.new_zeros(1), below.new_full((1,), total)
     return torch.cat([first, below, last]).diff()
-

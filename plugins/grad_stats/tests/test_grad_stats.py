@@ -57,7 +57,8 @@ def expected(witness: Witness, step: int, groups: dict[str, list[str]]) -> dict[
     found = {}
     for group, names in groups.items():
         before, after, grads = (
-            [kept[step - 1][n] for n in names] for kept in (witness.before, witness.after, witness.grads)
+            [kept[step - 1][n] for n in names]
+            for kept in (witness.before, witness.after, witness.grads)
         )
         change = [new - old for new, old in zip(after, before, strict=True)]
         found[f"grad_norm/{group}"] = by_torch(grads).item()
@@ -81,12 +82,17 @@ BY_BLOCK = {"hidden": HIDDEN, "out": OUT}
         ({}, BY_BLOCK),
         ({"per": "module"}, BY_BLOCK),
         ({"per": "parameter"}, {name: [name] for name in HIDDEN + OUT}),
-        ({"groups": {"matrices": "*.weight"}}, {"matrices": [HIDDEN[0], OUT[0]], "rest": [HIDDEN[1], OUT[1]]}),
+        (
+            {"groups": {"matrices": "*.weight"}},
+            {"matrices": [HIDDEN[0], OUT[0]], "rest": [HIDDEN[1], OUT[1]]},
+        ),
         ({"max_keys": 3}, {"hidden..out": HIDDEN + OUT}),
-        ({"per": "parameter", "max_keys": 8},
-         {"hidden.weight..hidden.bias": HIDDEN, "out.weight..out.bias": OUT}),
+        (
+            {"per": "parameter", "max_keys": 8},
+            {"hidden.weight..hidden.bias": HIDDEN, "out.weight..out.bias": OUT},
+        ),
     ],
-)  # fmt: skip
+)
 def test_all_metrics_equal_handwritten_ones_bit_by_bit(tiny_run: TinyRun, table, groups):
     witness = Witness()
     settings = {"grad_stats": {"every": 1, **table}}
@@ -175,7 +181,10 @@ def test_of_a_group_that_is_partly_frozen_the_rest_is_measured(tiny_run: TinyRun
 
 
 def test_weights_of_half_precision_are_measured_in_float32():
-    tensors = [torch.full((1000,), 0.3, dtype=torch.bfloat16), torch.full((7,), 2.0, dtype=torch.bfloat16)]
+    tensors = [
+        torch.full((1000,), 0.3, dtype=torch.bfloat16),
+        torch.full((7,), 2.0, dtype=torch.bfloat16),
+    ]
     assert norm(tensors).dtype == torch.float32
     assert norm(tensors).equal(by_torch([t.float() for t in tensors]))
     assert norm([torch.ones(3, dtype=torch.float64)]).dtype == torch.float64
@@ -217,19 +226,27 @@ def test_names_are_grouped_by_block_or_module(name: str, block: str, module: str
 
 
 NAMES = st.lists(
-    st.lists(st.sampled_from(["blocks", "0", "1", "2", "mlp", "weight"]), min_size=1, max_size=4).map(".".join),
-    min_size=1, unique=True,
-)  # fmt: skip
+    st.lists(
+        st.sampled_from(["blocks", "0", "1", "2", "mlp", "weight"]), min_size=1, max_size=4
+    ).map(".".join),
+    min_size=1,
+    unique=True,
+)
 
 
 @given(NAMES, st.sampled_from(["block", "module", "parameter"]), st.integers(1, 40))
-def test_however_they_are_merged_every_parameter_is_in_one_group_and_there_are_not_too_many(names, per, most):
+def test_however_they_are_merged_every_parameter_is_in_one_group_and_there_are_not_too_many(
+    names, per, most
+):
     found = merged(grouped(names, per), most)
     assert len(found) <= most
     assert sorted(name for group in found.values() for name in group) == sorted(names)
 
 
-@given(NAMES, st.dictionaries(st.sampled_from("abc"), st.sampled_from(["*", "blocks.*", "*.weight", "no"])))
+@given(
+    NAMES,
+    st.dictionaries(st.sampled_from("abc"), st.sampled_from(["*", "blocks.*", "*.weight", "no"])),
+)
 def test_every_parameter_is_in_the_first_group_that_matches_it(names, patterns):
     found = matched(names, patterns)
     assert sorted(name for group in found.values() for name in group) == sorted(names)
@@ -332,9 +349,15 @@ def summed(lines: list[dict[str, Any]], rows: list[int], name: str = "grad_stats
     found = []
     for last, row in pairwise([0, *rows]):
         counts = [line["counts"] for line in lines if last < line["step"] <= row]
-        found += [(f"{name}/{group}", row, [float(e) for e in range(-13, 6)],
-                   [sum(each) for each in zip(*(one[group] for one in counts), strict=True)])
-                  for group in (counts[0] if counts else ())]  # fmt: skip
+        found += [
+            (
+                f"{name}/{group}",
+                row,
+                [float(e) for e in range(-13, 6)],
+                [sum(each) for each in zip(*(one[group] for one in counts), strict=True)],
+            )
+            for group in (counts[0] if counts else ())
+        ]
     return found
 
 
@@ -400,8 +423,15 @@ def stopped_at(step: int, tiny_run: TinyRun, stats: dict[str, Any], tmp_path: Pa
             run.signal = 15 if run.progress.step == step else None
 
     memory, takes = Memory(step=step), Takes()
-    tiny_run(memory, Stop(), GradStats(**stats), takes, length=10, log_every=5,
-             run_dir=tmp_path / "stopped")  # fmt: skip
+    tiny_run(
+        memory,
+        Stop(),
+        GradStats(**stats),
+        takes,
+        length=10,
+        log_every=5,
+        run_dir=tmp_path / "stopped",
+    )
     assert takes.given == []
     return memory.kept
 
@@ -437,7 +467,7 @@ def test_a_run_continued_from_any_checkpoint_has_the_rows_and_lines_of_the_whole
         tiny_run(*listed, Bomb(step=stop), length=9, run_dir=tmp_path / "parts", **choice)
     parts = tiny_run(*listed, length=9, run_dir=tmp_path / "parts", **choice)
     assert_same_weights(whole, parts)
-    assert parts.history == whole.history[-len(parts.history):]
+    assert parts.history == whole.history[-len(parts.history) :]
     assert read(parts) == read(whole)
 
 
@@ -487,8 +517,10 @@ def test_a_second_instance_has_a_file_of_its_own(tiny_run: TinyRun):
 
 
 def test_a_measured_run_ends_in_the_same_bits(tiny_run: TinyRun, tmp_path: Path):
-    runs = [tiny_run(*listed, length=8, log_every=2, validate_every=2, run_dir=tmp_path / str(n))
-            for n, listed in enumerate(([], [GradStats(every=1, histograms=True)]))]  # fmt: skip
+    runs = [
+        tiny_run(*listed, length=8, log_every=2, validate_every=2, run_dir=tmp_path / str(n))
+        for n, listed in enumerate(([], [GradStats(every=1, histograms=True)]))
+    ]
     assert_same_weights(*runs)
     for bare, row in zip(*(run.history for run in runs), strict=True):
         assert bare == {name: row[name] for name in row if name not in measured(row)}
@@ -568,10 +600,13 @@ def test_a_step_that_is_not_measured_costs_four_python_calls(
         ({"max_keys": 2}, "grad_stats.max_keys: must be >= 3"),
         ({"groups": {"All": "*"}}, "grad_stats.groups: 'All' is no lower-case name"),
         ({"groups": {"rest": "*"}}, "grad_stats.groups: 'rest' is no lower-case name, or is taken"),
-        ({"groups": {"a": "*"}, "max_keys": 5}, "grad_stats.max_keys: these groups and the rest make 6"),
+        (
+            {"groups": {"a": "*"}, "max_keys": 5},
+            "grad_stats.max_keys: these groups and the rest make 6",
+        ),
         ({"groups": {"a": 1}}, "grad_stats.groups.a: expected a string"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run("grad_stats", settings={"grad_stats": table})
@@ -580,5 +615,7 @@ def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complai
 
 def test_a_pattern_that_matches_nothing_ends_the_start_with_what_there_is(tiny_run: TinyRun):
     settings = {"grad_stats": {"groups": {"all": "*", "late": "out.*"}}}
-    with pytest.raises(SettingsError, match=r"groups\.late: 'out\.\*' matches no parameter that is left"):
+    with pytest.raises(
+        SettingsError, match=r"groups\.late: 'out\.\*' matches no parameter that is left"
+    ):
         tiny_run("grad_stats", settings=settings)

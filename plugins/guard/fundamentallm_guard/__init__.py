@@ -229,16 +229,22 @@ class Guard:
 
         name = self._name(run)
         if self.rewinds >= self.max_rewinds:
-            raise NotFiniteError(f"{text}; the run was rewound {self.rewinds} times already, as"
-                                 f" often as {name}.max_rewinds allows")  # fmt: skip
+            raise NotFiniteError(
+                f"{text}; the run was rewound {self.rewinds} times already, as"
+                f" often as {name}.max_rewinds allows"
+            )
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
         # The update before it may be what began it, and must be undone as well.
         target = checkpoints.newest_sound(run, self._homes, began - 1)
         if target is None:
             if not self._warned:
-                log.warning("%s: there is no checkpoint to go back to from step %d: steps are"
-                            " skipped instead; is 'checkpoint' listed, and does it save and keep"
-                            " enough?", name, began)  # fmt: skip
+                log.warning(
+                    "%s: there is no checkpoint to go back to from step %d: steps are"
+                    " skipped instead; is 'checkpoint' listed, and does it save and keep"
+                    " enough?",
+                    name,
+                    began,
+                )
             self._warned = True
             return False
         self.rewinds += 1

@@ -37,8 +37,10 @@ def redo(run: Run, origin: Origin) -> None:
     for parameter in run.parameters:
         parameter.grad = None
     if not all(map(_tells_weights, run.window)):
-        log.warning("the weights of halved micro-batches cannot be told from their data: all rows"
-                    " are taken to weigh the same")  # fmt: skip
+        log.warning(
+            "the weights of halved micro-batches cannot be told from their data: all rows"
+            " are taken to weigh the same"
+        )
     halved = [part for part in cut(run.window, 1) if part.weight]
     # Whoever goes over the old window finds nothing left in it to do.
     run.window.clear()

@@ -33,7 +33,9 @@ VOCABULARY, TOKENS, PADDING = 11, 6, -100
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    "cpu": RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    ),
     "mps": RuntimeError("MPS backend out of memory"),
     "python": MemoryError(),
 }
@@ -109,7 +111,10 @@ def close(one: Run, other: Run) -> None:
 def test_split_microbatches_train_as_whole_ones(
     tiny_run: TinyRun, tmp_path: Path, rows: int, where: str
 ) -> None:
-    parts, table = ["accumulate", TinyData(batch_size=5)], {"settings": accumulating(3), "length": 5}
+    parts, table = (
+        ["accumulate", TinyData(batch_size=5)],
+        {"settings": accumulating(3), "length": 5},
+    )
     whole = tiny_run(*parts, Small(rows=99), **table, run_dir=tmp_path / "whole")
     guard = Guard(oom="split")
     split = tiny_run(*parts, guard, Small(rows=rows, where=where), **table)
@@ -169,8 +174,9 @@ def test_a_step_that_is_redone_is_the_step_of_a_run_that_was_split_already(
     small = {"rows": 2, "where": "backward", "dropout": 0.3}
     table = {"settings": accumulating(2), "length": 5}
     one = tiny_run("accumulate", Guard(oom="split"), Small(**small), **table)
-    other = tiny_run("accumulate", AlreadySplit(oom="split"), Small(**small), **table,
-                     run_dir=tmp_path / "other")  # fmt: skip
+    other = tiny_run(
+        "accumulate", AlreadySplit(oom="split"), Small(**small), **table, run_dir=tmp_path / "other"
+    )
     assert_same_weights(one, other)
     assert one.history == other.history
 
@@ -252,16 +258,18 @@ def test_a_skipped_step_is_as_if_its_data_had_not_been_there(
     room, guard = {"rows": 4, "where": where, "dropout": 0.3}, Guard(oom="skip")
     parts = ["accumulate", "grad_clip"]
     skipped = tiny_run(*parts, guard, Uneven(large=True), Small(**room), **table, length=6)
-    lacking = tiny_run(*parts, Uneven(), Small(**room), **table, length=5,
-                       run_dir=tmp_path / "lacking")  # fmt: skip
+    lacking = tiny_run(
+        *parts, Uneven(), Small(**room), **table, length=5, run_dir=tmp_path / "lacking"
+    )
     assert_same_weights(skipped, lacking)
     assert guard.skipped == 1
 
 
 def test_a_window_that_begins_with_a_large_sample_can_be_skipped(tiny_run: TinyRun) -> None:
     small = Small(rows=3)
-    run = tiny_run("accumulate", Guard(oom="skip", nonfinite="stop"), small,
-                   settings=accumulating(3), length=4)  # fmt: skip
+    run = tiny_run(
+        "accumulate", Guard(oom="skip", nonfinite="stop"), small, settings=accumulating(3), length=4
+    )
     assert small.seen == [4, 4, 4, 4], "the rest of a rejected window is not computed"
     assert (run.progress.applied, run.progress.step) == (0, 4)
     assert (len(run.window), len(run.losses), run.progress.microbatches) == (3, 3, 12)
@@ -304,7 +312,9 @@ def test_so_it_does_where_the_update_runs_out_of_memory(tiny_run: TinyRun) -> No
 
 
 def test_a_single_sample_that_does_not_fit_ends_the_run(tiny_run: TinyRun) -> None:
-    with pytest.raises(OutOfMemoryError, match="1 samples from index 0[\\s\\S]*nothing is left to split"):
+    with pytest.raises(
+        OutOfMemoryError, match="1 samples from index 0[\\s\\S]*nothing is left to split"
+    ):
         tiny_run(Guard(oom="split"), Small(rows=0))
 
 
@@ -495,10 +505,18 @@ def test_padded_sentences_split_anyhow_have_the_gradient_of_the_whole(
 ) -> None:
     folder = tmp_path_factory.mktemp("runs")
     runs = [
-        train(compose_tiny(*guards, Sentences(lengths=lengths), Bigram(rows=room), length=1,
-                           validate_every=None), run_dir=folder / name)
+        train(
+            compose_tiny(
+                *guards,
+                Sentences(lengths=lengths),
+                Bigram(rows=room),
+                length=1,
+                validate_every=None,
+            ),
+            run_dir=folder / name,
+        )
         for name, guards, room in [("whole", [], 99), ("split", [Guard(oom="split")], rows)]
-    ]  # fmt: skip
+    ]
     one, other = (run.model.scores.weight.grad for run in runs)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 

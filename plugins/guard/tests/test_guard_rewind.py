@@ -223,9 +223,7 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_passed_over(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     damages = Damages(step=10, how=how)
-    run = tiny_run(
-        "checkpoint", rewinding(), damages, Spiky(at=[13]), settings=saving(), length=15
-    )
+    run = tiny_run("checkpoint", rewinding(), damages, Spiky(at=[13]), settings=saving(), length=15)
     assert "goes back to step-00000005 " in caplog.text
     assert run.progress.applied == 15
 
@@ -275,10 +273,18 @@ def test_the_losses_that_make_a_spike_survive_a_resume(
     table = saving(save_final=True)
     whole = tiny_run("checkpoint", rewinding(), Spiky(at=[13]), settings=table, length=20)
     where = tmp_path / "parts"
-    tiny_run("checkpoint", rewinding(), Spiky(at=[13]), Stops(last=after), settings=table,
-             length=20, run_dir=where)  # fmt: skip
-    rest = tiny_run("checkpoint", rewinding(), Spiky(at=[13]), settings=table, length=20,
-                    run_dir=where)  # fmt: skip
+    tiny_run(
+        "checkpoint",
+        rewinding(),
+        Spiky(at=[13]),
+        Stops(last=after),
+        settings=table,
+        length=20,
+        run_dir=where,
+    )
+    rest = tiny_run(
+        "checkpoint", rewinding(), Spiky(at=[13]), settings=table, length=20, run_dir=where
+    )
     assert_same_weights(whole, rest)
     assert rest.progress.samples == whole.progress.samples == 92
 
@@ -350,7 +356,10 @@ def test_its_place_in_the_list_does_not_matter_for_a_rewind(
     }
     runs = [
         tiny_run(*listed, Spiky(at=[26]), settings=settings, length=20, run_dir=tmp_path / place)
-        for place, listed in {"one": names, "other": names[::-1] if first else names[3:] + names[:3]}.items()
+        for place, listed in {
+            "one": names,
+            "other": names[::-1] if first else names[3:] + names[:3],
+        }.items()
     ]
     assert_same_weights(*runs)
     assert runs[0].history == runs[1].history

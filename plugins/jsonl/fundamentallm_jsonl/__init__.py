@@ -61,9 +61,7 @@ class Jsonl:
         """Append a row, in one write."""
         self._append(FILE, row(run.progress.step, run.progress.tokens, metrics))
 
-    def take_histogram(
-        self, name: str, step: int, edges: list[float], counts: list[int]
-    ) -> None:
+    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
         """Append a histogram; any plugin of the run may hand one over while a row is logged."""
         self._append(HISTOGRAMS, histogram(name, step, edges, counts))
 

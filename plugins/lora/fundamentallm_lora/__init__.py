@@ -66,8 +66,13 @@ class Lora:
         adapted = adapt(run, self, name)
         sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
         trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
-        log.info("%s: %d adapters; %s of %s weights are trained",
-                 name, len(adapted), f"{trained:,}", f"{total:,}")  # fmt: skip
+        log.info(
+            "%s: %d adapters; %s of %s weights are trained",
+            name,
+            len(adapted),
+            f"{trained:,}",
+            f"{total:,}",
+        )
 
     @hookimpl(wrapper=True)
     def read_checkpoint(self) -> Generator[None, Any, Any]:

@@ -40,9 +40,11 @@ def adapt(run: Run, settings: Lora, plugin: str) -> list[str]:
         *_unmatched(f"{plugin}.except_for", settings.except_for, layers, others),
         *_unmatched(f"{plugin}.train_also", settings.train_also, known, {}),
     ]
-    chosen = {name: layer for name, layer in layers.items()
-              if _matches(name, settings.targets)
-              and not _matches(name, settings.except_for)}  # fmt: skip
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if _matches(name, settings.targets) and not _matches(name, settings.except_for)
+    }
     problems += _unfit(model, chosen, plugin)
     if not chosen and not problems:
         problems = [f"{plugin}.except_for: leaves no layer to adapt"]
@@ -64,8 +66,11 @@ def _unfit(model: nn.Module, chosen: dict[str, nn.Linear], plugin: str) -> Itera
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)].append(name)
-    fast = [name for name, module in model.named_modules()
-            if isinstance(module, nn.TransformerEncoderLayer)]  # fmt: skip
+    fast = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+    ]
     for name, layer in chosen.items():
         others = [owner for owner in owners[id(layer.weight)] if owner != name]
         if others:

@@ -41,10 +41,15 @@ def load(model: nn.Module, file: Path, setting: str) -> None:
     problems = [
         *_told("it lacks", own.keys() - found.keys()),
         *_told("the model has no", found.keys() - own.keys()),
-        *_told("another shape than the model's has", (
-            f"{name} ({list(found[name].shape)} for {list(own[name].shape)})"
-            for name in own.keys() & found.keys() if own[name].shape != found[name].shape)),
-    ]  # fmt: skip
+        *_told(
+            "another shape than the model's has",
+            (
+                f"{name} ({list(found[name].shape)} for {list(own[name].shape)})"
+                for name in own.keys() & found.keys()
+                if own[name].shape != found[name].shape
+            ),
+        ),
+    ]
     if any(name.endswith(".lora_a") for name in found.keys() - own.keys()):
         problems = ["it holds adapters of another run; merge them with: fundamentallm lora-merge"]
     if problems:

@@ -138,9 +138,13 @@ def test_names_and_shapes_are_those_of_the_base_with_adapters_beside(tiny_run: T
     run = tiny_run(building(tiny), Lora(rank=3, targets=["hidden"]), length=1)
     shapes = {name: list(tensor.shape) for name, tensor in weights(run).items()}
     assert shapes == {
-        "hidden.weight": [16, 8], "hidden.bias": [16], "hidden.lora_a": [3, 8],
-        "hidden.lora_b": [16, 3], "out.weight": [1, 16], "out.bias": [1],
-    }  # fmt: skip
+        "hidden.weight": [16, 8],
+        "hidden.bias": [16],
+        "hidden.lora_a": [3, 8],
+        "hidden.lora_b": [16, 3],
+        "out.weight": [1, 16],
+        "out.bias": [1],
+    }
     assert "rank=3, scale=5.33333" in repr(run.model.hidden)
 
 
@@ -210,8 +214,12 @@ def test_train_also_names_what_else_is_trained(tiny_run: TinyRun) -> None:
     build = building(tiny)
     tiny_run(build, Lora(targets=["hidden"], train_also=["*.bias", "out.*"]), length=1)
     assert build.trained == {
-        "hidden.lora_a", "hidden.lora_b", "hidden.bias", "out.weight", "out.bias",
-    }  # fmt: skip
+        "hidden.lora_a",
+        "hidden.lora_b",
+        "hidden.bias",
+        "out.weight",
+        "out.bias",
+    }
 
 
 def test_targets_and_exceptions_choose_the_layers(tiny_run: TinyRun) -> None:
@@ -305,18 +313,26 @@ def test_a_layer_whose_weight_is_read_without_calling_it_is_refused(tiny_run: Ti
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"targets": ["hiden"]},
-         "lora.targets: 'hiden' matches no linear layer (did you mean 'hidden'?)"),
-        ({"targets": ["q"]},
-         "lora.targets: 'q' matches no linear layer (known: hidden, out)"),
-        ({"targets": ["drop*"]},
-         "lora.targets: 'drop*' matches no linear layer (dropout is a Dropout)"),
-        ({"except_for": ["aut"]},
-         "lora.except_for: 'aut' matches no linear layer (did you mean 'out'?)"),
+        (
+            {"targets": ["hiden"]},
+            "lora.targets: 'hiden' matches no linear layer (did you mean 'hidden'?)",
+        ),
+        ({"targets": ["q"]}, "lora.targets: 'q' matches no linear layer (known: hidden, out)"),
+        (
+            {"targets": ["drop*"]},
+            "lora.targets: 'drop*' matches no linear layer (dropout is a Dropout)",
+        ),
+        (
+            {"except_for": ["aut"]},
+            "lora.except_for: 'aut' matches no linear layer (did you mean 'out'?)",
+        ),
         ({"except_for": ["*"]}, "lora.except_for: leaves no layer to adapt"),
-        ({"train_also": ["*.gain"]}, "lora.train_also: '*.gain' matches no parameter (known: hidden.w"),
+        (
+            {"train_also": ["*.gain"]},
+            "lora.train_also: '*.gain' matches no parameter (known: hidden.w",
+        ),
     ],
-)  # fmt: skip
+)
 def test_globs_that_do_not_fit_the_model_are_told_with_what_does(
     tiny_run: TinyRun, settings: dict[str, Any], complaint: str
 ) -> None:
@@ -394,16 +410,27 @@ class TestBase:
         [
             (lambda state: state.pop("out.bias"), "is not of this model: it lacks out.bias"),
             (lambda state: state.update(more=torch.ones(1)), "the model has no more"),
-            (lambda state: state.update({"out.bias": torch.ones(2)}),
-             "another shape than the model's has out.bias ([2] for [1])"),
-            (lambda state: state.update({"out.lora_a": torch.ones(2)}),
-             "it holds adapters of another run; merge them with: fundamentallm lora-merge"),
-            (lambda state: (state.clear(), state.update(x=torch.ones(1))),
-             "it lacks hidden.bias, hidden.weight, out.bias and 1 more; the model has no x"),
+            (
+                lambda state: state.update({"out.bias": torch.ones(2)}),
+                "another shape than the model's has out.bias ([2] for [1])",
+            ),
+            (
+                lambda state: state.update({"out.lora_a": torch.ones(2)}),
+                "it holds adapters of another run; merge them with: fundamentallm lora-merge",
+            ),
+            (
+                lambda state: (state.clear(), state.update(x=torch.ones(1))),
+                "it lacks hidden.bias, hidden.weight, out.bias and 1 more; the model has no x",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_a_file_of_another_model_is_told_with_what_differs(
-        self, tiny_run: TinyRun, tmp_path: Path, state: dict[str, Tensor], change: Any, complaint: str
+        self,
+        tiny_run: TinyRun,
+        tmp_path: Path,
+        state: dict[str, Tensor],
+        change: Any,
+        complaint: str,
     ) -> None:
         change(state)
         save_file(state, tmp_path / "base.safetensors")

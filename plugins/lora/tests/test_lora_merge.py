@@ -144,8 +144,11 @@ def test_the_file_fits_the_model_without_adapters_which_then_computes_the_same(
 def test_a_merged_file_is_a_base_and_the_same_model_again(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"
     merge(run.folder, out)
-    tables = {"plugins": [str(tmp_path / "net8.py"), "lora"], "run": {"length": 1},
-              "lora": {"base": str(out), "except_for": ["tied", "twin"]}}  # fmt: skip
+    tables = {
+        "plugins": [str(tmp_path / "net8.py"), "lora"],
+        "run": {"length": 1},
+        "lora": {"base": str(out), "except_for": ["tied", "twin"]},
+    }
     again = train(tables, run_dir=tmp_path / "again")
     with torch.no_grad():
         for module in again.model.modules():
@@ -155,7 +158,9 @@ def test_a_merged_file_is_a_base_and_the_same_model_again(run: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_merged_layer_computes_what_the_adapted_one_does(dtype: torch.dtype, limit: float) -> None:
+def test_a_merged_layer_computes_what_the_adapted_one_does(
+    dtype: torch.dtype, limit: float
+) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32, dtype=dtype)
     LoraLinear.adapt(layer, Lora(rank=4, alpha=3.0), torch.Generator())
@@ -199,8 +204,14 @@ def test_averaged_the_weights_that_the_run_is_validated_with_are_merged(
     merge(run.folder, outs[1], "--averaged")
     for out, state in zip(outs, (raw, mean), strict=True):
         found = load_file(out)
-        assert set(found) == {"again.bias", "again.weight", "out.bias", "out.weight", "tied.bias",
-                              "tied.weight"}  # fmt: skip
+        assert set(found) == {
+            "again.bias",
+            "again.weight",
+            "out.bias",
+            "out.weight",
+            "tied.bias",
+            "tied.weight",
+        }
         for name, own in (("again", "inner"), ("out", "out")):
             assert found[f"{name}.bias"].equal(state[f"{own}.bias"])
             by_hand = merged_by_hand(state, own)

@@ -25,9 +25,16 @@ class LrSchedule:
     """
 
     shape: Literal[
-        "constant", "linear", "cosine", "cosine_with_restarts", "wsd", "inverse_sqrt",
-        "polynomial", "one_cycle", "step",
-    ] = "cosine"  # fmt: skip
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "wsd",
+        "inverse_sqrt",
+        "polynomial",
+        "one_cycle",
+        "step",
+    ] = "cosine"
     """What the learning rate does after the warmup."""
     warmup: Period | float = 0.0
     """How long it rises first, in a straight line (for `one_cycle`: along a cosine)."""

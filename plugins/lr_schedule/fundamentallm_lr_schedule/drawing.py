@@ -25,12 +25,14 @@ def text(curve: Curve, width: int = 64, height: int = 16) -> str:
     lines = _canvas(curve, width, height)
     rows = [f"{label if i == 0 else '':>{margin}} │{line}" for i, line in enumerate(lines)]
     end = f"{curve.end:g} {curve.unit}"
-    return "\n".join([
-        *rows,
-        f"{'0':>{margin}} └{'─' * width}",
-        f"{'':>{margin}}  0{end:>{width - 1}}",
-        summary(curve),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *rows,
+            f"{'0':>{margin}} └{'─' * width}",
+            f"{'':>{margin}}  0{end:>{width - 1}}",
+            summary(curve),
+        ]
+    )
 
 
 def summary(curve: Curve) -> str:

@@ -117,8 +117,9 @@ def count(period: Period) -> tuple[str, float]:
 
 def _measure(choices: Choices, run_length: Period, lead: bool) -> Lengths:
     names = ("warmup", "at") if choices.shape in ENDLESS else ("length", "warmup", "decay", "cycle")
-    counted = [(name, *_amount(one, run_length))
-               for name in names for one in _stated(choices, name)]  # fmt: skip
+    counted = [
+        (name, *_amount(one, run_length)) for name in names for one in _stated(choices, name)
+    ]
     first, unit = next(((name, unit) for name, unit, _ in counted), ("", count(run_length)[0]))
     for name, other, _ in counted:
         if other != unit:
@@ -156,8 +157,10 @@ def _step(choices: Choices, lengths: Lengths, levels: Levels) -> list[Part]:
         before = partial(shapes.constant, value=levels.peak)
         return [Part(stride, 0, 1, before), Part(inf, 0, stride, formula)]
     moments = enumerate([*sorted(lengths.at), inf])
-    return [Part(until, 0, 1, partial(shapes.constant, value=levels.peak * gamma**index))
-            for index, until in moments]  # fmt: skip
+    return [
+        Part(until, 0, 1, partial(shapes.constant, value=levels.peak * gamma**index))
+        for index, until in moments
+    ]
 
 
 def _inverse_sqrt(_: Choices, lengths: Lengths, levels: Levels) -> list[Part]:
@@ -191,9 +194,10 @@ def _wsd(choices: Choices, lengths: Lengths, levels: Levels) -> list[Part]:
     begin = lengths.length - lengths.decay
     return [
         Part(begin, 0, 1, partial(shapes.constant, value=levels.peak)),
-        Part(lengths.length, begin, lengths.decay,
-             partial(chosen, begin=levels.peak, end=levels.end)),
-    ]  # fmt: skip
+        Part(
+            lengths.length, begin, lengths.decay, partial(chosen, begin=levels.peak, end=levels.end)
+        ),
+    ]
 
 
 def _one_cycle(_: Choices, lengths: Lengths, levels: Levels) -> list[Part]:

@@ -19,9 +19,16 @@ class Scheduled:
     ``end``, in one of the shapes that `lr_schedule` has for the learning rate."""
 
     shape: Literal[
-        "constant", "linear", "cosine", "cosine_with_restarts", "wsd", "inverse_sqrt",
-        "polynomial", "one_cycle", "step",
-    ] = "linear"  # fmt: skip
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "wsd",
+        "inverse_sqrt",
+        "polynomial",
+        "one_cycle",
+        "step",
+    ] = "linear"
     """How the value goes from `start`, or from `peak` if there is a warmup, to `end`."""
     start: float | None = None
     """The first value; by default what the plugin's own table states."""

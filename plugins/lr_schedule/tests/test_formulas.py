@@ -109,8 +109,9 @@ AFTER_WARMUP: dict[str, Callable[[SGD, int, float], lr_scheduler.LRScheduler]] =
     "cosine": lambda o, rest, lowest: lr_scheduler.CosineAnnealingLR(o, rest, eta_min=lowest),
     "polynomial": lambda o, rest, lowest: lr_scheduler.PolynomialLR(o, rest, power=2.0),
     "cosine_with_restarts": lambda o, rest, lowest: lr_scheduler.CosineAnnealingWarmRestarts(
-        o, 300, T_mult=2, eta_min=lowest),
-}  # fmt: skip
+        o, 300, T_mult=2, eta_min=lowest
+    ),
+}
 OWN: dict[str, dict[str, Any]] = {
     "polynomial": {"power": 2.0, "decay_to": 0.0},
     "cosine_with_restarts": {"cycle": Period(300), "cycle_growth": 2.0},
@@ -120,9 +121,11 @@ OWN: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
 @settings(max_examples=6, deadline=None)
 @given(
-    st.sampled_from(sorted(AFTER_WARMUP)), st.integers(1, STEPS - 1), st.floats(0, 1),
+    st.sampled_from(sorted(AFTER_WARMUP)),
+    st.integers(1, STEPS - 1),
+    st.floats(0, 1),
     st.integers(0, STEPS - 1),
-)  # fmt: skip
+)
 def test_equals_torchs_schedulers_in_a_row_at_each_update_after_any_warmup_and_resumed_anywhere(
     shape: str, warmup: int, lowest: float, resumed: int
 ) -> None:
@@ -139,9 +142,10 @@ def test_equals_torchs_schedulers_in_a_row_at_each_update_after_any_warmup_and_r
 
 @settings(max_examples=6, deadline=None)
 @given(
-    st.lists(st.integers(1, STEPS), min_size=1, max_size=8), st.floats(0.05, 1.5),
+    st.lists(st.integers(1, STEPS), min_size=1, max_size=8),
+    st.floats(0.05, 1.5),
     st.integers(0, 500),
-)  # fmt: skip
+)
 def test_steps_are_those_of_torch_at_any_moments_and_after_any_warmup(
     moments: list[int], gamma: float, warmup: int
 ) -> None:
@@ -211,22 +215,30 @@ def test_cosine_is_nanogpts_at_any_warmup_and_resume_point(drawn: Any) -> None:
 def test_linear_falls_in_a_straight_line_at_any_warmup_and_resume_point(drawn: Any) -> None:
     length, warmup, lowest, at = drawn
     mine = factors(length, at, shape="linear", warmup=lead(warmup), decay_to=lowest)
-    same(mine, [
-        (it + 1) / (warmup + 1) if it < warmup
-        else lowest + (1 - lowest) * (length - it) / (length - warmup)
-        for it in at
-    ])  # fmt: skip
+    same(
+        mine,
+        [
+            (it + 1) / (warmup + 1)
+            if it < warmup
+            else lowest + (1 - lowest) * (length - it) / (length - warmup)
+            for it in at
+        ],
+    )
 
 
 @given(runs(), st.floats(0.1, 5))
 def test_polynomial_is_the_power_of_what_is_left_at_any_warmup(drawn: Any, power: float) -> None:
     length, warmup, lowest, at = drawn
     table = {"shape": "polynomial", "power": power, "decay_to": lowest}
-    same(factors(length, at, warmup=lead(warmup), **table), [
-        (it + 1) / (warmup + 1) if it < warmup
-        else lowest + (1 - lowest) * ((length - it) / (length - warmup)) ** power
-        for it in at
-    ])  # fmt: skip
+    same(
+        factors(length, at, warmup=lead(warmup), **table),
+        [
+            (it + 1) / (warmup + 1)
+            if it < warmup
+            else lowest + (1 - lowest) * ((length - it) / (length - warmup)) ** power
+            for it in at
+        ],
+    )
 
 
 @given(runs())
@@ -262,9 +274,13 @@ def test_wsd_is_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: An
     decay = data.draw(st.integers(1, length - warmup))
     at = at + around(length, length - decay)
     table = {"shape": "wsd", "decay": Period(decay), "decay_shape": fall, "decay_to": lowest}
-    same(factors(length, at, warmup=lead(warmup), **table), [
-        minicpm(it, warmup, length - decay, lambda x: FALLS[fall](x, lowest), length) for it in at
-    ])  # fmt: skip
+    same(
+        factors(length, at, warmup=lead(warmup), **table),
+        [
+            minicpm(it, warmup, length - decay, lambda x: FALLS[fall](x, lowest), length)
+            for it in at
+        ],
+    )
 
 
 @pytest.mark.parametrize("fall", FALLS)
@@ -288,10 +304,13 @@ def test_restarts_are_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -
     at = at + around(length, warmup + cycle, warmup + cycle * (1 + growth))
     table = {"cycle": Period(cycle), "cycle_growth": float(growth), "decay_to": lowest}
     mine = factors(length, at, shape="cosine_with_restarts", warmup=lead(warmup), **table)
-    same(mine, [
-        (it + 1) / (warmup + 1) if it < warmup else sgdr(it - warmup, cycle, growth, lowest)
-        for it in at
-    ])  # fmt: skip
+    same(
+        mine,
+        [
+            (it + 1) / (warmup + 1) if it < warmup else sgdr(it - warmup, cycle, growth, lowest)
+            for it in at
+        ],
+    )
 
 
 @given(runs(), st.floats(0, 1))
@@ -304,10 +323,15 @@ def test_one_cycle_is_torchs_at_any_warmup(drawn: Any, start: float) -> None:
 
     top, last = warmup - 1, length - 1
     table = {"warmup": Period(warmup), "start": start, "decay_to": lowest}
-    same(factors(length, at, shape="one_cycle", **table), [
-        anneal(start, 1, it / top) if it <= top else anneal(1, lowest, (it - top) / (last - top))
-        for it in at
-    ])  # fmt: skip
+    same(
+        factors(length, at, shape="one_cycle", **table),
+        [
+            anneal(start, 1, it / top)
+            if it <= top
+            else anneal(1, lowest, (it - top) / (last - top))
+            for it in at
+        ],
+    )
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -324,9 +348,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @given(
-    st.sampled_from(sorted(SHAPES)), st.integers(2, STEPS), st.floats(1e-3, 0.7), st.floats(0, 1),
+    st.sampled_from(sorted(SHAPES)),
+    st.integers(2, STEPS),
+    st.floats(1e-3, 0.7),
+    st.floats(0, 1),
     st.integers(0, 2 * STEPS),
-)  # fmt: skip
+)
 def test_every_factor_is_between_zero_and_one(
     shape: str, length: int, warmup: float, lowest: float, at: int
 ) -> None:

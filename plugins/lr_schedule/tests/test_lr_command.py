@@ -61,8 +61,12 @@ def test_it_draws_the_run_and_tells_its_ends_and_its_highest(settings: Path) -> 
 
 
 def test_the_drawing_rises_and_falls_where_the_schedule_does(settings: Path) -> None:
-    overrides = ["lr_schedule.shape='wsd'", "lr_schedule.warmup=0.5", "lr_schedule.decay=0.5",
-                 "lr_schedule.decay_to=0.0"]  # fmt: skip
+    overrides = [
+        "lr_schedule.shape='wsd'",
+        "lr_schedule.warmup=0.5",
+        "lr_schedule.decay=0.5",
+        "lr_schedule.decay_to=0.0",
+    ]
     picture = text(trace(compose(settings, overrides=overrides)), width=8, height=4)
     assert picture.splitlines()[:5] == [
         "2.00e-02 │⠀⠀⠀⢠⠿⡄⠀⠀",
@@ -124,11 +128,17 @@ def test_a_picture_that_cannot_be_written_is_an_error_that_says_where(
     ("overrides", "complaint"),
     [
         (["lr_schedule.warmup='1e6 tokens'"], "lr_schedule.warmup: is in tokens, but length is in"),
-        (["plugins=['./parts.py', 'lr_schedule', 'other']", "other.plugin='lr_schedule'",
-          "other.shape='constant'", "other.warmup='5 minutes'"],
-         "schedules in several units cannot be drawn as one: lr_schedule is in steps, other is in"),
+        (
+            [
+                "plugins=['./parts.py', 'lr_schedule', 'other']",
+                "other.plugin='lr_schedule'",
+                "other.shape='constant'",
+                "other.warmup='5 minutes'",
+            ],
+            "schedules in several units cannot be drawn as one: lr_schedule is in steps, other is in",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_drawn_is_told(
     settings: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], complaint: str
 ) -> None:

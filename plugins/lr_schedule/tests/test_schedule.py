@@ -228,9 +228,12 @@ def test_lengths_that_do_not_fit_together_are_told_at_the_start(
         ({"warmup": -0.1}, "warmup: a fraction"),
         ({"warmup": "10 stepz"}, "warmup: "),
         ({"decay_to": 1.1}, "decay_to: must be <= 1"),
-        ({"shape": "cosine_with_restarts", "cycle": 0.1, "cycle_growth": 0.5}, "cycle_growth: must"),
+        (
+            {"shape": "cosine_with_restarts", "cycle": 0.1, "cycle_growth": 0.5},
+            "cycle_growth: must",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:

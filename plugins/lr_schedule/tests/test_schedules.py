@@ -229,10 +229,12 @@ def many() -> tuple[object, ...]:
     """Make plugins of which much is scheduled at once."""
     of = {
         "cut": {"batch_size": Scheduled(start=1, end=9, length=Period(7))},
-        "windows": {"count": Scheduled(shape="step", at=[Period(3), Period(5)], gamma=2.0),
-                    "ratio": Scheduled(shape="cosine", end=0.1)},
+        "windows": {
+            "count": Scheduled(shape="step", at=[Period(3), Period(5)], gamma=2.0),
+            "ratio": Scheduled(shape="cosine", end=0.1),
+        },
         "decaying": {"weight_decay": Scheduled(shape="wsd", end=0.0, decay=0.5)},
-    }  # fmt: skip
+    }
     return Cut(), Windows(), Decaying(), Schedules(of=of)
 
 
@@ -367,15 +369,17 @@ def test_a_warmup_goes_straight_from_start_to_peak_and_on_to_end(
 
 def test_one_cycle_reaches_its_peak_and_its_end_where_it_says() -> None:
     table = {"shape": "one_cycle", "start": 0.95, "peak": 0.85, "end": 0.95}
-    (one,) = follow("100 steps", Windows(), windows={
-        "ratio": Scheduled(warmup=Period(30), **table)}).followed  # fmt: skip
+    (one,) = follow(
+        "100 steps", Windows(), windows={"ratio": Scheduled(warmup=Period(30), **table)}
+    ).followed
     values = [one.course.value(at) for at in (0, 15, 30, 65, 100)]
     assert values == pytest.approx([0.95, 0.9, 0.85, 0.9, 0.95])
 
 
 def test_inverse_sqrt_approaches_its_end() -> None:
-    mine = course("1000 steps", shape="inverse_sqrt", start=0.1, peak=0.9, end=0.5,
-                  warmup=Period(10))  # fmt: skip
+    mine = course(
+        "1000 steps", shape="inverse_sqrt", start=0.1, peak=0.9, end=0.5, warmup=Period(10)
+    )
     assert mine[0] == 0.1
     for i in range(10, 1000):
         assert math.isclose(mine[i], 0.5 + 0.4 * math.sqrt(10 / i))
@@ -454,8 +458,16 @@ class Idle:
 @pytest.mark.parametrize(
     ("where", "table", "complaint"),
     [
-        ("window.count", {}, "window.count: 'window' is no listed plugin (did you mean 'windows'?)"),
-        ("windows.cont", {}, "windows.cont: 'cont' is no setting of windows (did you mean 'count'?)"),
+        (
+            "window.count",
+            {},
+            "window.count: 'window' is no listed plugin (did you mean 'windows'?)",
+        ),
+        (
+            "windows.cont",
+            {},
+            "windows.cont: 'cont' is no setting of windows (did you mean 'count'?)",
+        ),
         ("windows.label", {}, "windows.label: is no number"),
         ("cut.shuffle", {}, "cut.shuffle: is no number"),
         ("cut.opened", {}, "cut.opened: 'opened' is no setting of cut ("),
@@ -467,20 +479,32 @@ class Idle:
         ("windows.ratio", {"end": 1.5}, "windows.ratio.end: ratio must be <= 1"),
         ("windows.ratio", {"peak": 2.0, "warmup": 0.1}, "windows.ratio.peak: ratio must be <= 1"),
         ("windows.ratio", {"multiple_of": 2}, "windows.ratio.multiple_of: is for whole numbers"),
-        ("cut.batch_size", {"shape": "step", "at": Period(10), "gamma": 2.0, "end": None},
-         "cut.batch_size.gamma: batch_size must be <= 64"),
-        ("cut.batch_size", {"shape": "step", "at": [Period(9)] * 5, "gamma": 2.0, "end": None},
-         "cut.batch_size.gamma: batch_size must be <= 64"),
-        ("windows.count", {"length": Period(1, "hours"), "warmup": 0.1, "peak": 2.0},
-         "windows.count.warmup: is in steps, but length is in seconds"),
-        ("windows.count", {"warmup": Period(100), "peak": 2.0},
-         "windows.count.warmup: takes the whole schedule"),
+        (
+            "cut.batch_size",
+            {"shape": "step", "at": Period(10), "gamma": 2.0, "end": None},
+            "cut.batch_size.gamma: batch_size must be <= 64",
+        ),
+        (
+            "cut.batch_size",
+            {"shape": "step", "at": [Period(9)] * 5, "gamma": 2.0, "end": None},
+            "cut.batch_size.gamma: batch_size must be <= 64",
+        ),
+        (
+            "windows.count",
+            {"length": Period(1, "hours"), "warmup": 0.1, "peak": 2.0},
+            "windows.count.warmup: is in steps, but length is in seconds",
+        ),
+        (
+            "windows.count",
+            {"warmup": Period(100), "peak": 2.0},
+            "windows.count.warmup: takes the whole schedule",
+        ),
         ("decaying.lr", {}, "decaying.lr: the learning rate follows the plugin lr_schedule"),
         ("fixed.depth", {}, "fixed.depth: is read at the start only; what can change there: pace"),
         ("lrschedule.decay_to", {}, "lrschedule.decay_to: is read at the start only"),
         ("idle.depth", {}, "idle.depth: idle does nothing during the steps"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_told_before_anything_is_built(
     where: str, table: dict[str, Any], complaint: str
 ) -> None:
@@ -492,8 +516,10 @@ def test_what_does_not_fit_is_told_before_anything_is_built(
 
 
 def test_all_that_does_not_fit_is_told_at_once() -> None:
-    of = {"windows": {"count": Scheduled(end=0), "ratio": Scheduled(end=2)},
-          "nobody": {"count": Scheduled(end=1)}}  # fmt: skip
+    of = {
+        "windows": {"count": Scheduled(end=0), "ratio": Scheduled(end=2)},
+        "nobody": {"count": Scheduled(end=1)},
+    }
     with pytest.raises(SettingsError) as caught:
         follow("100 steps", Windows(), **of)
     assert len(caught.value.problems) == 3

@@ -176,9 +176,13 @@ class Mlflow:
             self._journal.close()
         left = Farewell(self._folder(run), self.end_seconds, run.report).wait(shipper)
         if left is not None:
-            log.warning("mlflow: %s; the rows are in %s: continuing the run ships them, or: "
-                        "fundamentallm mlflow sync %s",
-                        left, self._folder(run), run.folder)  # fmt: skip
+            log.warning(
+                "mlflow: %s; the rows are in %s: continuing the run ships them, or: "
+                "fundamentallm mlflow sync %s",
+                left,
+                self._folder(run),
+                run.folder,
+            )
         elif self._shown:
             log.info("mlflow: %s", self._shown)
         self._journal = self._shipper = self._thinning = None
@@ -231,8 +235,11 @@ class Mlflow:
         try:
             self._journal.append(kind, **facts)
         except OSError as error:
-            log.warning("mlflow: the journal takes no more rows (%s): MLflow shows none from here "
-                        "on; the training goes on", error.strerror)  # fmt: skip
+            log.warning(
+                "mlflow: the journal takes no more rows (%s): MLflow shows none from here "
+                "on; the training goes on",
+                error.strerror,
+            )
             self._journal.close()
             self._journal = None
 

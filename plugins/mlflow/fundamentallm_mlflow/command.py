@@ -125,9 +125,21 @@ def serve(store: str, port: int, where: str) -> None:
     # The server's own words about itself are none of the reader's business; its errors are.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     threading.Thread(target=_announce, args=(port, where), daemon=True).start()
-    words = ["server", "--backend-store-uri", store, "--registry-store-uri", store,
-             "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-             "--uvicorn-opts", "--log-level warning"]  # fmt: skip
+    words = [
+        "server",
+        "--backend-store-uri",
+        store,
+        "--registry-store-uri",
+        store,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        "--log-level warning",
+    ]
     cli.main(words, prog_name="mlflow", standalone_mode=False)
 
 

@@ -67,8 +67,12 @@ def dataset(run: Run) -> dict[str, Any]:
     builder = next((name for name, one in run.plugins.items() if hasattr(one, "build_data")), "")
     samples, context = run.data.epoch_samples, getattr(run.data, "context_length", None)
     tokens = samples * context if samples and context else None
-    profile = {"samples": samples, "context_length": context, "tokens": tokens,
-               "vocab_size": getattr(run.data, "vocab_size", None)}  # fmt: skip
+    profile = {
+        "samples": samples,
+        "context_length": context,
+        "tokens": tokens,
+        "vocab_size": getattr(run.data, "vocab_size", None),
+    }
     return {
         "name": builder or type(run.data).__name__,
         "digest": run.data.fingerprint[:_LONGEST_DIGEST],

@@ -49,5 +49,7 @@ class Farewell:
         self._report(TASK, min(shipped(self._folder), self._total - 1), self._total)
         if not self._told and time.monotonic() - self._began > SILENT_SECONDS:
             self._told = True
-            log.info("mlflow: waiting for the store to take the last rows, at most %g seconds",
-                     self._seconds)  # fmt: skip
+            log.info(
+                "mlflow: waiting for the store to take the last rows, at most %g seconds",
+                self._seconds,
+            )

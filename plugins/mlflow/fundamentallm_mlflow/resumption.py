@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 Way: TypeAlias = Literal["same", "fork", "new"]
 
 # How long a run is, how often one looks and how fast it goes make no other run of it.
-FREE = ("run.length", "run.validate_every", "run.log_every", "run.max_time", "run.device",
-        "run.validate_first")  # fmt: skip
+FREE = (
+    "run.length",
+    "run.validate_every",
+    "run.log_every",
+    "run.max_time",
+    "run.device",
+    "run.validate_first",
+)
 
 
 def way(journal: Path, offset: int, start: Mapping[str, Any]) -> tuple[Way, str]:
@@ -48,6 +54,9 @@ def previous_start(journal: Path, offset: int) -> dict[str, Any] | None:
 def newest_checkpoint(journal: Path, offset: int) -> int:
     """Return the step of the newest checkpoint that the run had before ``offset``; -1 if none."""
     before = Timeline(journal, offset - 1)
-    steps = [row["step"] for at, row in JournalReader(journal, stop=offset).rows()
-             if row["kind"] == "checkpoint" and before.counts(at, row["step"])]  # fmt: skip
+    steps = [
+        row["step"]
+        for at, row in JournalReader(journal, stop=offset).rows()
+        if row["kind"] == "checkpoint" and before.counts(at, row["step"])
+    ]
     return max(steps, default=-1)

@@ -142,9 +142,11 @@ def reason(error: Exception) -> str:
     if schema:
         from mlflow.version import VERSION
 
-        return (f"the database has schema {schema[1]}, and this mlflow {VERSION} knows "
-                f"{schema[2]}: install the mlflow that made it, or, if it is the older one, "
-                "back it up and run 'mlflow db upgrade'")  # fmt: skip
+        return (
+            f"the database has schema {schema[1]}, and this mlflow {VERSION} knows "
+            f"{schema[2]}: install the mlflow that made it, or, if it is the older one, "
+            "back it up and run 'mlflow db upgrade'"
+        )
     if "Response body: '<" in text or "failed with error code 404" in text:
         code = re.search(r"error code (\d+)", text)
         said = f" (it says {code[1]})" if code else ""

@@ -72,8 +72,9 @@ class Shipping:
         root = run_folder / "samples"
         for path in sorted(root.rglob("*.txt")) if root.is_dir() else ():
             if path not in self._sent:
-                self._store.add_file(self.entry.run_id, path,
-                                     str(path.parent.relative_to(run_folder)))  # fmt: skip
+                self._store.add_file(
+                    self.entry.run_id, path, str(path.parent.relative_to(run_folder))
+                )
                 self._sent.add(path)
 
     def _attach(self, offset: int, start: Mapping[str, Any]) -> None:
@@ -89,8 +90,11 @@ class Shipping:
                 entry, tags = self._new(offset, start, history=False), {"continues": last.run_id}
             else:
                 entry = self._new(offset, start, history=True)
-                tags = {"forked_from": last.run_id, "forked_at": str(start["step"]),
-                        "fork_reason": why}  # fmt: skip
+                tags = {
+                    "forked_from": last.run_id,
+                    "forked_at": str(start["step"]),
+                    "fork_reason": why,
+                }
         self._store.describe(entry.run_id, start, tags)
         # Only now: what got no answer is done again, and each part of it comes out the same.
         entry.closed = False
@@ -118,8 +122,14 @@ class Shipping:
 
     def _new(self, offset: int, start: Mapping[str, Any], *, history: bool) -> Entry:
         run_id = self._store.run_for(start)
-        return Entry(run_id, self._store.experiment_id, *self._place, starts=[offset],
-                     history=history, shipped=0 if history else offset)  # fmt: skip
+        return Entry(
+            run_id,
+            self._store.experiment_id,
+            *self._place,
+            starts=[offset],
+            history=history,
+            shipped=0 if history else offset,
+        )
 
     def _is_here(self, entry: Entry) -> bool:
         is_near = (entry.place, entry.experiment) == self._place
@@ -224,8 +234,13 @@ class Shipment:
     def _send(self, row: dict[str, Any]) -> None:
         run_id = self._entry.run_id
         if row["kind"] == "rewind":
-            self._store.tag(run_id, {f"rewind.{row['left']}": f"steps {row['step'] + 1} to "
-                                     f"{row['left']} are void: the run went back"})  # fmt: skip
+            self._store.tag(
+                run_id,
+                {
+                    f"rewind.{row['left']}": f"steps {row['step'] + 1} to "
+                    f"{row['left']} are void: the run went back"
+                },
+            )
         elif row["kind"] == "checkpoint":
             self._store.add_model(run_id, row, self._recent.get(row["step"], []))
             if self._upload:

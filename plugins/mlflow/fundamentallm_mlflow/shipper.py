@@ -126,8 +126,10 @@ class Shipper:
     def why(self, error: str) -> str:
         """Return a sentence on what does not work, with the store's name and no password."""
         said = error.replace(self._uri, self._place)
-        return (f"mlflow: the store {self._place} cannot be used: {said} "
-                f"(details: {self._folder / 'ship.log'})")  # fmt: skip
+        return (
+            f"mlflow: the store {self._place} cannot be used: {said} "
+            f"(details: {self._folder / 'ship.log'})"
+        )
 
     def _let_go(self) -> None:
         self._process.wait()  # it has ended, or is about to: this does not take long

@@ -65,10 +65,16 @@ class Store:
         """Return the run that was made for a ``start`` row, now or by a call that got no answer."""
         query = f"tags.`{START_TAG}` = '{start['id']}'"
         found = self.client.search_runs([self.experiment_id], query, max_results=1)
-        run = found[0] if found else self.client.create_run(
-            self.experiment_id, start["time"], {START_TAG: start["id"]} | self._parent(start),
-            run_name=start["name"][:LONGEST],
-        )  # fmt: skip
+        run = (
+            found[0]
+            if found
+            else self.client.create_run(
+                self.experiment_id,
+                start["time"],
+                {START_TAG: start["id"]} | self._parent(start),
+                run_name=start["name"][:LONGEST],
+            )
+        )
         return str(run.info.run_id)
 
     def describe(self, run_id: str, start: Mapping[str, Any], extra: Mapping[str, str]) -> None:
@@ -152,9 +158,15 @@ class Store:
             return
         for key, value, milliseconds, step in points:
             self.offers(
-                self.client.log_metric, run_id, safe(key), value, milliseconds, step,
-                synchronous=True, model_id=model.model_id,
-            )  # fmt: skip
+                self.client.log_metric,
+                run_id,
+                safe(key),
+                value,
+                milliseconds,
+                step,
+                synchronous=True,
+                model_id=model.model_id,
+            )
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, row["step"])])
         self.client.finalize_logged_model(model.model_id, "READY")  # last: now it is whole
 
@@ -193,8 +205,10 @@ class Store:
                 if found is None:
                     raise error from None
         if found.lifecycle_stage != "active":
-            raise ValueError(f"the experiment {name!r} was deleted there: restore it, or set "
-                             "mlflow.experiment to another name")  # fmt: skip
+            raise ValueError(
+                f"the experiment {name!r} was deleted there: restore it, or set "
+                "mlflow.experiment to another name"
+            )
         return str(found.experiment_id)
 
 

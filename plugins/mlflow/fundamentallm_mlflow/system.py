@@ -39,8 +39,9 @@ class SystemMetrics:
 
     def __init__(self, folder: Path, pid: int, seconds: float) -> None:
         self._pid, self._seconds = pid, seconds
-        starts = [(o, row) for o, row in turns_of(folder / "journal.jsonl")
-                  if row["kind"] == "start"]  # fmt: skip
+        starts = [
+            (o, row) for o, row in turns_of(folder / "journal.jsonl") if row["kind"] == "start"
+        ]
         self._since = starts[0][1]["time"] / 1000
         self._start = starts[-1][0]
         self._rows, self._step = _opened(folder / FILE)
@@ -108,8 +109,9 @@ def _looks(reader: JournalReader) -> Iterator[dict[str, Any]]:
     for _, row in reader.rows():
         metrics = row.get("metrics")
         numbers = metrics.values() if isinstance(metrics, dict) else [None]
-        if (all(type(row.get(key)) is int for key in ("time", "step", "start"))
-                and all(type(number) in (int, float) for number in numbers)):  # fmt: skip
+        if all(type(row.get(key)) is int for key in ("time", "step", "start")) and all(
+            type(number) in (int, float) for number in numbers
+        ):
             yield row
 
 

@@ -44,5 +44,8 @@ class Thinning:
             self._every *= 2
         if self._every > 1 and not self._told:
             self._told = True
-            log.warning("mlflow: %d MB wait for the store: from here on MLflow gets fewer of the "
-                        "training rows, and all validations", self._limit >> 21)  # fmt: skip
+            log.warning(
+                "mlflow: %d MB wait for the store: from here on MLflow gets fewer of the "
+                "training rows, and all validations",
+                self._limit >> 21,
+            )

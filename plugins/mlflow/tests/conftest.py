@@ -69,8 +69,19 @@ def _store(look: Look, monkeypatch: Any) -> None:
 
 
 # Where Python may leave a thread waiting: everything that asks the system for something.
-MAY_WAIT = {"posix", "select", "_socket", "_ssl", "_io", "_thread", "_posixsubprocess", "fcntl",
-            "signal", "_signal", "_queue"}  # fmt: skip
+MAY_WAIT = {
+    "posix",
+    "select",
+    "_socket",
+    "_ssl",
+    "_io",
+    "_thread",
+    "_posixsubprocess",
+    "fcntl",
+    "signal",
+    "_signal",
+    "_queue",
+}
 _watching: list[Watch] = []
 
 
@@ -167,6 +178,7 @@ def watch() -> Watch:
 
 _hearing: list[bool] = []
 
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     """A port that takes connections and never answers."""
@@ -192,8 +204,10 @@ def started_together() -> Callable[[str], None]:
 
     def start(uri: str) -> None:
         words = [sys.executable, "-c", STARTS, uri]
-        both = [subprocess.Popen([*words, name * 32], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                for name in "ab"]  # fmt: skip
+        both = [
+            subprocess.Popen([*words, name * 32], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for name in "ab"
+        ]
         for one in both:
             assert one.stdout is not None
             assert one.stdout.readline() == b"ready\n"

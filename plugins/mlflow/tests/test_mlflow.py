@@ -48,8 +48,12 @@ def logger(experiment: str, **settings: Any) -> Mlflow:
 class TestContract(PluginContract):
     plugin = Mlflow
     # A store that nobody has: what a plugin promises does not hang on one, and this is quick.
-    needs = {"tracking_uri": "nonsense://x", "on_start_failure": "journal", **PATIENT,
-             "end_seconds": 0.01}  # fmt: skip
+    needs = {
+        "tracking_uri": "nonsense://x",
+        "on_start_failure": "journal",
+        **PATIENT,
+        "end_seconds": 0.01,
+    }
 
 
 @plugin
@@ -217,7 +221,11 @@ def test_what_is_not_in_git_is_not_called_clean(tiny_run: TinyRun) -> None:
     run = tiny_run(length=1)
     path = run.folder / "environment.json"
     environment = json.loads(path.read_text())
-    for commit, dirty, wanted in ((None, False, None), ("c1", False, "false"), ("c1", True, "true")):
+    for commit, dirty, wanted in (
+        (None, False, None),
+        ("c1", False, "false"),
+        ("c1", True, "true"),
+    ):
         path.write_text(json.dumps(environment | {"git": {"commit": commit, "dirty": dirty}}))
         assert tags(run, {}, {"model.parameters": "1"}).get("git.dirty") == wanted
 

@@ -62,8 +62,9 @@ def test_rows_of_ten_metrics_at_a_steady_pace_are_all_shipped_while_they_come(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, rows: int
 ) -> None:
     pace, name = Pace(every=rows // LOOKS), f"long-{rows}"
-    one = Mlflow(experiment=name, waiting_mb=WAITING_MB, plot=False, start_seconds=120.0,
-                 end_seconds=200.0)  # fmt: skip
+    one = Mlflow(
+        experiment=name, waiting_mb=WAITING_MB, plot=False, start_seconds=120.0, end_seconds=200.0
+    )
     run = tiny_run(one, "jsonl", pace, length=rows, log_every=1, validate_every=rows // LOOKS)
     journal = (run.folder / "mlflow" / "journal.jsonl").read_text().splitlines()
     sent = [row for row in map(json.loads, journal) if row["kind"] == "metrics"]

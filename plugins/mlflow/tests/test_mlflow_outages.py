@@ -48,13 +48,28 @@ class Server:
     def start(self) -> None:
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-             f"sqlite:///{self.folder / 'served.db'}", "--artifacts-destination",
-             str(self.folder / "files"), "--host", "127.0.0.1", "--port", str(self.port),
-             "--workers", "1"],
-            start_new_session=True, env=dict(os.environ) | quiet, cwd=self.folder,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "mlflow",
+                "server",
+                "--backend-store-uri",
+                f"sqlite:///{self.folder / 'served.db'}",
+                "--artifacts-destination",
+                str(self.folder / "files"),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--workers",
+                "1",
+            ],
+            start_new_session=True,
+            env=dict(os.environ) | quiet,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         until = time.monotonic() + 120
         while True:
             try:
@@ -131,8 +146,11 @@ def test_nothing_is_lost_or_doubled_when_the_server_hangs_and_is_restarted(
         server.tell(signal.SIGKILL)
         server.start()
 
-    doing = {50: lambda: server.tell(signal.SIGSTOP), 250: lambda: server.tell(signal.SIGCONT),
-             270: restart}  # fmt: skip
+    doing = {
+        50: lambda: server.tell(signal.SIGSTOP),
+        250: lambda: server.tell(signal.SIGCONT),
+        270: restart,
+    }
     one = Mlflow(experiment="outage", tracking_uri=server.uri, **LIMITS)
     slowly = Slowly(seconds=0.1, doing=doing)
     run = tiny_run(one, watch, slowly, length=300, log_every=1, validate_every=10)
@@ -211,10 +229,13 @@ def test_the_page_of_the_charts_is_printed_once_it_is_there(look: Any, tmp_path:
     port = free_port()
     words = ["ui", "--uri", look.uri, "--experiment", "shown", "--port", str(port)]
     shown = subprocess.Popen(
-        [sys.executable, "-m", "fundamentallm", *words], cwd=tmp_path, stdout=subprocess.PIPE,
-        start_new_session=True, text=True,
+        [sys.executable, "-m", "fundamentallm", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
         env=dict(os.environ) | {"http_proxy": f"http://127.0.0.1:{free_port()}"},
-    )  # fmt: skip
+    )
     try:
         assert shown.stdout is not None
         url = next(line.strip() for line in shown.stdout if line.startswith("http"))

@@ -16,9 +16,12 @@ from fundamentallm_mlflow.note import LINE, program, wrapped
 from fundamentallm_mlflow.store import Store
 
 START: dict[str, Any] = {
-    "name": "r", "time": 1, "parameters": {}, "records": [],
+    "name": "r",
+    "time": 1,
+    "parameters": {},
+    "records": [],
     "dataset": {"name": "d", "digest": "1", "source": {}, "profile": {}},
-}  # fmt: skip
+}
 
 # Not of all characters: a command's words hold no line ends, and the page is not a shell.
 WORDS = st.lists(st.text(string.ascii_letters + "-='\" \\$./", max_size=30), min_size=1)

@@ -29,10 +29,15 @@ from fundamentallm_mlflow.turn import Turn
 from fundamentallm_mlflow.work import Work
 
 START: dict[str, Any] = {
-    "step": 0, "resume": "auto", "chosen": False, "name": "r", "records": [], "tags": {},
+    "step": 0,
+    "resume": "auto",
+    "chosen": False,
+    "name": "r",
+    "records": [],
+    "tags": {},
     "parameters": {"groups.*bias.lr": "1", "run.length": "8 steps"},
     "dataset": {"name": "d", "digest": "1", "source": {}, "profile": {"tokens": 5}},
-}  # fmt: skip
+}
 
 
 class Process:
@@ -326,11 +331,13 @@ def test_a_description_that_is_refused_in_parts_is_logged_without_them(look: Any
     store = opened(look.uri, "described")
     source = {"paths": ["/data/part"] * 10_000, "fingerprint": "f"}
     start = START | {
-        "id": "described", "time": 1, "name": "n" * 300,
+        "id": "described",
+        "time": 1,
+        "name": "n" * 300,
         "parameters": {"a": "1", "x" * 300: "2", "x" * 301: "3", "a(b)": "4", "a_b_": "5"},
         "tags": {"mine": "1", "t" * 300: "2", "mlflow.runName": "n", "long": "v" * 10_000},
         "dataset": START["dataset"] | {"source": source},
-    }  # fmt: skip
+    }
     run_id = store.run_for(start)
     store.describe(run_id, start, {})
     kept = look.run("described")
@@ -436,8 +443,16 @@ def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path
 def machine(folder: Path, uri: str, experiment: str, seconds: float = 0.0) -> Work:
     """What ships ``folder``, and looks at this process, if ``seconds`` say so."""
     asked = {"uri": uri, "place": uri, "experiment": experiment, "plot": False}
-    return Work(asked | {"parent": os.getpid(), "system_seconds": seconds,
-                         "run_folder": str(folder), "start_seconds": 60.0}, folder)  # fmt: skip
+    return Work(
+        asked
+        | {
+            "parent": os.getpid(),
+            "system_seconds": seconds,
+            "run_folder": str(folder),
+            "start_seconds": 60.0,
+        },
+        folder,
+    )
 
 
 def seen(folder: Path) -> list[tuple[int, float]]:
@@ -478,8 +493,15 @@ def test_what_is_seen_of_the_machine_is_kept_without_a_store_and_goes_into_every
     assert first != last
 
 
-WRONG = ({"step": "2"}, {"step": None}, {"start": None}, {"time": "x"}, {"metrics": [1]},
-         {"metrics": None}, {"metrics": {"system/a": "b"}})  # fmt: skip
+WRONG = (
+    {"step": "2"},
+    {"step": None},
+    {"start": None},
+    {"time": "x"},
+    {"metrics": [1]},
+    {"metrics": None},
+    {"metrics": {"system/a": "b"}},
+)
 
 
 def test_a_damaged_look_costs_no_other_and_no_row(look: Any, tmp_path: Path) -> None:

@@ -49,8 +49,11 @@ def _chosen(run: Run, choices: Muon, parameters: Parameters) -> set[nn.Parameter
     wanted = choices.matrices
     if wanted is None:
         embeddings = _embeddings(run.model)
-        chosen = {p for p, names in flat.items()
-                  if p not in embeddings and not any(matches(names, h) for h in HEADS)}  # fmt: skip
+        chosen = {
+            p
+            for p, names in flat.items()
+            if p not in embeddings and not any(matches(names, h) for h in HEADS)
+        }
     else:
         chosen = {p for p, names in flat.items() if any(matches(names, w) for w in wanted)}
         _check(run, choices, parameters, chosen)

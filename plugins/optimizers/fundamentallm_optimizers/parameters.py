@@ -63,8 +63,11 @@ def checked(run: Run, choices: Choices) -> Parameters:
     if not any(parameter.requires_grad for parameter in parameters):
         raise SettingsError(f"{plugin}: the model has no trainable parameter")
     filled = {_place(names, choices.groups) for names in parameters.values()}
-    problems = [f"{plugin}.groups.{index}.pattern: {_why_empty(run, group.pattern)}"
-                for index, group in enumerate(choices.groups) if index not in filled]  # fmt: skip
+    problems = [
+        f"{plugin}.groups.{index}.pattern: {_why_empty(run, group.pattern)}"
+        for index, group in enumerate(choices.groups)
+        if index not in filled
+    ]
     if problems:
         raise SettingsError(problems)
     return parameters
@@ -84,10 +87,13 @@ def grouped(parameters: Parameters, groups: list[Group], own: Own) -> list[dict[
         parts[index, _weight_decay(parameter, group, own)].append(parameter)
     # Sorted: by group, and in it the decayed ones first.
     return [
-        {"params": parts[key], "weight_decay": key[1],
-         "lr": own.lr if key[0] < 0 else _lr(groups[key[0]], own)}
+        {
+            "params": parts[key],
+            "weight_decay": key[1],
+            "lr": own.lr if key[0] < 0 else _lr(groups[key[0]], own),
+        }
         for key in sorted(parts, key=lambda key: (key[0], -key[1]))
-    ]  # fmt: skip
+    ]
 
 
 def use_fused(run: Run, choices: Fusible, *, by_default: bool = True) -> bool | None:

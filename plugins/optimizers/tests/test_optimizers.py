@@ -100,16 +100,30 @@ def muon(named: dict[str, nn.Parameter]) -> ByHand:
 
 def muon_in_another_way(named: dict[str, nn.Parameter]) -> ByHand:
     return ByHand(
-        optim.Muon([named["hidden.weight"]], 0.02, 0.3, momentum=0.9, nesterov=False, ns_steps=3,
-                   eps=1e-6, adjust_lr_fn="original"),
+        optim.Muon(
+            [named["hidden.weight"]],
+            0.02,
+            0.3,
+            momentum=0.9,
+            nesterov=False,
+            ns_steps=3,
+            eps=1e-6,
+            adjust_lr_fn="original",
+        ),
         optim.AdamW(
             [
                 {"params": [named["hidden.bias"]], "weight_decay": 0.05},
-                {"params": [named["out.weight"], named["out.bias"]], "lr": 0.0015,
-                 "weight_decay": 0.7},
+                {
+                    "params": [named["out.weight"], named["out.bias"]],
+                    "lr": 0.0015,
+                    "weight_decay": 0.7,
+                },
             ],
-            0.003, (0.8, 0.99), 1e-6),
-    )  # fmt: skip
+            0.003,
+            (0.8, 0.99),
+            1e-6,
+        ),
+    )
 
 
 SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
@@ -120,29 +134,45 @@ SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
     ),
     "adamw with everything else": (
         AdamW,
-        {"lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.3,
-         "decay": "all", "amsgrad": True, "fused": False},
+        {
+            "lr": 0.01,
+            "beta1": 0.8,
+            "beta2": 0.99,
+            "eps": 1e-6,
+            "weight_decay": 0.3,
+            "decay": "all",
+            "amsgrad": True,
+            "fused": False,
+        },
         lambda named: optim.AdamW(
-            named.values(), 0.01, (0.8, 0.99), 1e-6, weight_decay=0.3, amsgrad=True),
+            named.values(), 0.01, (0.8, 0.99), 1e-6, weight_decay=0.3, amsgrad=True
+        ),
     ),
     "adam as it is": (Adam, {}, lambda named: optim.Adam(named.values(), fused=True)),
     "adam with everything else": (
         Adam,
-        {"lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.3,
-         "amsgrad": True, "fused": False},
+        {
+            "lr": 0.01,
+            "beta1": 0.8,
+            "beta2": 0.99,
+            "eps": 1e-6,
+            "weight_decay": 0.3,
+            "amsgrad": True,
+            "fused": False,
+        },
         lambda named: optim.Adam(by_dimension(named, 0.3), 0.01, (0.8, 0.99), 1e-6, amsgrad=True),
     ),
-    "sgd as it is": (
-        SGD, {"lr": 0.1}, lambda named: optim.SGD(named.values(), 0.1, fused=True)),
+    "sgd as it is": (SGD, {"lr": 0.1}, lambda named: optim.SGD(named.values(), 0.1, fused=True)),
     "sgd with nesterov momentum": (
         SGD,
         {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "decay": "all"},
-        lambda named: optim.SGD(
-            named.values(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        lambda named: optim.SGD(named.values(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     ),
     "sgd with fused momentum": (
-        SGD, {"lr": 0.1, "momentum": 0.9, "fused": True},
-        lambda named: optim.SGD(named.values(), 0.1, momentum=0.9, fused=True)),
+        SGD,
+        {"lr": 0.1, "momentum": 0.9, "fused": True},
+        lambda named: optim.SGD(named.values(), 0.1, momentum=0.9, fused=True),
+    ),
     "sgd with dampening": (
         SGD,
         {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "fused": False},
@@ -150,36 +180,63 @@ SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
     ),
     "groups of their own": (
         AdamW,
-        {"lr": 0.01, "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.2),
-                                Group(pattern="*.bias", lr=0.3)]},
+        {
+            "lr": 0.01,
+            "groups": [
+                Group(pattern="out.*", lr_scale=0.5, weight_decay=0.2),
+                Group(pattern="*.bias", lr=0.3),
+            ],
+        },
         lambda named: optim.AdamW(
             [
                 {"params": [named["hidden.weight"]], "lr": 0.01, "weight_decay": 0.1},
-                {"params": [named["out.weight"], named["out.bias"]], "lr": 0.005,
-                 "weight_decay": 0.2},
+                {
+                    "params": [named["out.weight"], named["out.bias"]],
+                    "lr": 0.005,
+                    "weight_decay": 0.2,
+                },
                 {"params": [named["hidden.bias"]], "lr": 0.3, "weight_decay": 0.0},
             ],
-            betas=(0.9, 0.95), fused=True),
+            betas=(0.9, 0.95),
+            fused=True,
+        ),
     ),
     "muon as it is": (Muon, {}, muon),
     "muon with everything else": (
         Muon,
-        {"lr": 0.02, "momentum": 0.9, "nesterov": False, "ns_steps": 3, "eps": 1e-6,
-         "adjust_lr_fn": "original", "weight_decay": 0.3, "decay": "all", "fused": False,
-         "matrices": ["hidden.*"],
-         "adamw": Rest(lr=0.003, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.05),
-         "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.7)]},
+        {
+            "lr": 0.02,
+            "momentum": 0.9,
+            "nesterov": False,
+            "ns_steps": 3,
+            "eps": 1e-6,
+            "adjust_lr_fn": "original",
+            "weight_decay": 0.3,
+            "decay": "all",
+            "fused": False,
+            "matrices": ["hidden.*"],
+            "adamw": Rest(lr=0.003, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.05),
+            "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.7)],
+        },
         muon_in_another_way,
     ),
     "adafactor as it is": (Adafactor, {}, lambda named: optim.Adafactor(named.values())),
     "adafactor with everything else": (
         Adafactor,
-        {"lr": 0.05, "beta2_decay": -0.5, "eps1": 1e-6, "eps2": 1e-2, "clip_threshold": 2.0,
-         "weight_decay": 0.3, "foreach": True},
+        {
+            "lr": 0.05,
+            "beta2_decay": -0.5,
+            "eps1": 1e-6,
+            "eps2": 1e-2,
+            "clip_threshold": 2.0,
+            "weight_decay": 0.3,
+            "foreach": True,
+        },
         lambda named: optim.Adafactor(
-            by_dimension(named, 0.3), 0.05, -0.5, (1e-6, 1e-2), 2.0, foreach=True),
+            by_dimension(named, 0.3), 0.05, -0.5, (1e-6, 1e-2), 2.0, foreach=True
+        ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SAME)
@@ -311,8 +368,9 @@ def test_frozen_parameters_rest_without_state_until_they_are_unfrozen(
 def test_an_unfrozen_parameter_is_trained_as_plain_torch_would_from_then_on(
     tiny_run: TinyRun,
 ) -> None:
-    shadow = Shadow(lambda named: optim.AdamW(
-        by_dimension(named, 0.1), 6e-4, (0.9, 0.95), fused=True))  # fmt: skip
+    shadow = Shadow(
+        lambda named: optim.AdamW(by_dimension(named, 0.1), 6e-4, (0.9, 0.95), fused=True)
+    )
     tiny_run(model(Net), AdamW(), Unfreeze(), shadow, length=6)
     assert shadow.steps == 6
 
@@ -444,17 +502,27 @@ def test_fused_kernels_take_every_floating_point_type(tiny_run: TinyRun, dtype: 
     [
         ("sgd", {}, "sgd.lr: is missing, and has no default"),
         ("sgd", {"lr": 0.1, "nesterov": True}, "sgd.nesterov: needs a momentum above 0"),
-        ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "nesterov": True},
-         "sgd.dampening: must be 0 with nesterov"),
+        (
+            "sgd",
+            {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "nesterov": True},
+            "sgd.dampening: must be 0 with nesterov",
+        ),
         ("adamw", {"lr": 0}, "adamw.lr: must be > 0"),
         ("adamw", {"beta2": 1.0}, "adamw.beta2: must be < 1"),
         ("adam", {"weight_decay": -0.1}, "adam.weight_decay: must be >= 0"),
-        ("adam", {"decay": "matrix"}, "adam.decay: unknown value \"matrix\" (did you mean 'matrices'?)"),
+        (
+            "adam",
+            {"decay": "matrix"},
+            "adam.decay: unknown value \"matrix\" (did you mean 'matrices'?)",
+        ),
         ("adamw", {"groups": [{"patern": "*"}]}, "adamw.groups.0.patern: unknown setting"),
-        ("adamw", {"groups": [{"pattern": "*", "lr": 1.0, "lr_scale": 1.0}]},
-         "adamw.groups.0.lr_scale: state lr or lr_scale, not both"),
+        (
+            "adamw",
+            {"groups": [{"pattern": "*", "lr": 1.0, "lr_scale": 1.0}]},
+            "adamw.groups.0.lr_scale: state lr or lr_scale, not both",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(
     name: str, table: dict[str, Any], complaint: str
 ) -> None:

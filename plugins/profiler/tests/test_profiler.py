@@ -64,7 +64,11 @@ def test_the_first_step_can_be_recorded_without_any_before_it(tiny_run: TinyRun,
 
 def test_makes_several_traces_as_far_apart_as_it_was_told(tiny_run: TinyRun):
     run = tiny_run(Marker(), Profiler(start=2, steps=1, warmup=2, traces=3, every=3), length=20)
-    assert [steps(run.folder / "profile" / f"trace-{n:08d}.json.gz") for n in (2, 5, 8)] == [[2], [5], [8]]
+    assert [steps(run.folder / "profile" / f"trace-{n:08d}.json.gz") for n in (2, 5, 8)] == [
+        [2],
+        [5],
+        [8],
+    ]
     assert len(names(run)) == 6
 
 
@@ -86,14 +90,18 @@ def test_the_trace_labels_every_call_with_its_plugin(tiny_run: TinyRun):
     assert [found.count(n) for n in ("busy.on_step_end", "forward", "core.backward")] == [2, 2, 2]
 
 
-def test_the_table_has_the_most_expensive_operations_and_no_more_lines_than_asked(tiny_run, tmp_path):
+def test_the_table_has_the_most_expensive_operations_and_no_more_lines_than_asked(
+    tiny_run, tmp_path
+):
     few = tiny_run(Profiler(start=2, steps=1, rows=3), length=3, run_dir=tmp_path / "few")
     many = tiny_run(
         Profiler(start=2, steps=1, rows=100, record_shapes=True, with_flops=True),
-        length=3, run_dir=tmp_path / "many",
-    )  # fmt: skip
+        length=3,
+        run_dir=tmp_path / "many",
+    )
     few_lines, many_lines = (
-        (run.folder / "profile" / "table-00000002.txt").read_text().splitlines() for run in (few, many)
+        (run.folder / "profile" / "table-00000002.txt").read_text().splitlines()
+        for run in (few, many)
     )
     assert "aten::addmm" in "".join(many_lines)
     assert "[[16], [4, 8], [8, 16]" in "".join(many_lines)
@@ -151,7 +159,9 @@ def test_of_two_that_overlap_the_second_leaves_its_trace_out(tiny_run: TinyRun, 
     assert steps(run.folder / "profile" / "more" / "trace-00000009.json.gz") == [9, 10]
 
 
-def test_a_disk_that_takes_nothing_is_a_warning_and_the_run_goes_on(tiny_run: TinyRun, tmp_path: Path, caplog):
+def test_a_disk_that_takes_nothing_is_a_warning_and_the_run_goes_on(
+    tiny_run: TinyRun, tmp_path: Path, caplog
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile").write_text("in the way")
     run = tiny_run(Profiler(start=2, steps=1), length=6)
@@ -195,8 +205,10 @@ def test_it_and_throughput_trace_beside_each_other(tiny_run: TinyRun, tmp_path: 
 
 def test_a_recorded_run_ends_in_the_same_bits(tiny_run: TinyRun, tmp_path: Path):
     recorder = Profiler(start=2, steps=3, record_shapes=True, profile_memory=True, with_stack=True)
-    runs = [tiny_run(*listed, length=8, validate_every=2, run_dir=tmp_path / str(n))
-            for n, listed in enumerate(([], [recorder, Gc(every=2)]))]  # fmt: skip
+    runs = [
+        tiny_run(*listed, length=8, validate_every=2, run_dir=tmp_path / str(n))
+        for n, listed in enumerate(([], [recorder, Gc(every=2)]))
+    ]
     assert_same_weights(*runs)
     assert runs[0].history == runs[1].history
 
@@ -223,7 +235,9 @@ class Between:
         self.found += event == "call"
 
 
-@pytest.mark.parametrize(("make", "calls"), [(lambda: Profiler(start=1000), 2), (lambda: Gc(every=1000), 1)])
+@pytest.mark.parametrize(
+    ("make", "calls"), [(lambda: Profiler(start=1000), 2), (lambda: Gc(every=1000), 1)]
+)
 def test_a_step_that_is_not_concerned_costs_next_to_nothing(tiny_run, tmp_path, make, calls):
     counts = []
     for number, listed in enumerate(([], [make()])):
@@ -276,7 +290,9 @@ def thawed():
 
 
 @pytest.mark.parametrize("generation", [0, 1, 2])
-def test_collects_at_the_steps_that_are_due_and_at_no_other(tiny_run: TinyRun, thawed, generation: int):
+def test_collects_at_the_steps_that_are_due_and_at_no_other(
+    tiny_run: TinyRun, thawed, generation: int
+):
     witness = Witness()
     tiny_run(witness, Gc(every=3, generation=generation), length=10)
     assert witness.collected == [(3, generation), (6, generation), (9, generation)]
@@ -312,11 +328,17 @@ def test_what_others_have_switched_off_or_frozen_stays_so(tiny_run: TinyRun, tha
     frozen = gc.get_freeze_count()
     tiny_run(Gc())
     assert not gc.isenabled()
-    assert gc.get_freeze_count() >= frozen - 100  # what is freed by its last owner is frozen no more
+    assert (
+        gc.get_freeze_count() >= frozen - 100
+    )  # what is freed by its last owner is frozen no more
 
 
 def test_two_of_them_leave_everything_as_it_was(tiny_run: TinyRun, thawed):
-    tiny_run("gc", "deep", settings={"gc": {"every": 2}, "deep": {"plugin": "gc", "every": 3, "generation": 2}})
+    tiny_run(
+        "gc",
+        "deep",
+        settings={"gc": {"every": 2}, "deep": {"plugin": "gc", "every": 3, "generation": 2}},
+    )
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
@@ -331,11 +353,15 @@ def test_freezes_nothing_if_it_shall_not(tiny_run: TinyRun, thawed):
     ("name", "table", "complaint"),
     [
         ("profiler", {"start": 0}, "profiler.start: must be >= 1"),
-        ("profiler", {"traces": 2, "every": 4}, "profiler.every: 4 steps cannot hold 3 recorded and 2 before"),
+        (
+            "profiler",
+            {"traces": 2, "every": 4},
+            "profiler.every: 4 steps cannot hold 3 recorded and 2 before",
+        ),
         ("gc", {"every": 0}, "gc.every: must be >= 1"),
         ("gc", {"generation": 3}, "gc.generation: must be in (0, 1, 2)"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(tiny_run, name, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run(name, settings={name: table})

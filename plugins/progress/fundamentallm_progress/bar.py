@@ -101,9 +101,12 @@ class Bar:
             file=cast("TextIO", Steady(sys.stderr)), force_terminal=True, force_interactive=True
         )
         self._live = Live(
-            get_renderable=lambda: self, console=console, auto_refresh=False,
-            redirect_stdout=False, redirect_stderr=False,
-        )  # fmt: skip
+            get_renderable=lambda: self,
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         with console:
             self._live.start()
             # Of a process that is killed, nobody would show it again.

@@ -30,12 +30,22 @@ class Sight:
     samples: int
 
     def __add__(self, other: Sight) -> Sight:
-        return Sight(self.time + other.time, self.share + other.share, self.step + other.step,
-                     self.tokens + other.tokens, self.samples + other.samples)  # fmt: skip
+        return Sight(
+            self.time + other.time,
+            self.share + other.share,
+            self.step + other.step,
+            self.tokens + other.tokens,
+            self.samples + other.samples,
+        )
 
     def __sub__(self, other: Sight) -> Sight:
-        return Sight(self.time - other.time, self.share - other.share, self.step - other.step,
-                     self.tokens - other.tokens, self.samples - other.samples)  # fmt: skip
+        return Sight(
+            self.time - other.time,
+            self.share - other.share,
+            self.step - other.step,
+            self.tokens - other.tokens,
+            self.samples - other.samples,
+        )
 
 
 class Pace:
@@ -92,8 +102,10 @@ class Pace:
         if lately is None:
             return []
         of, count = ("tokens", lately.tokens) if lately.tokens else ("samples", lately.samples)
-        return [f"{short(number / lately.time)} {name}/s"
-                for name, number in ((of, count), ("steps", lately.step))]  # fmt: skip
+        return [
+            f"{short(number / lately.time)} {name}/s"
+            for name, number in ((of, count), ("steps", lately.step))
+        ]
 
     def left(self) -> str:
         """Return the time that is left as ``h:mm:ss``; empty if that is unknown, or none is left.

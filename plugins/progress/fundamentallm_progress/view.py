@@ -199,5 +199,8 @@ def _wandering(line: str, seconds: int, size: int) -> Iterable[Part]:
     """Show a piece that moves, for what has no known end."""
     place = seconds % (size - _PIECE + 1)
     rest = size - _PIECE - place
-    return ((line[1] * place, "bar.back"), (line[0] * _PIECE, "bar.pulse"),
-            (line[1] * rest, "bar.back"))  # fmt: skip
+    return (
+        (line[1] * place, "bar.back"),
+        (line[0] * _PIECE, "bar.pulse"),
+        (line[1] * rest, "bar.back"),
+    )

@@ -91,10 +91,14 @@ def test_quiet_is_quiet(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("length", "expected"),
-    [("4 steps", "step 2/4 (50%)"), ("16 tokens", "step 2  8/16 tokens (50%)"),
-     ("1e9 tokens", "step 2  8/1G tokens (0%)"), ("2 epochs", "step 2  0.50/2 epochs (25%)"),
-     ("2 hours", "step 2  0:00/2:00:00 (0%)")],
-)  # fmt: skip
+    [
+        ("4 steps", "step 2/4 (50%)"),
+        ("16 tokens", "step 2  8/16 tokens (50%)"),
+        ("1e9 tokens", "step 2  8/1G tokens (0%)"),
+        ("2 epochs", "step 2  0.50/2 epochs (25%)"),
+        ("2 hours", "step 2  0:00/2:00:00 (0%)"),
+    ],
+)
 def test_how_far_it_is_is_told_in_the_unit_of_the_length(
     length: str, expected: str, tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

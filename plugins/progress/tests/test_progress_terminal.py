@@ -43,9 +43,12 @@ class Terminal:
     """
 
     def __init__(
-        self, work: Callable[[], Any], columns: int = 110,
-        then: dict[str, Callable[[Terminal], None]] | None = None, **environment: str,
-    ) -> None:  # fmt: skip
+        self,
+        work: Callable[[], Any],
+        columns: int = 110,
+        then: dict[str, Callable[[Terminal], None]] | None = None,
+        **environment: str,
+    ) -> None:
         self._screen = pyte.Screen(columns, ROWS)
         self._stream = pyte.ByteStream(self._screen)
         self._then = dict(then or {})
@@ -109,8 +112,10 @@ def _be_a_program(work: Callable[[], Any]) -> None:
     code = 1
     try:
         sys.stdin, sys.stdout, sys.stderr = (
-            os.fdopen(0), os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1),
-        )  # fmt: skip
+            os.fdopen(0),
+            os.fdopen(1, "w", buffering=1),
+            os.fdopen(2, "w", buffering=1),
+        )
         logging.getLogger().handlers = []
         logging.getLogger("fundamentallm").handlers = []
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -201,7 +206,9 @@ HANDED_OVER = re.compile(rb"\x1b\[\?2026h.*?\x1b\[\?2026l", re.DOTALL)
 def test_a_bar_shows_the_run_and_each_task_below_it_while_it_lasts(tmp_path: Path) -> None:
     terminal = Terminal(trains(tmp_path, Progress(), Works(), Busy()))
     assert terminal.code == 0
-    assert any(re.fullmatch(rf"  tokenizing {BAR} \d+%  0:0\d", s[0]) for s in terminal.screens if s)
+    assert any(
+        re.fullmatch(rf"  tokenizing {BAR} \d+%  0:0\d", s[0]) for s in terminal.screens if s
+    )
     nested = [s for s in terminal.screens if len(s) == 3]
     assert nested
     for training, thinking, dreaming in nested:
@@ -225,7 +232,9 @@ def test_what_others_write_stands_above_the_bar_as_it_is(tmp_path: Path) -> None
     whats = ("printed", "logged", "logged by another", "complained of")
     lines = [f"{busy.text} {what}" for what in whats]
     for line in lines:
-        assert terminal.written.count(f"{line}\r\n".encode()) == 1, "whole, and not broken into rows"
+        assert terminal.written.count(f"{line}\r\n".encode()) == 1, (
+            "whole, and not broken into rows"
+        )
     text = "".join(row.ljust(110) for row in terminal.seen)
     assert all(line in text for line in lines)
     for seen in terminal.screens:
@@ -279,7 +288,9 @@ def test_a_terminal_too_narrow_for_anything_holds_one_row(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("columns", [50, 150])
 def test_the_bar_follows_the_size_of_the_window(columns: int, tmp_path: Path) -> None:
-    then: dict[str, Callable[[Terminal], None]] = {"loss": lambda terminal: terminal.resize(columns)}
+    then: dict[str, Callable[[Terminal], None]] = {
+        "loss": lambda terminal: terminal.resize(columns)
+    }
     terminal = Terminal(trains(tmp_path, Progress(), Busy()), then=then, columns=100)
     (last,) = terminal.seen
     assert last.startswith("step 60/60 ")

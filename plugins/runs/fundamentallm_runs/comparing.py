@@ -35,10 +35,19 @@ class Look:
 @click.option("--metric", "metrics", multiple=True, help="Metrics to tabulate; may be repeated.")
 @click.option("--curve", "metric", help="The metric to draw. [default: val/loss or train/loss]")
 @click.option("--x", "axis", type=click.Choice(AXES), default="step", show_default=True)
-@click.option("--smooth", type=click.FloatRange(0, 1, max_open=True), callback=number, default=0.0,
-              help="From 0 to below 1.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False),
-              help="Also write a .png, .svg or .html file.")  # fmt: skip
+@click.option(
+    "--smooth",
+    type=click.FloatRange(0, 1, max_open=True),
+    callback=number,
+    default=0.0,
+    help="From 0 to below 1.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write a .png, .svg or .html file.",
+)
 def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
     """Compare RUNS: settings that differ, last and best metrics, and curves."""
     from fundamentallm_runs.tables import console, show
@@ -107,8 +116,10 @@ def _settings(records: list[Record]) -> list[list[str]]:
 
 
 def _metrics(records: list[Record], chosen: tuple[str, ...]) -> list[list[str]]:
-    rows = [["state", *(record.state for record in records)],
-            ["step", *(str(record.step) for record in records)]]  # fmt: skip
+    rows = [
+        ["state", *(record.state for record in records)],
+        ["step", *(str(record.step) for record in records)],
+    ]
     known = _known(records)
     for metric in chosen or [name for name in known if not name.startswith(("perf/", "system/"))]:
         rows.append([f"{metric} last", *(_number(record.last(metric)) for record in records)])

@@ -63,8 +63,9 @@ def drawable(
     # All are, if their sum and their ends are: which is quicker to tell.
     if values and math.isfinite(sum(values)) and -LARGEST < min(values) <= max(values) < LARGEST:
         return places, values
-    both = [(place, value) for place, value in zip(places, values, strict=True)
-            if abs(value) < LARGEST]  # fmt: skip
+    both = [
+        (place, value) for place, value in zip(places, values, strict=True) if abs(value) < LARGEST
+    ]
     return [place for place, _ in both], [value for _, value in both]
 
 

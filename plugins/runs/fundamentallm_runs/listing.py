@@ -48,8 +48,14 @@ def runs(folder: Path, metric: str, as_json: bool) -> None:
 @click.command()
 @click.argument("run", type=FOLDER)
 @click.option("--metric", "metrics", multiple=True, help="Show only these; may be repeated.")
-@click.option("--every", type=click.FloatRange(0.01, 3600), callback=number, default=0.5,
-              show_default=True, help="Seconds between two looks.")  # fmt: skip
+@click.option(
+    "--every",
+    type=click.FloatRange(0.01, 3600),
+    callback=number,
+    default=0.5,
+    show_default=True,
+    help="Seconds between two looks.",
+)
 def watch(run: Path, metrics: tuple[str, ...], every: float) -> None:
     """Print the rows of RUN as they come, until it ends."""
     take_any_text()

@@ -37,8 +37,9 @@ class Kept:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False),
-              help="[default: RUN-rerun]")  # fmt: skip
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path, file_okay=False), help="[default: RUN-rerun]"
+)
 @click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
 @click.pass_context
 def rerun(
@@ -88,8 +89,11 @@ def judgement(told: list[str]) -> str:
 
 def check_record(before: Record) -> None:
     """Raise a ``SettingsError`` if the record lacks a part of the run."""
-    given = [name for name, told in part(before, "plugins").items()
-             if str(told).endswith("given as an object")]  # fmt: skip
+    given = [
+        name
+        for name, told in part(before, "plugins").items()
+        if str(told).endswith("given as an object")
+    ]
     if given:
         command = before.environment.get("command")
         how = f" ({shlex.join(map(str, command))})" if isinstance(command, list) else ""
@@ -124,11 +128,15 @@ def history(before: Record) -> list[str]:
     lines = []
     first = min(before.columns.times, default=math.inf)
     if first < before.started:
-        lines.append("the run was continued: the settings and versions of before that, if they "
-                     "were others, are not in its record")  # fmt: skip
+        lines.append(
+            "the run was continued: the settings and versions of before that, if they "
+            "were others, are not in its record"
+        )
     if before.state in SHORT:
-        lines.append(f"the run did not come to its end ({before.state}): it is compared up to "
-                     f"step {before.step}")  # fmt: skip
+        lines.append(
+            f"the run did not come to its end ({before.state}): it is compared up to "
+            f"step {before.step}"
+        )
     return lines
 
 
@@ -139,8 +147,11 @@ def versions(before: Record, after: Record) -> list[str]:
     lines = []
     for table in ("versions", "plugins"):
         old, new = (part(one, table) for one in (before, after))
-        lines += [f"{name}: was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
-                  for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
+        lines += [
+            f"{name}: was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
     for fact in ("python", "platform", "host", "processor", "threads"):
         was, now = (one.environment.get(fact, "absent") for one in (before, after))
         lines += [f"{fact}: was {was}, is {now}"] if was != now else []
@@ -159,8 +170,9 @@ def different_rows(before: Record, after: Record) -> str:
     """Tell whether both runs logged the same, measurements of time and memory aside."""
     last = before.step if before.state in SHORT else math.inf
     files = (one.folder / "metrics.jsonl" for one in (before, after))
-    old, new = ({row.step: row.metrics for row in read_rows(path) if row.step <= last}
-                for path in files)  # fmt: skip
+    old, new = (
+        {row.step: row.metrics for row in read_rows(path) if row.step <= last} for path in files
+    )
     if not old:
         return "metrics: there are none to compare with"
     for step in sorted(old.keys() | new.keys()):

@@ -91,8 +91,11 @@ class Columns:
 
     def parts(self, metric: str) -> list[tuple[array[int], array[float]]]:
         """Return what ``series`` does in parts, each in order: putting them together takes time."""
-        return [(block.places, block.values[names.index(metric) :: len(names)])
-                for names, block in self._blocks.items() if metric in names]  # fmt: skip
+        return [
+            (block.places, block.values[names.index(metric) :: len(names)])
+            for names, block in self._blocks.items()
+            if metric in names
+        ]
 
     def series(self, metric: str) -> tuple[Sequence[int], Sequence[float]]:
         """Return the places of the rows that have a metric, in order, and its values there."""

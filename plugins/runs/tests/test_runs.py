@@ -93,8 +93,9 @@ def trained(folder: Path, lr: float = 0.1, plugins=(), **more):
     settings = {
         "plugins": [str(folder.parent / "parts.py"), "jsonl", "checkpoint", *plugins],
         "run": {"length": 8, "log_every": 2, "validate_every": 4, "device": "cpu"},
-        "parts": {"lr": lr, **more}, "checkpoint": {"every": 4},
-    }  # fmt: skip
+        "parts": {"lr": lr, **more},
+        "checkpoint": {"every": 4},
+    }
     train(settings, run_dir=folder)
     return folder
 
@@ -128,7 +129,9 @@ def test_the_runs_of_a_folder_are_listed_with_their_state_and_best(two):
     assert (slow["run"], fast["run"]) == ("slow", "fast")
     assert slow["state"] == fast["state"] == "finished"
     assert (slow["step"], slow["done"]) == (8, "100%")
-    rows = [json.loads(line)["metrics"] for line in (two[0] / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["metrics"] for line in (two[0] / "metrics.jsonl").read_text().splitlines()
+    ]
     assert slow["best"] == min(row["val/loss"] for row in rows if "val/loss" in row)
     shown = said(runs, two[0].parent)
     assert re.search(r"^slow +finished +8 +100%", shown, re.MULTILINE)
@@ -143,7 +146,9 @@ def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path):
 
 def test_a_run_is_running_exactly_while_a_process_holds_it(copies):
     code = f"import fcntl, sys; f = open({str(copies[0] / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         holder.stdout.readline()
         assert read(copies[0]).state == "running"
         holder.kill()
@@ -151,7 +156,9 @@ def test_a_run_is_running_exactly_while_a_process_holds_it(copies):
 
 
 def ended(folder, **facts):
-    (folder / "outcome.json").write_text(json.dumps({"outcome": "finished", "step": 8, "error": None} | facts))
+    (folder / "outcome.json").write_text(
+        json.dumps({"outcome": "finished", "step": 8, "error": None} | facts)
+    )
 
 
 @pytest.mark.parametrize("length", ["2 epochs", "3 hours", "90 seconds", 8])
@@ -162,7 +169,9 @@ def test_a_run_of_any_length_that_says_it_finished_has_finished(copies, length):
     ended(copies[0])
     assert re.search(r"^slow +finished +8 +100%", said(runs, copies[0].parent), re.MULTILINE)
     (copies[0] / "outcome.json").unlink()
-    assert (read(copies[0]).state, read(copies[0]).share) == (("finished", 1.0) if length == 8 else ("cut", None))
+    assert (read(copies[0]).state, read(copies[0]).share) == (
+        ("finished", 1.0) if length == 8 else ("cut", None)
+    )
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "interrupted", "failed"])
@@ -178,10 +187,15 @@ def test_what_a_run_failed_with_is_told(tmp_path):
     (row,) = json.loads(said(runs, tmp_path, "--json"))
     assert (row["state"], row["step"]) == ("failed", 4)
     assert "no more" in row["error"]
-    assert said(watch, tmp_path / "one").splitlines()[-1] == f"{tmp_path / 'one'}: failed: {row['error']}"
+    assert (
+        said(watch, tmp_path / "one").splitlines()[-1]
+        == f"{tmp_path / 'one'}: failed: {row['error']}"
+    )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"outcome": "eaten"}', '{"outcome": []}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"outcome": "eaten"}', '{"outcome": []}', "\0"]
+)
 def test_an_outcome_that_says_nothing_is_as_none(copies, text):
     (copies[0] / "outcome.json").write_text(text)
     assert read(copies[0]).state == "finished"  # by its rows
@@ -219,7 +233,9 @@ def test_no_line_whatever_ends_in_an_error(line):
 def test_a_damaged_line_is_passed_over_and_null_is_no_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = '{"time": 1.0, "step": 1, "tokens": 4, "metrics": {"train/loss": null}}\n'
-    path.write_bytes(good.encode() + b"\x00\xff\n[]\n{}\n" + good.replace('"step": 1', '"step": 2').encode())
+    path.write_bytes(
+        good.encode() + b"\x00\xff\n[]\n{}\n" + good.replace('"step": 1', '"step": 2').encode()
+    )
     assert [row.step for row in read_rows(path)] == [1, 2]
     assert all(row.metrics["train/loss"] != row.metrics["train/loss"] for row in read_rows(path))
 
@@ -259,7 +275,10 @@ def test_an_unknown_metric_is_refused_before_anything_is_shown(two, option):
 
 def logged(folder, *metrics):
     """Put rows with these metrics, as JSON, in place of those of a run."""
-    rows = [f'{{"time": {n}.5, "step": {n}, "tokens": {n}, "metrics": {one}}}\n' for n, one in enumerate(metrics, 1)]
+    rows = [
+        f'{{"time": {n}.5, "step": {n}, "tokens": {n}, "metrics": {one}}}\n'
+        for n, one in enumerate(metrics, 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(rows))
 
 
@@ -303,18 +322,28 @@ def test_names_and_values_are_shown_as_they_are(copies, name):
 
 def test_a_name_that_is_no_formula_is_in_a_picture_all_the_same(copies, tmp_path):
     logged(copies[0], '{"$x^{$": 2.0}')
-    said(compare, copies[0].rename(tmp_path / "a$^{$"), "--curve", "$x^{$", "-o", tmp_path / "a.svg")
+    said(
+        compare, copies[0].rename(tmp_path / "a$^{$"), "--curve", "$x^{$", "-o", tmp_path / "a.svg"
+    )
     assert "<!-- $x^{$ -->" in (tmp_path / "a.svg").read_text().replace("\\$", "$")
 
 
-@pytest.mark.parametrize(("one", "other"), [(1e308, -1e308), (9e299, -9e299), (5e-324, 0.0), (1e16, 1e16)])
+@pytest.mark.parametrize(
+    ("one", "other"), [(1e308, -1e308), (9e299, -9e299), (5e-324, 0.0), (1e16, 1e16)]
+)
 def test_no_number_is_too_large_or_too_small_to_be_compared(copies, one, other):
     logged(copies[0], *(f'{{"val/loss": {value!r}}}' for value in (one, other, 1.0)))
     assert f"{min(one, other, 1.0):.6g} (step " in said(compare, copies[0])
     assert "val/loss best" in said(compare, copies[0], "--smooth", "0.9")
 
 
-FOREIGN = ["a = 1\n", "run = 1\n", "[run]\n", "[run]\nlength = []\n", '[run]\nlength = "5 apples"\n']
+FOREIGN = [
+    "a = 1\n",
+    "run = 1\n",
+    "[run]\n",
+    "[run]\nlength = []\n",
+    '[run]\nlength = "5 apples"\n',
+]
 
 
 @pytest.mark.parametrize("settings", FOREIGN)
@@ -331,7 +360,11 @@ def test_a_folder_that_cannot_be_read_hides_no_other(copies):
     (copies[0] / "settings.toml").write_bytes(b"a = \xff\n")
     done = CliRunner().invoke(runs, [str(copies[0].parent), "--json"])
     listed = {row["run"]: row for row in json.loads(done.stdout)}
-    assert listed["slow"] == dict.fromkeys(listed["fast"]) | {"run": "slow", "state": "unreadable", "error": listed["slow"]["error"]}
+    assert listed["slow"] == dict.fromkeys(listed["fast"]) | {
+        "run": "slow",
+        "state": "unreadable",
+        "error": listed["slow"]["error"],
+    }
     assert str(copies[0]) in listed["slow"]["error"]
     assert listed["fast"]["state"] == "finished"
     assert f"{copies[0]}: cannot be read" in done.stderr
@@ -340,7 +373,9 @@ def test_a_folder_that_cannot_be_read_hides_no_other(copies):
 
 @pytest.mark.parametrize("time", ["1e300", '"NaN"', '"Infinity"'])
 def test_a_row_of_no_time_at_all_is_listed_all_the_same(copies, time):
-    (copies[0] / "metrics.jsonl").write_text(f'{{"time": {time}, "step": 1, "tokens": 4, "metrics": {{}}}}\n')
+    (copies[0] / "metrics.jsonl").write_text(
+        f'{{"time": {time}, "step": 1, "tokens": 4, "metrics": {{}}}}\n'
+    )
     rows = json.loads(said(runs, copies[0].parent, "--json"))
     assert [row["written"] for row in rows if row["run"] == "slow"] == [None]
 
@@ -352,12 +387,17 @@ def test_curves_have_the_values_of_the_rows_over_every_axis(two, axis):
     rows = list(read_rows(two[0] / "metrics.jsonl"))
     series = [(row, row.metrics["val/loss"]) for row in rows if "val/loss" in row.metrics]
     assert made.y == [value for _, value in series]
-    expected = {"step": [row.step for row, _ in series], "tokens": [row.tokens for row, _ in series],
-                "time": [row.time - rows[0].time for row, _ in series]}  # fmt: skip
+    expected = {
+        "step": [row.step for row, _ in series],
+        "tokens": [row.tokens for row, _ in series],
+        "time": [row.time - rows[0].time for row, _ in series],
+    }
     assert made.x == expected[axis]
 
 
-@pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")])
+@pytest.mark.parametrize(
+    ("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".html", b"<!doctype html>")]
+)
 def test_pictures_are_what_their_names_say(two, tmp_path, suffix, begin):
     path = tmp_path / f"losses{suffix}"
     assert f"written: {path}" in said(compare, *two, "--smooth", "0.5", "-o", path)
@@ -369,7 +409,9 @@ def test_pictures_are_what_their_names_say(two, tmp_path, suffix, begin):
 
 def test_a_picture_of_another_form_or_place_is_an_error(two, tmp_path):
     assert "unknown form" in said(compare, *two, "-o", tmp_path / "losses.gif", fails=SettingsError)
-    assert "cannot be written" in said(compare, *two, "-o", tmp_path / "gone" / "l.svg", fails=StorageError)
+    assert "cannot be written" in said(
+        compare, *two, "-o", tmp_path / "gone" / "l.svg", fails=StorageError
+    )
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1), st.floats(0, 0.99))
@@ -381,23 +423,39 @@ def test_smoothing_is_the_weighted_mean_of_what_came_before(values, weight):
 
 
 LONG = 20_000
-TEN = ("train/loss", "optim/lr", "optim/grad_norm", "train/tokens", "perf/mfu", *(f"a/b{n}" for n in range(5)))
+TEN = (
+    "train/loss",
+    "optim/lr",
+    "optim/grad_norm",
+    "train/tokens",
+    "perf/mfu",
+    *(f"a/b{n}" for n in range(5)),
+)
 
 
 def long_run(folder: Path, seed: int, rows: int = LONG) -> Path:
     """Write the folder of a run of many rows of ten metrics, some with an
     eleventh."""
     folder.mkdir(parents=True)
-    (folder / "settings.toml").write_text(f'plugins = []\n[run]\nlength = "{rows} steps"\nseed = {seed}\n')
+    (folder / "settings.toml").write_text(
+        f'plugins = []\n[run]\nlength = "{rows} steps"\nseed = {seed}\n'
+    )
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, rows + 1):
-            values = [f'"{name}": {(step * 7919 + place + seed) % 10007 / 10007}' for place, name in enumerate(TEN)]
+            values = [
+                f'"{name}": {(step * 7919 + place + seed) % 10007 / 10007}'
+                for place, name in enumerate(TEN)
+            ]
             values += [f'"val/loss": {seed + 100 / step}'] if step % 100 == 0 else []
-            file.write(f'{{"time": {step / 10}, "step": {step}, "tokens": {step * 8}, "metrics": {{{", ".join(values)}}}}}\n')
+            file.write(
+                f'{{"time": {step / 10}, "step": {step}, "tokens": {step * 8}, "metrics": {{{", ".join(values)}}}}}\n'
+            )
     return folder
 
 
-def test_curves_without_colours_are_told_apart_by_digits_and_only_what_can_be_better_has_a_best(two):
+def test_curves_without_colours_are_told_apart_by_digits_and_only_what_can_be_better_has_a_best(
+    two,
+):
     told = said(compare, *two)
     drawing = told[told.index("┌") :]
     assert {"1", "2"} <= set(re.sub(r"[\d.]+[┤┬]|[\w/-]{2,}", "", drawing))
@@ -426,7 +484,9 @@ def counted(call):
     return found, calls, read() - before
 
 
-def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_each_row(tmp_path, monkeypatch):
+def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_each_row(
+    tmp_path, monkeypatch
+):
     """Counted, not timed: what is read, what is parsed, what Python calls, what is drawn."""
     from fundamentallm_runs import comparing, rows
 
@@ -436,8 +496,16 @@ def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_eac
     size = sum((one / "metrics.jsonl").stat().st_size for one in folders)
     sizes, points = [], []
     loads, shown = rows.orjson.loads, comparing.drawn
-    monkeypatch.setattr(rows, "orjson", SimpleNamespace(loads=lambda text: sizes.append(len(text)) or loads(text)))
-    monkeypatch.setattr(comparing, "drawn", lambda curves, *more, **so: points.extend(len(c.x) for c in curves) or shown(curves, *more, **so))
+    monkeypatch.setattr(
+        rows, "orjson", SimpleNamespace(loads=lambda text: sizes.append(len(text)) or loads(text))
+    )
+    monkeypatch.setattr(
+        comparing,
+        "drawn",
+        lambda curves, *more, **so: (
+            points.extend(len(c.x) for c in curves) or shown(curves, *more, **so)
+        ),
+    )
     told, calls, read = counted(lambda: said(compare, *folders, "--curve", "train/loss"))
     assert size <= read < size + 100_000  # what is small, too, such as the settings
     assert sum(sizes) < size + 2 * LONG + 100_000  # a comma between two lines
@@ -445,7 +513,9 @@ def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_eac
     assert len(points) == 2
     assert max(points) <= POINTS + 2
     assert re.search(r"^step +20000 +20000", told, re.MULTILINE)
-    assert re.search(r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", told, re.MULTILINE)
+    assert re.search(
+        r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", told, re.MULTILINE
+    )
 
 
 def test_columns_take_few_bytes_for_each_number(tmp_path):
@@ -467,19 +537,33 @@ def columns_of(metrics):
 
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(0, 2**70) | st.booleans()
-WHOLE = st.fixed_dictionaries({
-    "step": st.integers(0, 99), "tokens": st.integers(0, 99), "time": st.floats(0, 9),
-    "metrics": st.dictionaries(st.sampled_from("abc"), NUMBERS)
-})
+WHOLE = st.fixed_dictionaries(
+    {
+        "step": st.integers(0, 99),
+        "tokens": st.integers(0, 99),
+        "time": st.floats(0, 9),
+        "metrics": st.dictionaries(st.sampled_from("abc"), NUMBERS),
+    }
+)
 ODD = st.sampled_from([None, "NaN", "x", True, 1.5, [1], {"a": 1}, 10**30])
-LINES = st.lists(st.one_of(
-    WHOLE.map(json.dumps),
-    st.builds(lambda row, key, odd: json.dumps(row | {key: odd}), WHOLE, st.sampled_from(["step", "tokens", "time", "metrics"]), ODD),
-    st.builds(lambda row, odd: json.dumps(row | {"metrics": {**row["metrics"], "d": odd}}), WHOLE, ODD),
-    WHOLE.map(lambda row: f"{json.dumps(row)}, {json.dumps(row)}"),
-    st.builds(lambda row, end: json.dumps(row)[:end], WHOLE, st.integers(0, 60)),
-    st.sampled_from(["", "[1", "2]", "{}", "1,2", '"', "\x00"]),
-), max_size=12)  # fmt: skip
+LINES = st.lists(
+    st.one_of(
+        WHOLE.map(json.dumps),
+        st.builds(
+            lambda row, key, odd: json.dumps(row | {key: odd}),
+            WHOLE,
+            st.sampled_from(["step", "tokens", "time", "metrics"]),
+            ODD,
+        ),
+        st.builds(
+            lambda row, odd: json.dumps(row | {"metrics": {**row["metrics"], "d": odd}}), WHOLE, ODD
+        ),
+        WHOLE.map(lambda row: f"{json.dumps(row)}, {json.dumps(row)}"),
+        st.builds(lambda row, end: json.dumps(row)[:end], WHOLE, st.integers(0, 60)),
+        st.sampled_from(["", "[1", "2]", "{}", "1,2", '"', "\x00"]),
+    ),
+    max_size=12,
+)
 
 
 @given(LINES, st.booleans(), st.sampled_from([1, 100, 1000]))
@@ -496,16 +580,29 @@ def test_the_rows_of_many_lines_are_those_of_each_line_whatever_the_lines_are(li
         assert repr(gathered(path)) == repr(columns)
 
 
-@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=3), max_size=20))
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False), max_size=3), max_size=20
+    )
+)
 def test_a_column_has_the_values_of_the_rows_in_their_order_whatever_each_row_has(metrics):
     columns = columns_of(metrics)
     for name in "abc":
         places, values = columns.series(name)
-        assert list(zip(places, values, strict=True)) == [(n, one[name]) for n, one in enumerate(metrics) if name in one]
+        assert list(zip(places, values, strict=True)) == [
+            (n, one[name]) for n, one in enumerate(metrics) if name in one
+        ]
     assert columns.names == {name for one in metrics for name in one}
 
 
-@given(st.lists(st.dictionaries(st.sampled_from(["a", "b", "mfu"]), st.floats() | st.integers(0, 3).map(float)), max_size=20))
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["a", "b", "mfu"]), st.floats() | st.integers(0, 3).map(float)
+        ),
+        max_size=20,
+    )
+)
 def test_the_last_and_the_best_are_those_of_the_whole_column_whatever_each_row_has(metrics):
     columns = columns_of(metrics)
     record = Record(Path("x"), {}, {}, columns)
@@ -531,7 +628,9 @@ def test_rows_are_watched_as_they_come_until_the_run_ends(copies):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0])
     code = f"import fcntl, sys; f = open({str(copies[0] / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         holder.stdout.readline()
 
         def goes_on():
@@ -547,7 +646,12 @@ def test_rows_are_watched_as_they_come_until_the_run_ends(copies):
         writer.start()
         shown = said(watch, copies[0], "--metric", "train/loss", "--every", "0.01")
         writer.join()
-    assert [line.split(":")[0] for line in shown.splitlines()[:-1]] == ["step 2", "step 4", "step 6", "step 8"]
+    assert [line.split(":")[0] for line in shown.splitlines()[:-1]] == [
+        "step 2",
+        "step 4",
+        "step 6",
+        "step 8",
+    ]
     assert shown.splitlines()[-1].endswith(": finished")
     assert "val/loss" not in shown
 
@@ -577,7 +681,9 @@ def test_a_file_that_was_replaced_is_watched_from_where_it_differs(tmp_path):
     assert steps() == []
     path.write_text("".join(map(line_of, (1, 2, 3))) + line_of(4)[:9])
     assert steps() == [(1, 1.5), (2, 1.5), (3, 1.5)]
-    replaced(path, "".join(map(line_of, (1, 2))) + "".join(line_of(n, 2.5) for n in (3, 4, 5, 6)))  # longer
+    replaced(
+        path, "".join(map(line_of, (1, 2))) + "".join(line_of(n, 2.5) for n in (3, 4, 5, 6))
+    )  # longer
     assert steps() == [(3, 2.5), (4, 2.5), (5, 2.5), (6, 2.5)]
     replaced(path, line_of(1))
     assert steps() == []
@@ -614,7 +720,9 @@ def test_a_run_is_repeated_bit_by_bit(two, tmp_path):
 
 
 def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
-    done = CliRunner().invoke(rerun, [str(two[0]), "--run-dir", str(tmp_path / "again"), "--set", "parts.noise=true"])
+    done = CliRunner().invoke(
+        rerun, [str(two[0]), "--run-dir", str(tmp_path / "again"), "--set", "parts.noise=true"]
+    )
     assert done.exit_code == 1
     assert "first differs at step" in done.output
     assert "the run is not reproduced" in done.output
@@ -623,7 +731,10 @@ def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
 def test_without_a_checkpoint_the_metrics_are_compared_all_the_same(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints")
     shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "metrics: 4 rows, identical\nweights: none were saved to compare with\nthe metrics are reproduced; nothing else was compared" in shown
+    assert (
+        "metrics: 4 rows, identical\nweights: none were saved to compare with\nthe metrics are reproduced; nothing else was compared"
+        in shown
+    )
 
 
 def test_weights_in_another_folder_are_not_said_to_be_unsaved(copies, tmp_path):
@@ -663,8 +774,18 @@ def test_a_checkpoint_that_cannot_be_read_is_an_error_before_anything_is_trained
 def test_weights_are_the_same_if_their_bits_are():
     torch = pytest.importorskip("torch")
     nan, zero = torch.tensor([float("nan"), 1.0]), torch.tensor(0.0)
-    old = {"a": nan, "b": zero, "c": torch.zeros(0), "d": torch.ones(2, 2).T, "e": zero.bfloat16(), "f": zero == 0}
-    assert different_weights(old, {n: t.clone() for n, t in old.items()}) == "weights: 6 tensors, identical"
+    old = {
+        "a": nan,
+        "b": zero,
+        "c": torch.zeros(0),
+        "d": torch.ones(2, 2).T,
+        "e": zero.bfloat16(),
+        "f": zero == 0,
+    }
+    assert (
+        different_weights(old, {n: t.clone() for n, t in old.items()})
+        == "weights: 6 tensors, identical"
+    )
     assert different_weights({"b": zero}, {"b": -zero}) == "weights: b differs"
     assert different_weights({"b": zero}, {"b": zero.double()}) == "weights: b differs"
     assert different_weights({"a": nan}, {"a": nan[:1]}) == "weights: a differs"
@@ -699,13 +820,20 @@ def test_a_run_that_was_cut_is_compared_as_far_as_it_came(copies, tmp_path):
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
     told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
     assert "did not come to its end (cut): it is compared up to step 6" in told
-    assert "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced" in told
+    assert (
+        "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced" in told
+    )
 
 
 def test_what_the_repeated_run_has_not_kept_is_not_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
-    told = said(rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"')
-    assert "weights: the repeated run has kept none of step 4 to compare with\nthe metrics are reproduced; nothing else was compared" in told
+    told = said(
+        rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"'
+    )
+    assert (
+        "weights: the repeated run has kept none of step 4 to compare with\nthe metrics are reproduced; nothing else was compared"
+        in told
+    )
 
 
 def test_a_run_that_finished_is_compared_to_its_last_row(copies, tmp_path):
@@ -737,13 +865,19 @@ def test_a_run_that_finished_and_fails_now_ends_with_that_error(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     one = trained(folder / "one", plugins=[])
-    (folder / "parts.py").write_text(LOCAL.replace("if self.noise:", "raise ValueError('no more')\n        if self.noise:"))
+    (folder / "parts.py").write_text(
+        LOCAL.replace("if self.noise:", "raise ValueError('no more')\n        if self.noise:")
+    )
     assert "no more" in said(rerun, one, fails=PluginError)
 
 
 def test_a_run_of_objects_is_refused_with_their_names_before_anything_is_made(tmp_path):
     given = [TinyData(), TinyModel(), TinyOptimizer()]
-    train({"plugins": ["jsonl"], "run": {"length": 2, "device": "cpu"}}, run_dir=tmp_path / "one", plugins=given)
+    train(
+        {"plugins": ["jsonl"], "run": {"length": 2, "device": "cpu"}},
+        run_dir=tmp_path / "one",
+        plugins=given,
+    )
     told = said(rerun, tmp_path / "one", fails=SettingsError)
     assert "tiny_data, tiny_model, tiny_optimizer came as Python objects" in told
     assert "fundamentallm compare" in told
@@ -759,13 +893,24 @@ def test_a_run_that_was_continued_says_so(copies, tmp_path):
 
 
 def test_data_that_are_no_longer_the_same_are_named(copies, tmp_path):
-    assert data_told(Kept(8, {}, "small"), SimpleNamespace(data=TinySamples(4, "cpu"))) == ["data: are not what they were: their fingerprint was small, is tiny"]
+    assert data_told(Kept(8, {}, "small"), SimpleNamespace(data=TinySamples(4, "cpu"))) == [
+        "data: are not what they were: their fingerprint was small, is tiny"
+    ]
     assert data_told(Kept(8, {}, "tiny"), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
     assert data_told(saved(copies[1]), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
     assert saved(copies[1]).data == "tiny"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"versions": 3, "plugins": ["x"], "started": "s", "command": 4}', '{"plugins": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"versions": 3, "plugins": ["x"], "started": "s", "command": 4}',
+        '{"plugins": {"a": 1}}',
+    ],
+)
 def test_an_environment_that_tells_nothing_ends_no_repetition(copies, tmp_path, text):
     (copies[0] / "environment.json").write_text(text)
     told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
@@ -792,13 +937,17 @@ def test_a_repetition_that_is_interrupted_compares_nothing(tmp_path):
 
 
 def test_a_file_is_no_folder_to_train_into(copies):
-    done = CliRunner().invoke(rerun, [str(copies[0]), "--run-dir", str(copies[0] / "settings.toml")])
+    done = CliRunner().invoke(
+        rerun, [str(copies[0]), "--run-dir", str(copies[0] / "settings.toml")]
+    )
     assert done.exit_code == 2
     assert "is a file" in done.output
 
 
 def test_the_commands_import_nothing_heavy():
     code = "import sys, fundamentallm_runs.comparing, fundamentallm_runs.listing, fundamentallm_runs.repeating; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True
+    )
     assert not {"torch", "matplotlib", "plotext", "numpy"} & set(done.stdout.split())
     assert issubclass(SettingsError, FundamentalError)

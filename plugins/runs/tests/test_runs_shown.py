@@ -28,8 +28,10 @@ def made(folder: Path, seed: int = 1) -> Path:
     """Write the folder of a run of four rows."""
     folder.mkdir(parents=True)
     (folder / "settings.toml").write_text(f'[run]\nlength = "4 steps"\nseed = {seed}\n')
-    rows = ({"time": step, "step": step, "tokens": 8 * step, "metrics": {"val/loss": seed / step}}
-            for step in range(1, 5))  # fmt: skip
+    rows = (
+        {"time": step, "step": step, "tokens": 8 * step, "metrics": {"val/loss": seed / step}}
+        for step in range(1, 5)
+    )
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
 
@@ -42,7 +44,11 @@ def said(command, *words):
 
 def shown(width, monkeypatch, command, *words):
     """Return what a command prints into a terminal of a width, without its colours."""
-    monkeypatch.setattr(tables, "console", lambda _: tables.Console(width=width, markup=False, emoji=False, highlight=False))
+    monkeypatch.setattr(
+        tables,
+        "console",
+        lambda _: tables.Console(width=width, markup=False, emoji=False, highlight=False),
+    )
     return said(command, *words)
 
 
@@ -76,12 +82,16 @@ def test_a_link_to_a_run_keeps_the_name_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
-def test_of_any_number_of_runs_every_value_is_shown_whole_in_any_width(tmp_path, monkeypatch, width):
+def test_of_any_number_of_runs_every_value_is_shown_whole_in_any_width(
+    tmp_path, monkeypatch, width
+):
     folders = [made(tmp_path / f"run-{seed:03}", seed) for seed in range(1, 101)]
     told = shown(width, monkeypatch, compare, *folders)
     assert max(map(cell_len, told.partition("┌")[0].splitlines()[:-2])) <= width
     words = told.split()
-    assert [word for word in words if re.fullmatch(r"run-\d+", word)][:100] == [one.name for one in folders]
+    assert [word for word in words if re.fullmatch(r"run-\d+", word)][:100] == [
+        one.name for one in folders
+    ]
     assert "…" not in told
     tabulated = re.findall("^run.seed +(.+)", told, re.MULTILINE)
     assert " ".join(tabulated).split() == [str(seed) for seed in range(1, 101)]
@@ -107,7 +117,9 @@ def test_each_column_is_in_one_part_behind_the_first_and_each_part_has_room(widt
 @pytest.mark.parametrize("colours", [True, False])
 def test_many_curves_are_named_below_the_drawing_by_marks_of_their_own(colours):
     told = drawn([Curve(f"n{n}", [0.0], [float(n)]) for n in range(20)], "m", "step", colours)
-    assert told.endswith("  9 n8  0 n9  a n10  b n11  c n12  d n13  e n14  f n15  g n16  h n17  i n18  j n19\n")
+    assert told.endswith(
+        "  9 n8  0 n9  a n10  b n11  c n12  d n13  e n14  f n15  g n16  h n17  i n18  j n19\n"
+    )
     few = drawn([Curve(f"n{n}", [0.0], [float(n)]) for n in range(8)], "m", "step", colours=False)
     assert all(f"{mark} n{n}" in few for n, mark in enumerate("12345678"))
 
@@ -121,7 +133,17 @@ def test_without_colours_no_code_of_a_colour_is_drawn():
 @pytest.mark.parametrize("no_colour", [True, False])
 def test_a_terminal_without_colours_gets_none(tmp_path, monkeypatch, no_colour):
     asked = []
-    monkeypatch.setattr(tables, "console", lambda _: tables.Console(width=80, force_terminal=True, color_system="256", no_color=no_colour, file=io.StringIO()))
+    monkeypatch.setattr(
+        tables,
+        "console",
+        lambda _: tables.Console(
+            width=80,
+            force_terminal=True,
+            color_system="256",
+            no_color=no_colour,
+            file=io.StringIO(),
+        ),
+    )
     monkeypatch.setattr(comparing, "drawn", lambda *_, colours: asked.append(colours) or "")
     said(compare, made(tmp_path / "one"))
     assert asked == [not no_colour]
@@ -136,10 +158,20 @@ def test_a_picture_of_another_form_is_refused_before_anything_is_read(tmp_path):
 @pytest.mark.parametrize("axis", ["step", "tokens", "time"])
 @pytest.mark.parametrize(
     "wrong",
-    [{"time": "nan"}, {"time": 1e308}, {"time": -1e308}, {"tokens": "1" + 400 * "0"}, {"tokens": "7"},
-     {"tokens": 1e300}, {"step": "5"}, {"step": 5.5}, {"step": None}, {"time": None}],
+    [
+        {"time": "nan"},
+        {"time": 1e308},
+        {"time": -1e308},
+        {"tokens": "1" + 400 * "0"},
+        {"tokens": "7"},
+        {"tokens": 1e300},
+        {"step": "5"},
+        {"step": 5.5},
+        {"step": None},
+        {"time": None},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_row_with_numbers_that_no_logger_writes_is_passed_over(tmp_path, wrong, axis):
     folder = made(tmp_path / "a")
     before = said(compare, folder, "--x", axis)
@@ -156,7 +188,15 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend_of_a_picture(tmp_
     assert [str(one.message) for one in recwarn] == []
 
 
-@pytest.mark.parametrize("words", [(compare, "--smooth", "nan"), (watch, "--every", "nan"), (watch, "--every", "-1"), (watch, "--every", "inf")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (compare, "--smooth", "nan"),
+        (watch, "--every", "nan"),
+        (watch, "--every", "-1"),
+        (watch, "--every", "inf"),
+    ],
+)
 def test_a_number_that_is_none_or_out_of_range_is_refused(tmp_path, words):
     command, *more = words
     done = CliRunner().invoke(command, [str(made(tmp_path / "one")), *more])
@@ -164,15 +204,20 @@ def test_a_number_that_is_none_or_out_of_range_is_refused(tmp_path, words):
     assert "Invalid value for" in done.output
 
 
-@pytest.mark.parametrize("words", [("runs", "."), ("compare", "größe 🚀", b"\xff"), ("watch", b"\xff")])
+@pytest.mark.parametrize(
+    "words", [("runs", "."), ("compare", "größe 🚀", b"\xff"), ("watch", b"\xff")]
+)
 def test_no_name_is_beyond_any_encoding(tmp_path, words):
     """In a process of its own: of its output, only that one knows the encoding."""
     for name in ("größe 🚀", os.fsdecode(b"\xff")):
         made(tmp_path / name)
     done = subprocess.run(
-        [sys.executable, "-m", "fundamentallm", *words], cwd=tmp_path, capture_output=True,
-        env=dict(os.environ, PYTHONIOENCODING="ascii"), check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "fundamentallm", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        env=dict(os.environ, PYTHONIOENCODING="ascii"),
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert b"?" in done.stdout
 

@@ -41,8 +41,9 @@ class Slurm:
         if job is None:
             log.info("slurm: this is no SLURM job; nothing will be queued again")
         elif os.environ.get("SLURM_RESTART_COUNT"):
-            log.info("slurm: job %s, started %s times before", job,
-                     os.environ["SLURM_RESTART_COUNT"])  # fmt: skip
+            log.info(
+                "slurm: job %s, started %s times before", job, os.environ["SLURM_RESTART_COUNT"]
+            )
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:

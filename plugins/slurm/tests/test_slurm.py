@@ -119,8 +119,10 @@ def test_a_job_that_is_ended_as_it_is_queued_again_still_ends_as_announced(asked
     settings.write_text(SETTINGS)
     done = subprocess.run(
         [sys.executable, "-m", "fundamentallm", "train", settings, "--run-dir", folder],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 128 + signal.SIGUSR1, done.stderr
     assert asked.read_text() == "requeue 4711\n"
     assert "Traceback" not in done.stderr

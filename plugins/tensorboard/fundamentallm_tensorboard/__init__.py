@@ -52,9 +52,7 @@ class Tensorboard:
         if self._events is not None:
             self._events.scalars(run.progress.step, metrics)
 
-    def take_histogram(
-        self, name: str, step: int, edges: list[float], counts: list[int]
-    ) -> None:
+    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
         """Append a histogram; any plugin of the run may hand one over while a row is logged."""
         if self._events is not None:
             self._events.histogram(name, step, edges, counts)

@@ -99,5 +99,6 @@ def begin_anew(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.before-{when}")).exists():
         when += 1
     folder.rename(aside)
-    log.warning("the run starts at step 0: the points that %s held are now in %s",
-                folder, aside.name)  # fmt: skip
+    log.warning(
+        "the run starts at step 0: the points that %s held are now in %s", folder, aside.name
+    )

@@ -40,18 +40,21 @@ def read(folder: Path) -> EventAccumulator:
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Step and value by metric, as the public reader has them."""
     found = read(folder)
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)]
-            for tag in found.Tags()["scalars"]}  # fmt: skip
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
 
 
 def served(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The same as the server that draws the plots has them."""
     sizes = {"scalars": 0, "tensors": 0}
     found = ServerAccumulator(str(folder / "tensorboard"), sizes, {"scalars": 0}).Reload()
-    return {tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).item())
-                  for e in found.Tensors(tag)]
-            for tag, data in ((t, found.SummaryMetadata(t)) for t in found.Tags()["tensors"])
-            if data.plugin_data.plugin_name == "scalars"}  # fmt: skip
+    return {
+        tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).item()) for e in found.Tensors(tag)]
+        for tag, data in ((t, found.SummaryMetadata(t)) for t in found.Tags()["tensors"])
+        if data.plugin_data.plugin_name == "scalars"
+    }
 
 
 def rounded(rows: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
@@ -71,10 +74,13 @@ def histograms(folder: Path) -> dict[str, list[tuple[int, list[list[float]]]]]:
     """Step and bins (left, right, count) by name, as the server that draws them has them."""
     sizes = {"scalars": 0, "tensors": 0}
     found = ServerAccumulator(str(folder / "tensorboard"), sizes, {"histograms": 0}).Reload()
-    return {tag: [(e.step, tensor_util.make_ndarray(e.tensor_proto).tolist())
-                  for e in found.Tensors(tag)]
-            for tag in found.Tags()["tensors"]
-            if found.SummaryMetadata(tag).plugin_data.plugin_name == "histograms"}  # fmt: skip
+    return {
+        tag: [
+            (e.step, tensor_util.make_ndarray(e.tensor_proto).tolist()) for e in found.Tensors(tag)
+        ]
+        for tag in found.Tags()["tensors"]
+        if found.SummaryMetadata(tag).plugin_data.plugin_name == "histograms"
+    }
 
 
 def counted(folder: Path, rows: list[int]) -> dict[str, list[tuple[int, list[list[float]]]]]:
@@ -91,8 +97,10 @@ def counted(folder: Path, rows: list[int]) -> dict[str, list[tuple[int, list[lis
 
 
 def settings_texts(folder: Path) -> list[tuple[int, str]]:
-    return [(event.step, event.tensor_proto.string_val[0].decode())
-            for event in read(folder).Tensors("settings")]  # fmt: skip
+    return [
+        (event.step, event.tensor_proto.string_val[0].decode())
+        for event in read(folder).Tensors("settings")
+    ]
 
 
 def files(folder: Path) -> list[str]:

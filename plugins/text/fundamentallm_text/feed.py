@@ -89,8 +89,9 @@ def host_batches(windows: Tokens, parts: Iterator[Part], device: str) -> Iterato
 def batch_of(inputs: Tensor, targets: Tensor, part: Part) -> Batch:
     """Make a batch: it weighs what it holds, and counts what all processes hold together."""
     count, length = inputs.shape
-    return Batch((inputs, targets), float(count * length), part.samples,
-                 part.samples * length, part.first)  # fmt: skip
+    return Batch(
+        (inputs, targets), float(count * length), part.samples, part.samples * length, part.first
+    )
 
 
 class Slot:

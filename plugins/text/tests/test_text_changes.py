@@ -109,11 +109,22 @@ def test_another_batch_size_goes_on_with_the_very_next_sample(
 
 
 def test_a_changed_context_length_gives_windows_of_that_length(changing_run: ChangingRun) -> None:
-    changes = Changes(at={"0": {"context_length": 3}, "2": {"context_length": 5, "batch_size": 2},
-                          "4": {"context_length": 8}})  # fmt: skip
+    changes = Changes(
+        at={
+            "0": {"context_length": 3},
+            "2": {"context_length": 5, "batch_size": 2},
+            "4": {"context_length": 8},
+        }
+    )
     run = changing_run(changes)
     assert [tuple(b.data[0].shape) for b in changes.read] == [
-        (4, 3), (4, 3), (2, 5), (2, 5), (2, 8), (2, 8)]  # fmt: skip
+        (4, 3),
+        (4, 3),
+        (2, 5),
+        (2, 5),
+        (2, 8),
+        (2, 8),
+    ]
     assert [batch.first for batch in changes.read] == [0, 4, 8, 10, 12, 14]
     assert [batch.weight for batch in changes.read] == [12, 12, 10, 10, 16, 16]
     assert run.progress.tokens == 2 * (12 + 10 + 16)

@@ -76,8 +76,10 @@ def _expected(run: Run, text: str) -> float:
     count = (len(tokens) - 1) // 8
     inputs, targets = (tokens[i : i + 8 * count].view(count, 8) for i in (0, 1))
     with torch.no_grad():
-        parts = [(run.model(inputs[i : i + 4], targets[i : i + 4]).item(), inputs[i : i + 4].numel())
-                 for i in range(0, count, 4)]  # fmt: skip
+        parts = [
+            (run.model(inputs[i : i + 4], targets[i : i + 4]).item(), inputs[i : i + 4].numel())
+            for i in range(0, count, 4)
+        ]
     return math.fsum(loss * size for loss, size in parts) / sum(size for _, size in parts)
 
 
@@ -172,8 +174,11 @@ def test_paths_of_splits_are_relative_to_the_file_that_states_them(tmp_path: Pat
 def test_the_splits_of_a_run_are_in_its_record(tiny_run: TinyRun, tmp_path: Path) -> None:
     for name, content in (("verse", VERSE), ("code", CODE)):
         (tmp_path / f"{name}.txt").write_text(content)
-    table = {"path": str(tmp_path / "verse.txt"), "context_length": 8,
-             "validation_splits": {"code": str(tmp_path / "code.txt")}}  # fmt: skip
+    table = {
+        "path": str(tmp_path / "verse.txt"),
+        "context_length": 8,
+        "validation_splits": {"code": str(tmp_path / "code.txt")},
+    }
     sizes = {"num_layers": 1, "d_model": 8, "num_heads": 1}
     tables = {"text": table, "gpt": sizes}
     run = tiny_run("text", "gpt", "adamw", settings=tables, length=1)

@@ -88,8 +88,12 @@ def test_learning_gives_the_same_tokenizer_in_every_process() -> None:
 
 def test_a_tokenizer_file_keeps_its_tokens_and_loses_its_length_limit(tmp_path: Path) -> None:
     facts = json.loads(LEARNED.to_json())
-    facts["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst",
-                           "stride": 0}  # fmt: skip
+    facts["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(facts))
     loaded = load_pairs(path)

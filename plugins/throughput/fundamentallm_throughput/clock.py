@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 
 PHASES: Mapping[str, tuple[str, ...]] = {
     "start-up": (
-        "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
-        "compile_model", "distribute_model", "build_optimizer", "on_train_start",
+        "build_data",
+        "build_tokenizer",
+        "build_model",
+        "adapt_model",
+        "checkpoint_activations",
+        "compile_model",
+        "distribute_model",
+        "build_optimizer",
+        "on_train_start",
     ),
     "restore": ("read_checkpoint", "on_rewind"),
     "data": ("collect_batches", "weigh_window"),
@@ -32,7 +39,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "validation": ("validate", "on_validation_end", "evaluation_weights"),
     "log": ("reduce_metrics", "on_log", "on_progress"),
     "safe point": ("on_safe_point", "on_checkpoint_saved"),
-}  # fmt: skip
+}
 """The hooks of each phase, in the order of a run."""
 
 PHASE_OF = {hook: phase for phase, hooks in PHASES.items() for hook in hooks}

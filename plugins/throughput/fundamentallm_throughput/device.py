@@ -16,11 +16,27 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12,
-    "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-    "RTX 4090": 165.2e12, "RTX 3090": 71e12, "MI300X": 1307.4e12, "MI250X": 191.5e12,
-}  # fmt: skip
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307.4e12,
+    "MI250X": 191.5e12,
+}
 """FLOP/s by a part of the device's name, from the makers' data sheets: dense bfloat16 matrix
 products (float16 where there is no bfloat16) that add up in float32."""
 
@@ -50,8 +66,12 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 def matrix_parameters(model: nn.Module) -> int:
     """Count the parameters, each once, less those that only embeddings look up."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    used = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding)
-            for p in m.parameters(recurse=False)}  # fmt: skip
+    used = {
+        id(p)
+        for m in model.modules()
+        if not isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
     return sum(p.numel() for p in model.parameters() if id(p) not in looked_up - used)
 
 

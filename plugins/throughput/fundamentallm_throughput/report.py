@@ -47,8 +47,9 @@ def rows(taken: Mapping[Key, float], wall: float) -> list[Row]:
     rest = {(REST, "core"): wall - sum(taken.values())}
     found = {key: seconds for key, seconds in {**taken, **rest}.items() if seconds > 0}
     total = sum(found.values())
-    listed = [Row(phase, plugin, seconds, seconds / total)
-              for (phase, plugin), seconds in found.items()]  # fmt: skip
+    listed = [
+        Row(phase, plugin, seconds, seconds / total) for (phase, plugin), seconds in found.items()
+    ]
     return sorted(listed, key=lambda row: (PLACES[row.phase], -row.seconds, row.plugin))
 
 
@@ -90,8 +91,10 @@ def facts(run: Run, watch: Watch) -> dict[str, Any]:
 
 def table(facts: dict[str, Any]) -> str:
     """Write a line per phase: its time, its share, and the plugins that took it."""
-    head = (f"where the time went: {facts['seconds']:.1f} s, {facts['steps']} steps, "
-            f"{facts['timed_steps']} of them timed inside")  # fmt: skip
+    head = (
+        f"where the time went: {facts['seconds']:.1f} s, {facts['steps']} steps, "
+        f"{facts['timed_steps']} of them timed inside"
+    )
     lines = [head]
     for phase in ORDER:
         there = [row for row in facts["where"] if row["phase"] == phase]

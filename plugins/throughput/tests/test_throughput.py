@@ -38,9 +38,13 @@ from fundamentallm_throughput.samples import turns
 from fundamentallm_throughput.watch import quantile
 
 SPEEDS = {
-    "perf/tokens_per_second", "perf/samples_per_second", "perf/step_ms", "perf/step_ms_median",
-    "perf/step_ms_p99", "system/host_memory_gib",
-}  # fmt: skip
+    "perf/tokens_per_second",
+    "perf/samples_per_second",
+    "perf/step_ms",
+    "perf/step_ms_median",
+    "perf/step_ms_p99",
+    "system/host_memory_gib",
+}
 
 
 class TestContract(PluginContract):
@@ -111,7 +115,11 @@ def test_a_call_inside_another_counts_once_and_for_the_inner_one():
     backward = clock.timed("core", "backward", spend(16))
     microbatch = clock.timed("core", "train_microbatch", spend(2, forward, backward))
     assert microbatch() == "answer"
-    assert parts(clock) == {("micro-batch", "core"): 2, ("forward", "amp"): 8, ("backward", "core"): 16}
+    assert parts(clock) == {
+        ("micro-batch", "core"): 2,
+        ("forward", "amp"): 8,
+        ("backward", "core"): 16,
+    }
     assert clock.between == 0
     clock.timed("core", "validate", spend(32, forward, forward))()
     assert clock.seconds["validation", "amp"] == 16
@@ -151,7 +159,9 @@ def test_however_calls_are_nested_the_seconds_add_up(tree):
         def spend():
             now.time += 1
             for index, child in enumerate(children):
-                clock.timed(str(index), hooks[(number + index) % len(hooks)], call(child, number + 7))()
+                clock.timed(
+                    str(index), hooks[(number + index) % len(hooks)], call(child, number + 7)
+                )()
 
         return spend
 
@@ -173,7 +183,12 @@ def test_what_lies_between_steps_is_told_from_the_parts_of_a_step_that_is_timed(
     clock.timed("sample", "on_safe_point", evaluate, in_step=True)()
     clock.timed("text", "collect_batches", clock.timed("bar", "on_progress", spend, in_step=True))()
     assert clock.seconds["safe point", "core"] == clock.between == 4
-    assert parts(clock) == {("forward", "core"): 4, None: 4, ("data", "bar"): 4, ("data", "text"): 0}
+    assert parts(clock) == {
+        ("forward", "core"): 4,
+        None: 4,
+        ("data", "bar"): 4,
+        ("data", "text"): 0,
+    }
 
 
 def test_every_hook_has_a_phase_but_for_the_first_the_last_and_the_question_of_every_step():
@@ -291,12 +306,19 @@ def test_parameters_that_are_only_looked_up_cost_nothing():
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("NVIDIA A10G", None),
-        ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("AMD Instinct MI300X", 1307.4e12), ("Some GPU", None),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("AMD Instinct MI300X", 1307.4e12),
+        ("Some GPU", None),
     ],
-)  # fmt: skip
+)
 def test_known_devices_are_found_by_their_name(name, peak):
     assert peak_of(name) == peak
 
@@ -352,20 +374,38 @@ def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
     assert math.isclose(sum(row["share"] for row in facts["where"]), 1)
     assert math.isclose(sum(took(run).values()), facts["seconds"])
     assert {
-        ("start-up", "tiny_data"), ("start-up", "tiny_model"), ("data", "core"), ("forward", ""),
-        ("backward", "core"), ("optimizer", "core"), ("optimizer", "busy"), ("gradients", "busy"),
-        ("events", "busy"), ("safe point", "busy"), ("validation", ""), ("rest", "core"),
-    } <= took(run).keys()  # fmt: skip
+        ("start-up", "tiny_data"),
+        ("start-up", "tiny_model"),
+        ("data", "core"),
+        ("forward", ""),
+        ("backward", "core"),
+        ("optimizer", "core"),
+        ("optimizer", "busy"),
+        ("gradients", "busy"),
+        ("events", "busy"),
+        ("safe point", "busy"),
+        ("validation", ""),
+        ("rest", "core"),
+    } <= took(run).keys()
 
 
 def test_rows_are_in_the_order_of_a_run_and_what_is_in_none_is_the_rest():
-    taken = {("other steps", "unknown"): 3.0, ("forward", "core"): 8.0, ("backward", "amp"): 12.0,
-             ("first step", "core"): 5.0, ("validation", "core"): 10.0, ("log", "bar"): 0.0}  # fmt: skip
+    taken = {
+        ("other steps", "unknown"): 3.0,
+        ("forward", "core"): 8.0,
+        ("backward", "amp"): 12.0,
+        ("first step", "core"): 5.0,
+        ("validation", "core"): 10.0,
+        ("log", "bar"): 0.0,
+    }
     assert [(row.phase, row.plugin, row.seconds, row.share) for row in rows(taken, 40.0)] == [
-        ("first step", "core", 5.0, 0.125), ("forward", "core", 8.0, 0.2),
-        ("backward", "amp", 12.0, 0.3), ("other steps", "unknown", 3.0, 0.075),
-        ("validation", "core", 10.0, 0.25), ("rest", "core", 2.0, 0.05),
-    ]  # fmt: skip
+        ("first step", "core", 5.0, 0.125),
+        ("forward", "core", 8.0, 0.2),
+        ("backward", "amp", 12.0, 0.3),
+        ("other steps", "unknown", 3.0, 0.075),
+        ("validation", "core", 10.0, 0.25),
+        ("rest", "core", 2.0, 0.05),
+    ]
 
 
 @given(st.integers(1, 40), st.integers(0, 2**63))
@@ -382,7 +422,8 @@ def test_one_step_of_each_window_has_its_turn_and_in_the_end_each_place_once(eve
 
 
 @pytest.mark.parametrize(
-    ("period", "length", "off"), [(10, 500, 1 / 4), (10, 2000, 1 / 15), (7, 2000, 1 / 3), (50, 2000, 0.8)]
+    ("period", "length", "off"),
+    [(10, 500, 1 / 4), (10, 2000, 1 / 15), (7, 2000, 1 / 3), (50, 2000, 0.8)],
 )
 def test_what_comes_back_is_met_about_as_often_as_it_happens(period: int, length: int, off: float):
     errors = []
@@ -558,7 +599,9 @@ class Queuing:
 def test_parts_of_a_step_take_what_the_device_takes_for_them_not_what_queuing_takes(tiny_run):
     now = Seconds()
     device = Device(now)
-    run = tiny_run(Queuing(device=device), timing(Clock(now, device.marks)), length=150, log_every=10)
+    run = tiny_run(
+        Queuing(device=device), timing(Clock(now, device.marks)), length=150, log_every=10
+    )
     found = took(run)
     assert read(run)["timed_steps"] >= 10
     assert math.isclose(found["events", "queuing"], 0.25 * 149, rel_tol=0.02)
@@ -572,18 +615,25 @@ def test_what_steps_have_queued_is_no_time_of_a_validation(tiny_run: TinyRun):
     listed = [Queuing(device=device), timing(Clock(now, device.marks))]
     run = tiny_run(*listed, length=4, validate_every=2)
     assert sum(s for (phase, _), s in took(run).items() if phase == "validation") == 16
-    assert [math.isclose(row["perf/step_ms"], 1000, rel_tol=0.01) for row in run.history] == [True] * 2
+    assert [math.isclose(row["perf/step_ms"], 1000, rel_tol=0.01) for row in run.history] == [
+        True
+    ] * 2
 
 
 def test_each_second_of_a_timed_step_counts_once(tiny_run: TinyRun):
     run = tiny_run(Throughput(sample_every=1), length=20)
-    inside = [s for (phase, _), s in took(run).items()
-              if phase in ("data", "micro-batch", "forward", "backward", "gradients", "optimizer")]  # fmt: skip
+    inside = [
+        s
+        for (phase, _), s in took(run).items()
+        if phase in ("data", "micro-batch", "forward", "backward", "gradients", "optimizer")
+    ]
     outside = [s for (phase, _), s in took(run).items() if phase == "start-up"]
     assert 0 < sum(inside) <= (read(run)["seconds"] - sum(outside)) * (1 + 1e-9)
 
 
-def test_the_table_is_told_in_the_log_before_the_log_is_closed(tiny_run: TinyRun, tmp_path: Path, caplog):
+def test_the_table_is_told_in_the_log_before_the_log_is_closed(
+    tiny_run: TinyRun, tmp_path: Path, caplog
+):
     caplog.set_level(logging.INFO)
     for number, listed in enumerate((["console", Throughput()], [Throughput(), "console"])):
         run = tiny_run(*listed, length=3, run_dir=tmp_path / str(number))
@@ -597,7 +647,9 @@ def test_the_table_is_told_in_the_log_before_the_log_is_closed(tiny_run: TinyRun
     assert (tmp_path / "untold" / "throughput.json").is_file()
 
 
-def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does_not(tiny_run, tmp_path):
+def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does_not(
+    tiny_run, tmp_path
+):
     @plugin
     class Bomb:
         """Fails in one hook."""
@@ -627,13 +679,17 @@ def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does
 
 @pytest.mark.parametrize("every", [1, 2, 20])
 def test_a_run_ends_in_the_same_bits_with_it(tiny_run: TinyRun, tmp_path: Path, every: int):
-    runs = [tiny_run(*listed, length=9, log_every=2, validate_every=3, run_dir=tmp_path / str(n))
-            for n, listed in enumerate(([], [Throughput(sample_every=every)]))]  # fmt: skip
+    runs = [
+        tiny_run(*listed, length=9, log_every=2, validate_every=3, run_dir=tmp_path / str(n))
+        for n, listed in enumerate(([], [Throughput(sample_every=every)]))
+    ]
     assert_same_weights(*runs)
     assert rest(runs[0]) == rest(runs[1])
 
 
-def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(tiny_run: TinyRun, tmp_path: Path):
+def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(
+    tiny_run: TinyRun, tmp_path: Path
+):
     @plugin
     class Picky:
         """Rejects a step, and goes back once."""
@@ -651,8 +707,12 @@ def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(tiny_run: Ti
                 run.rewind("latest")
 
     settings = {"checkpoint": {"every": 2}}
-    runs = [tiny_run("checkpoint", Picky(), *listed, length=8, settings=settings, run_dir=tmp_path / str(n))
-            for n, listed in enumerate(([], [Throughput(sample_every=1)]))]  # fmt: skip
+    runs = [
+        tiny_run(
+            "checkpoint", Picky(), *listed, length=8, settings=settings, run_dir=tmp_path / str(n)
+        )
+        for n, listed in enumerate(([], [Throughput(sample_every=1)]))
+    ]
     assert_same_weights(*runs)
     assert rest(runs[0]) == rest(runs[1])
     assert ("restore", "checkpoint") in took(runs[1])
@@ -662,11 +722,17 @@ def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(tiny_run: Ti
         assert all(value > 0 for value in measured(row).values())
 
 
-def test_a_run_continued_in_the_middle_is_the_run_that_never_stopped(tiny_run: TinyRun, tmp_path: Path):
+def test_a_run_continued_in_the_middle_is_the_run_that_never_stopped(
+    tiny_run: TinyRun, tmp_path: Path
+):
     settings = {"checkpoint": {"every": 3}}
-    whole = tiny_run("checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "whole")
+    whole = tiny_run(
+        "checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "whole"
+    )
     tiny_run("checkpoint", Throughput(), length=3, settings=settings, run_dir=tmp_path / "parts")
-    parts = tiny_run("checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "parts")
+    parts = tiny_run(
+        "checkpoint", Throughput(), length=8, settings=settings, run_dir=tmp_path / "parts"
+    )
     assert_same_weights(whole, parts)
     assert rest(whole)[-1] == rest(parts)[-1]
     assert read(parts)["steps"] == 5
@@ -786,7 +852,10 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
     for number, listed in enumerate(([], [Throughput(sample_every=2)])):
         reads = HostReads()
         between = Between(
-            first=2, last=6, start=reads.__enter__, stop=lambda: reads.__exit__(None, None, None)  # noqa: B023
+            first=2,
+            last=6,
+            start=reads.__enter__,
+            stop=lambda: reads.__exit__(None, None, None),  # noqa: B023
         )
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(reads.count)
@@ -801,7 +870,7 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
         ({"peak_flops": 0}, "throughput.peak_flops: must be > 0"),
         ({"flops_per_token": "many"}, "throughput.flops_per_token: expected a number"),
     ],
-)  # fmt: skip
+)
 def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run("throughput", settings={"throughput": table})

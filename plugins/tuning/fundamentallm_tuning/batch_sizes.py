@@ -80,8 +80,13 @@ class Place(NamedTuple):
         if not keeps or (count == self.microbatches == 1):
             return lines
         missing = [] if self.accumulates else [f'# "{ACCUMULATE}" has to be in the plugins list']
-        return [*lines, "", *missing, f"[{self.accumulates or ACCUMULATE}]",
-                f"microbatches = {count}"]  # fmt: skip
+        return [
+            *lines,
+            "",
+            *missing,
+            f"[{self.accumulates or ACCUMULATE}]",
+            f"microbatches = {count}",
+        ]
 
 
 def find(
@@ -103,8 +108,10 @@ def find(
 
         largest = largest_that_fits(sizes, fits)
     if largest is None:
-        raise OutOfMemoryError(f"not even {place.data}.batch_size = {sizes[0]} fits into memory: "
-                               f"{tried[sizes[0]].error}")  # fmt: skip
+        raise OutOfMemoryError(
+            f"not even {place.data}.batch_size = {sizes[0]} fits into memory: "
+            f"{tried[sizes[0]].error}"
+        )
     fastest = fastest_of({n: trial.speed for n, trial in tried.items() if not trial.code})
     for line in ("", *_suggested(place, fastest, largest, at_the_end=largest == sizes[-1])):
         tell(line)
@@ -138,16 +145,20 @@ def fastest_of(speeds: Mapping[int, float]) -> int:
 
 def _suggested(place: Place, fastest: int, largest: int, *, at_the_end: bool) -> list[str]:
     limit = "the largest that was to be tried" if at_the_end else "the largest found to fit"
-    return [f"fastest: {fastest} (the smallest within {1 - ENOUGH:.0%} of the highest speed)",
-            f"{limit}: {largest}; the settings have {place.batch_size}"]  # fmt: skip
+    return [
+        f"fastest: {fastest} (the smallest within {1 - ENOUGH:.0%} of the highest speed)",
+        f"{limit}: {largest}; the settings have {place.batch_size}",
+    ]
 
 
 def _row(batch_size: int, trial: Trial) -> str:
     if trial.code:
         what = "does not fit" if trial.code == OutOfMemoryError.exit_code else "fails"
         return f"{batch_size:>10}  {what}: {trial.error.splitlines()[0]}"
-    return (f"{batch_size:>10}  {trial.speed:>10,.0f}  {duration(trial.seconds):>12}  "
-            f"{size(trial.peak):>12}")  # fmt: skip
+    return (
+        f"{batch_size:>10}  {trial.speed:>10,.0f}  {duration(trial.seconds):>12}  "
+        f"{size(trial.peak):>12}"
+    )
 
 
 def _whole(instance: Any, name: str) -> int | None:

@@ -60,8 +60,13 @@ def lr_finder(settings: Path, low: float, high: float, steps: int, **choice: Any
 @settings_options
 @click.option("--min", "low", type=AMOUNT, default=1, show_default=True, help="First batch size.")
 @click.option("--max", "high", type=AMOUNT, default=1024, show_default=True, help="Largest tried.")
-@click.option("--steps", type=click.IntRange(min=2), default=5, show_default=True,
-              help="Steps of each trial; the first is not timed.")  # fmt: skip
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    help="Steps of each trial; the first is not timed.",
+)
 @click.option("--keep-step-size", is_flag=True, help="Keep the samples in a step: accumulate.")
 def batch_size_finder(
     settings: Path, low: int, high: int, keep_step_size: bool, **choice: Any

@@ -20,8 +20,9 @@ def digests(snapshot: Snapshot) -> dict[str, str]:
 
 def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Return the paths that are not the same in both."""
-    return sorted(path for path in before.keys() | after.keys()
-                  if before.get(path) != after.get(path))  # fmt: skip
+    return sorted(
+        path for path in before.keys() | after.keys() if before.get(path) != after.get(path)
+    )
 
 
 def restored_from_memory(run: Run) -> list[str]:

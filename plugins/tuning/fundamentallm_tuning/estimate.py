@@ -74,8 +74,10 @@ def _whole_run(plan: Plan, probe: Probe, points: Sequence[Point]) -> str:
         due = 1 if plan.validates is None else _whole(total.times(plan.validates, epoch))
         count = due + plan.validates_first
         seconds += count * total.validation + once.validation
-        parts.append(f"{counted(count, 'validation')} of {duration(total.validation)}"
-                     f"{_first(probe.validations, once.validation)}")  # fmt: skip
+        parts.append(
+            f"{counted(count, 'validation')} of {duration(total.validation)}"
+            f"{_first(probe.validations, once.validation)}"
+        )
     save = max(probe.seconds["on_safe_point"], default=0.0) if plan.saves else 0.0
     if save:
         count = sum(_whole(total.times(every, epoch)) for every in plan.saves)

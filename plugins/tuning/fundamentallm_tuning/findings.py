@@ -56,8 +56,12 @@ def _model(probe: Probe) -> Iterator[str]:
 def _steps(probe: Probe) -> Iterator[str]:
     counts, losses = probe.counts, probe.losses
     made_of = in_step(counts["samples"], counts["tokens"])
-    yield line("step", f"{made_of}, in {counted(counts['microbatches'], 'micro-batch')}"
-                       .replace("batchs", "batches"))  # fmt: skip
+    yield line(
+        "step",
+        f"{made_of}, in {counted(counts['microbatches'], 'micro-batch')}".replace(
+            "batchs", "batches"
+        ),
+    )
     yield line("loss", ", ".join(f"{loss:.4g}" for loss in losses[:5]) + _chance(probe))
     rates = ", ".join(f"{rate:.3g}" for rate in probe.rates[:5])
     yield line("", f"learning rate {rates}; gradient norm {probe.gradient_norm:.4g}")
@@ -75,10 +79,15 @@ def _chance(probe: Probe) -> str:
 
 def _memory(probe: Probe) -> str:
     sizes = probe.sizes
-    names = {"parameters": "parameters", "buffers": "buffers", "gradients": "gradients",
-             "optimizer": "optimizer state"}  # fmt: skip
-    parts = ", ".join(f"{text} {size(sizes[name])}" for name, text in names.items()
-                      if sizes.get(name))  # fmt: skip
+    names = {
+        "parameters": "parameters",
+        "buffers": "buffers",
+        "gradients": "gradients",
+        "optimizer": "optimizer state",
+    }
+    parts = ", ".join(
+        f"{text} {size(sizes[name])}" for name, text in names.items() if sizes.get(name)
+    )
     what = "the GPU's peak" if probe.device.startswith("cuda") else "the peak of the process"
     return f"{parts}; {what} {size(sizes['peak'])}"
 
@@ -96,11 +105,15 @@ def notes(probe: Probe) -> list[str]:
     if not any(probe.rates):
         found.append("the learning rate was 0 in all these steps: a warmup may begin there")
     if _chance(probe).endswith("is worse"):
-        found.append("a first loss this high means large initial weights, or other targets than "
-                     "the vocabulary's")  # fmt: skip
+        found.append(
+            "a first loss this high means large initial weights, or other targets than "
+            "the vocabulary's"
+        )
     if _chance(probe).endswith("already"):
-        found.append("a first loss this low means weights that were trained before, or inputs "
-                     "that give the targets away")  # fmt: skip
+        found.append(
+            "a first loss this low means weights that were trained before, or inputs "
+            "that give the targets away"
+        )
     return found
 
 

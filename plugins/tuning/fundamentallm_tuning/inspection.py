@@ -81,8 +81,9 @@ def _all_along(
         for at in (1.0, 0.5):
             later = Probe(steps=probe.steps, passed=_position(plan, probe, points, at))
             _made(compose(), later, folder / f"at-{at}")
-            probe.sizes |= {name: max(count, probe.sizes[name])
-                            for name, count in later.sizes.items()}  # fmt: skip
+            probe.sizes |= {
+                name: max(count, probe.sizes[name]) for name, count in later.sizes.items()
+            }
             point = Point.of(later, at)
             if len(points) == 1 and point.alike(points[0]):
                 break
@@ -103,10 +104,14 @@ def _position(plan: Plan, probe: Probe, points: list[Point], at: float) -> dict[
     total = passed(plan.length, points, epoch, min(at, 1 - trial))
     steps, samples, tokens = (round(count) for count in total[:3])
     return {
-        "step": steps, "applied": steps, "microbatches": steps * probe.counts["microbatches"],
-        "samples": samples, "tokens": tokens, "seconds": total.seconds,
+        "step": steps,
+        "applied": steps,
+        "microbatches": steps * probe.counts["microbatches"],
+        "samples": samples,
+        "tokens": tokens,
+        "seconds": total.seconds,
         "before": (samples, tokens, total.seconds),
-    }  # fmt: skip
+    }
 
 
 def _made(composed: Composed, probe: Probe, folder: Path) -> None:
@@ -156,8 +161,10 @@ def _forget() -> None:
 
 def _compared(different: list[str], how: str) -> Iterator[str]:
     if not different:
-        yield findings.line("restore", f"{how}: weights, optimizer, plugins and random state are "
-                                       f"bit for bit what they were")  # fmt: skip
+        yield findings.line(
+            "restore",
+            f"{how}: weights, optimizer, plugins and random state are bit for bit what they were",
+        )
         return
     shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if different[5:] else "")
     raise StorageError(f"restored {how}, these are not bit for bit what they were: {shown}")

@@ -91,11 +91,13 @@ def measure(wish: Wish, choice: Mapping[str, Sequence[str]], scratch: Path) -> T
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # -P: a module in the user's folder must not stand in for one of ours.
         words = [sys.executable, "-P", "-m", "fundamentallm_tuning.measuring", name]
-        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode == -signal.SIGKILL:
-            return Trial(OutOfMemoryError.exit_code, "its process was killed, as a host without "
-                                                     "memory does")  # fmt: skip
+            return Trial(
+                OutOfMemoryError.exit_code, "its process was killed, as a host without memory does"
+            )
         try:
             return Trial(*json.loads((folder / "result.json").read_text(encoding="utf-8")))
         except OSError:

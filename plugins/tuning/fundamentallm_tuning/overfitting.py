@@ -111,8 +111,10 @@ def learn(composed: Composed, steps: int | None, tell: Callable[[str], object]) 
             f"the loss on one batch is {losses[-1]:.4g} after {done} steps; it began at "
             f"{losses[0]:.4g}, and near zero is {one.goal:.4g}. {advice(losses)}"
         )
-    return (f"the loss on one batch fell from {losses[0]:.4g} to {losses[-1]:.4g} in {done - 1} "
-            f"updates: this model can learn from this data")  # fmt: skip
+    return (
+        f"the loss on one batch fell from {losses[0]:.4g} to {losses[-1]:.4g} in {done - 1} "
+        f"updates: this model can learn from this data"
+    )
 
 
 def still_falls(losses: list[float]) -> bool:
@@ -126,12 +128,16 @@ def advice(losses: list[float]) -> str:
     if last > 1.2 * first:
         return "It rises: the learning rate may be too large (fundamentallm lr-finder)."
     if lowest > 0.9 * first:
-        return ("It hardly falls: see whether gradients reach the weights (fundamentallm check), "
-                "whether the targets follow from the inputs, whether the learning rate is not too "
-                "small (fundamentallm lr-finder) and whether anything is frozen.")  # fmt: skip
+        return (
+            "It hardly falls: see whether gradients reach the weights (fundamentallm check), "
+            "whether the targets follow from the inputs, whether the learning rate is not too "
+            "small (fundamentallm lr-finder) and whether anything is frozen."
+        )
     if last > 1.5 * lowest:
         return f"It was at {lowest:.4g} and rose again: try a smaller learning rate."
     if still_falls(losses):
         return "It is still falling: try more --steps, a larger learning rate or a smaller batch."
-    return ("It has come to a halt: the model may be too small for the batch, equal inputs may "
-            "have different targets, or the loss may have a floor (label smoothing).")  # fmt: skip
+    return (
+        "It has come to a halt: the model may be too small for the batch, equal inputs may "
+        "have different targets, or the loss may have a floor (label smoothing)."
+    )

@@ -37,8 +37,13 @@ class Point(NamedTuple):
     def of(cls, probe: Probe, at: float) -> Point:
         """Read it from a probe that began there; first times are no typical ones."""
         taken, validations = probe.seconds["step"], probe.validations
-        return cls(at, median(taken[1:] or taken), probe.counts["tokens"], probe.counts["samples"],
-                   median(validations[1:] or validations or [0.0]))  # fmt: skip
+        return cls(
+            at,
+            median(taken[1:] or taken),
+            probe.counts["tokens"],
+            probe.counts["samples"],
+            median(validations[1:] or validations or [0.0]),
+        )
 
     def alike(self, other: Point) -> bool:
         """Tell whether steps are the same at both, but for what clocks always differ by."""
@@ -85,8 +90,15 @@ def passed(
     for number in range(pieces):
         here = _between(points, (number + 0.5) / pieces * until)
         steps = until / pieces / here.amount(length, epoch_samples)
-        rows.append((steps, steps * here.tokens, steps * here.samples, steps * here.seconds,
-                     here.validation / pieces))  # fmt: skip
+        rows.append(
+            (
+                steps,
+                steps * here.tokens,
+                steps * here.samples,
+                steps * here.seconds,
+                here.validation / pieces,
+            )
+        )
     return Total(*(math.fsum(column) for column in zip(*rows, strict=True)))
 
 
@@ -104,8 +116,11 @@ def may_change(composed: Composed) -> bool:
 
 
 def _has_period(one: object) -> bool:
-    return any(isinstance(value, Period) for name in setting_fields(type(one))
-               for value in _leaves(getattr(one, name)))  # fmt: skip
+    return any(
+        isinstance(value, Period)
+        for name in setting_fields(type(one))
+        for value in _leaves(getattr(one, name))
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -139,8 +139,11 @@ class Probe:
         import torch
 
         named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-        norms = {name: float(torch.linalg.vector_norm(p.grad.detach().float()))
-                 for name, p in named if p.grad is not None}  # fmt: skip
+        norms = {
+            name: float(torch.linalg.vector_norm(p.grad.detach().float()))
+            for name, p in named
+            if p.grad is not None
+        }
         # At the last step: what begins at zero may have none in the first (a LoRA's, say).
         self.without_gradient = [name for name, _ in named if not norms.get(name)]
         self.gradient_norm = sum(norm**2 for norm in norms.values()) ** 0.5

@@ -143,7 +143,10 @@ def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
             f"# by {factor}: scale those that are stated in their own right by it too.",
         ]
     if not isinstance(stated, int | float) or not stated > 0:
-        return [*lines, f"# {name} has no setting lr; the first parameter group's learning rate:",
-                f"# {toml_float(rate)}"]  # fmt: skip
+        return [
+            *lines,
+            f"# {name} has no setting lr; the first parameter group's learning rate:",
+            f"# {toml_float(rate)}",
+        ]
     # What the plugin makes of its setting may be another number.
     return [*lines, f"[{name}]", f"lr = {toml_float(rate * stated / test.bases[0])}"]

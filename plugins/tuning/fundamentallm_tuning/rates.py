@@ -79,8 +79,10 @@ class Curve(NamedTuple):
 
         It is no less than what most neighbours differ by: before ``bottom`` there may be few.
         """
-        bends = [abs(b - (a + c) / 2) for a, b, c in
-                 zip(self.losses, self.losses[1:], self.losses[2:], strict=False)]  # fmt: skip
+        bends = [
+            abs(b - (a + c) / 2)
+            for a, b, c in zip(self.losses, self.losses[1:], self.losses[2:], strict=False)
+        ]
         before = bends[: bottom + self.reach - 1]
         # Of a normal distribution, half is within 0.6745 standard deviations, and the mean distance
         # is sqrt(2 / pi) of them; that of the middle of two neighbours adds half of the variance.
@@ -104,11 +106,16 @@ class Curve(NamedTuple):
             canvas[_place(min((high - loss) / span, 1.0), height)][x] = "•"
         labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
         margin = max(map(len, labels))
-        rows = [f"{label:>{margin}} │{''.join(line)}".rstrip()
-                for label, line in zip(labels, canvas, strict=True)]  # fmt: skip
+        rows = [
+            f"{label:>{margin}} │{''.join(line)}".rstrip()
+            for label, line in zip(labels, canvas, strict=True)
+        ]
         first, last = toml_float(self.rates[0]), toml_float(self.rates[-1])
-        return [*rows, f"{'':>{margin}} └{'─' * width}",
-                f"{'loss':>{margin}}  {first}{last:>{width - len(first)}}"]  # fmt: skip
+        return [
+            *rows,
+            f"{'':>{margin}} └{'─' * width}",
+            f"{'loss':>{margin}}  {first}{last:>{width - len(first)}}",
+        ]
 
 
 def choose(curve: Curve) -> Choice | None:

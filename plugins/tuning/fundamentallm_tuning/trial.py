@@ -19,12 +19,26 @@ if TYPE_CHECKING:
 OWN = "fundamentallm-tuning"
 """What a trial's own plugin is called beside those of the settings."""
 # What makes an update what it is: who has a part in one of these belongs to a trial of steps.
-SHAPING = frozenset({
-    "build_data", "build_tokenizer", "build_model", "adapt_model", "checkpoint_activations",
-    "compile_model", "distribute_model", "build_optimizer", "collect_batches", "weigh_window",
-    "train_microbatch", "forward", "backward", "finish_gradients", "edit_gradients",
-    "optimizer_step",
-})  # fmt: skip
+SHAPING = frozenset(
+    {
+        "build_data",
+        "build_tokenizer",
+        "build_model",
+        "adapt_model",
+        "checkpoint_activations",
+        "compile_model",
+        "distribute_model",
+        "build_optimizer",
+        "collect_batches",
+        "weigh_window",
+        "train_microbatch",
+        "forward",
+        "backward",
+        "finish_gradients",
+        "edit_gradients",
+        "optimizer_step",
+    }
+)
 # Who hears nothing but these makes something ready: random state, weights from elsewhere.
 PREPARING = frozenset({"on_run_start", "on_train_start", "on_train_end"})
 # Who hears these and no more than these follows a run, and may tell others of it.

@@ -143,8 +143,11 @@ def left(place: Path) -> set[str]:
     found = {str(path.relative_to(place)) for path in place.rglob("*")}
     foreign = ("__pycache__", "torchinductor_")  # Python's, and torch's own
     return {name for name in found if not any(word in name for word in foreign)} - {
-        "here", "temporary", "here/parts.py", "here/run.toml",
-    }  # fmt: skip
+        "here",
+        "temporary",
+        "here/parts.py",
+        "here/run.toml",
+    }
 
 
 def call(command: object, *words: object, flaw: str = "") -> Result:
@@ -216,7 +219,14 @@ lr_schedule = { warmup = "1000 tokens" }
     text = said(call(lr_finder, "--steps", 20))
     assert "[adamw]\nlr = " in text
     # Of windows this short, several begin alike and go on in different ways: one does not.
-    one = ("--set", "adamw.lr=0.1", "--set", "text.batch_size=1", "--set", "accumulate.microbatches=1")
+    one = (
+        "--set",
+        "adamw.lr=0.1",
+        "--set",
+        "text.batch_size=1",
+        "--set",
+        "accumulate.microbatches=1",
+    )
     assert "the loss on one batch fell" in said(call(check, "--overfit-one-batch", *one))
     assert left(place) <= {"here/text.txt", "here/cache"} | {
         str(path.relative_to(place)) for path in (place / "here" / "cache").rglob("*")
@@ -242,9 +252,13 @@ context_length = { end = 32.0 }
     made = train("run.toml").progress.tokens
     assert told == pytest.approx(made, rel=0.1)
     # What stays as it is has one point, though somebody acts at every step.
-    words = [f"schedules.of.text.{name}.end={end}"
-             for name, end in (("batch_size", "2.0"), ("context_length", "8.0"))]  # fmt: skip
-    assert "tokens: 60 steps of" in said(call(check, *(w for word in words for w in ("--set", word))))
+    words = [
+        f"schedules.of.text.{name}.end={end}"
+        for name, end in (("batch_size", "2.0"), ("context_length", "8.0"))
+    ]
+    assert "tokens: 60 steps of" in said(
+        call(check, *(w for word in words for w in ("--set", word)))
+    )
 
 
 def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
@@ -259,8 +273,12 @@ def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
 def test_a_probe_of_the_end_makes_all_its_steps_though_one_would_be_the_last(place: Path) -> None:
     passed = {"step": 999, "applied": 999, "tokens": 3996, "samples": 3996, "seconds": 1.0}
     probe = Probe(steps=3, passed=passed)
-    run = train("run.toml", plugins=[probe], overrides=["run.length='4000 tokens'"],
-                run_dir=place / "temporary" / "run")  # fmt: skip
+    run = train(
+        "run.toml",
+        plugins=[probe],
+        overrides=["run.length='4000 tokens'"],
+        run_dir=place / "temporary" / "run",
+    )
     assert (len(probe.losses), run.progress.step, run.progress.tokens) == (3, 1002, 4008)
 
 
@@ -283,7 +301,9 @@ def test_memory_that_does_not_hold_a_later_step_is_an_error_that_says_when(place
 
 def test_what_keeps_later_steps_from_a_trial_is_a_note(place: Path) -> None:
     text = said(call(check, "--plugin", "ema", flaw="data later"))
-    assert "note: time and memory are those of the first steps; later ones fail: no more samp" in text
+    assert (
+        "note: time and memory are those of the first steps; later ones fail: no more samp" in text
+    )
     assert "1,000 steps of " in text
     assert left(place) == set()
 
@@ -328,8 +348,15 @@ def test_settings_that_do_not_compose_are_told_with_all_their_mistakes(
 
 
 def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place: Path) -> None:
-    words = ("--overfit-one-batch", "--plugin", "lr_schedule", "--set", "lr_schedule.warmup=1.0",
-             "--set", "parts.lr=0.3")  # fmt: skip
+    words = (
+        "--overfit-one-batch",
+        "--plugin",
+        "lr_schedule",
+        "--set",
+        "lr_schedule.warmup=1.0",
+        "--set",
+        "parts.lr=0.3",
+    )
     text = said(call(check, *words, flaw="drops"))
     assert "updates: this model can learn from this data" in text
     assert left(place) == set()
@@ -368,7 +395,9 @@ def test_a_batch_that_cannot_be_learned_is_told_with_what_to_look_at(
 
 def test_the_rate_grows_by_the_same_factor_whatever_schedules_say(place: Path) -> None:
     composed = compose(
-        "run.toml", add=["lr_schedule"], overrides=["lr_schedule.warmup=500", "run.max_time='1 hour'"]
+        "run.toml",
+        add=["lr_schedule"],
+        overrides=["lr_schedule.warmup=500", "run.max_time='1 hour'"],
     )
     test = measure(composed, 1e-5, 1e-3, 21)
     assert test.rates == pytest.approx([1e-5 * 10 ** (k / 10) for k in range(21)], rel=1e-12)
@@ -436,7 +465,9 @@ def test_options_that_make_no_sense_are_refused(
 
 @pytest.mark.slow
 def test_batch_size_finder_finds_what_fits_where_processes_are_killed(place: Path) -> None:
-    text = said(call(batch_size_finder, "--min", 5, "--max", 6, "--set", "parts.limit=5", flaw="killed"))
+    text = said(
+        call(batch_size_finder, "--min", 5, "--max", 6, "--set", "parts.limit=5", flaw="killed")
+    )
     rows = [line.split() for line in text.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["5", "6"]
     assert "does not fit: its process was killed" in text
@@ -447,8 +478,17 @@ def test_batch_size_finder_finds_what_fits_where_processes_are_killed(place: Pat
 
 @pytest.mark.slow
 def test_batch_size_finder_keeps_the_size_of_a_step(place: Path) -> None:
-    words = ("--keep-step-size", "--min", 6, "--plugin", "accumulate", "--set", "parts.batch_size=6",
-             "--set", "accumulate.microbatches=1")  # fmt: skip
+    words = (
+        "--keep-step-size",
+        "--min",
+        6,
+        "--plugin",
+        "accumulate",
+        "--set",
+        "parts.batch_size=6",
+        "--set",
+        "accumulate.microbatches=1",
+    )
     text = said(call(batch_size_finder, *words))
     pasted = tomli.loads(text[text.index("[parts]") :])
     assert pasted == {"parts": {"batch_size": 6}}
@@ -460,7 +500,11 @@ def test_batch_size_finder_keeps_the_size_of_a_step(place: Path) -> None:
 @pytest.mark.parametrize(
     ("flaw", "kind", "complaint"),
     [
-        ("memory", OutOfMemoryError, "not even parts.batch_size = 4 fits into memory: out of memory"),
+        (
+            "memory",
+            OutOfMemoryError,
+            "not even parts.batch_size = 4 fits into memory: out of memory",
+        ),
         ("data", DataError, "too few samples"),
     ],
 )
@@ -501,8 +545,17 @@ def test_a_signal_ends_a_trial_and_leaves_nothing_behind(place: Path, words: lis
 @pytest.mark.slow
 def test_a_signal_ends_the_trial_of_a_batch_size_and_its_process(place: Path) -> None:
     marker = place / "here" / "marker"
-    words = [sys.executable, "-m", "fundamentallm", "batch-size-finder", "run.toml",
-             "--set", "parts.flaw=slow", "--set", f"parts.marker={marker}"]  # fmt: skip
+    words = [
+        sys.executable,
+        "-m",
+        "fundamentallm",
+        "batch-size-finder",
+        "run.toml",
+        "--set",
+        "parts.flaw=slow",
+        "--set",
+        f"parts.marker={marker}",
+    ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 60
         while not (marker.is_file() and marker.read_text()) and time.monotonic() < until:
@@ -534,18 +587,49 @@ def test_of_the_known_plugins_the_right_ones_take_part() -> None:
     made = {name: cls.__new__(cls) for name, cls in classes.items()}
     lean_ones = {name for name, one in made.items() if shapes_steps(one)}
     out = {name for name, one in made.items() if follows(one)}
-    assert {"text", "gpt", "adamw", "amp", "grad_clip", "accumulate", "freeze", "lora", "compile",
-            "deterministic", "muon"} & made.keys() <= lean_ones  # fmt: skip
-    assert not lean_ones & {"lr_schedule", "schedules", "guard", "ema", "checkpoint", "mlflow",
-                            "early_stopping", "validation", "console", "sample"}  # fmt: skip
-    assert {"mlflow", "console", "jsonl", "progress", "early_stopping", "sample"} & made.keys() <= out
+    assert {
+        "text",
+        "gpt",
+        "adamw",
+        "amp",
+        "grad_clip",
+        "accumulate",
+        "freeze",
+        "lora",
+        "compile",
+        "deterministic",
+        "muon",
+    } & made.keys() <= lean_ones
+    assert not lean_ones & {
+        "lr_schedule",
+        "schedules",
+        "guard",
+        "ema",
+        "checkpoint",
+        "mlflow",
+        "early_stopping",
+        "validation",
+        "console",
+        "sample",
+    }
+    assert {
+        "mlflow",
+        "console",
+        "jsonl",
+        "progress",
+        "early_stopping",
+        "sample",
+    } & made.keys() <= out
     assert not out & {"checkpoint", "guard", "ema", "lr_schedule", "validation", "text", "gpt"}
 
 
 def test_a_lean_trial_answers_validation_only_where_nobody_does(place: Path) -> None:
     composed = lean(compose("run.toml"), 3, object())
-    validating = [name for name, one in composed.plugins.items()
-                  if "validate" in {hook for hook, _, _ in hook_methods(type(one))}]  # fmt: skip
+    validating = [
+        name
+        for name, one in composed.plugins.items()
+        if "validate" in {hook for hook, _, _ in hook_methods(type(one))}
+    ]
     assert validating == ["fundamentallm-tuning-validation"]
     own = "\n    @hookimpl\n    def validate(self): return {}\n\n\nclass Net"
     (place / "here" / "parts.py").write_text(PARTS.replace("\n\n\nclass Net", own))

@@ -64,8 +64,9 @@ SEEDS = st.integers(0, 2**32).map(random.Random)
 def test_of_noise_around_a_constant_next_to_nothing_is_suggested(kind: str, steps: int) -> None:
     rng = random.Random(f"{kind} {steps}")
     rates, noise = RATES[:steps], NOISES[kind]
-    found = sum(choose(Curve(rates, [20 + noise(rng) for _ in rates])) is not None
-                for _ in range(150))  # fmt: skip
+    found = sum(
+        choose(Curve(rates, [20 + noise(rng) for _ in rates])) is not None for _ in range(150)
+    )
     # Fewer than 1 of 1,000 where noise is normal, fewer than 25 where it is skewed or coarse.
     assert found <= (1 if kind in ("normal", "uniform") else 4)
 
@@ -78,9 +79,17 @@ def test_a_slight_drift_is_no_fall_however_small_the_noise(rng, drift, level, ki
 
 
 @settings(deadline=None, max_examples=30)
-@given(SEEDS, st.floats(0.05, 100), st.floats(0, 0.15),
-       st.integers(20, 64), st.integers(80, 95), st.sampled_from(sorted(NOISES)))  # fmt: skip
-def test_a_fall_is_found_in_noise_that_is_smaller_than_it(rng, scale, noise, fall, rise, kind) -> None:
+@given(
+    SEEDS,
+    st.floats(0.05, 100),
+    st.floats(0, 0.15),
+    st.integers(20, 64),
+    st.integers(80, 95),
+    st.sampled_from(sorted(NOISES)),
+)
+def test_a_fall_is_found_in_noise_that_is_smaller_than_it(
+    rng, scale, noise, fall, rise, kind
+) -> None:
     clean = bathtub(fall, rise)
     losses = [scale * (loss + noise * NOISES[kind](rng)) for loss in clean]
     found = choose(Curve(RATES, losses))
@@ -239,8 +248,12 @@ def test_steps_that_grow_in_a_straight_line_are_added_up(length: str, until: flo
     assert found.times(period, 55) == pytest.approx(until)
 
     def steps_at(at: float) -> float:  # the integral of 1 / (a + b x) has a formula
-        base, slope = {"steps": (1, 0), "tokens": (10, 90), "epochs": (1 / 55, 9 / 55),
-                       "seconds": (0.01, 0.04)}[period.unit]  # fmt: skip
+        base, slope = {
+            "steps": (1, 0),
+            "tokens": (10, 90),
+            "epochs": (1 / 55, 9 / 55),
+            "seconds": (0.01, 0.04),
+        }[period.unit]
         return period.amount * (math.log1p(slope / base * at) / slope if slope else at)
 
     assert found.steps == pytest.approx(steps_at(until), rel=1e-3)
@@ -275,8 +288,15 @@ def test_the_advice_follows_from_how_the_loss_went(losses: list[float], said: st
 
 def test_numbers_are_written_for_people() -> None:
     assert [size(n) for n in (12, 2048, 3 << 20, 5 << 30)] == [
-        "12 bytes", "2.0 KiB", "3.0 MiB", "5.0 GiB",
-    ]  # fmt: skip
+        "12 bytes",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.0 GiB",
+    ]
     assert [duration(s) for s in (0.0123, 12, 600, 7200, 86400 * 4)] == [
-        "12.3 ms", "12.0 seconds", "10.0 minutes", "2.0 hours", "4.0 days",
-    ]  # fmt: skip
+        "12.3 ms",
+        "12.0 seconds",
+        "10.0 minutes",
+        "2.0 hours",
+        "4.0 days",
+    ]

@@ -46,8 +46,11 @@ def accuracies(run: Run) -> dict[str, float]:
                     _count(run, batch, hits)
     # One device read for all of them.
     pairs = torch.stack([hits.counts for hits in counts.values()]).tolist()
-    return {f"{split}/accuracy": right / total
-            for split, (right, total) in zip(counts, pairs, strict=True) if total}  # fmt: skip
+    return {
+        f"{split}/accuracy": right / total
+        for split, (right, total) in zip(counts, pairs, strict=True)
+        if total
+    }
 
 
 class Hits(nn.Module):

@@ -69,8 +69,10 @@ class TokenBatches:
         if settings.knows_bytes:
             self.bytes_per_token = {"val": 3.7, "code": 1.25}.get
         source = torch.Generator().manual_seed(5)
-        self.splits = {name: [self.batch(rows, source) for rows in (*sizes, 0)]
-                       for name, sizes in SIZES.items()}  # fmt: skip
+        self.splits = {
+            name: [self.batch(rows, source) for rows in (*sizes, 0)]
+            for name, sizes in SIZES.items()
+        }
 
     def batch(self, rows: int, source: torch.Generator) -> Batch:
         inputs = torch.randint(CLASSES, (rows or 2, 4), generator=source)
@@ -160,8 +162,11 @@ def _accuracy(run: Run, split: str) -> float:
 def _loss(run: Run, split: str) -> float:
     """Work out the mean loss over all targets of a split, from the means of its batches."""
     run.model.eval()
-    parts = [(run.model(*batch.data).item(), batch.weight)
-             for batch in run.data.validation()[split] if batch.weight]  # fmt: skip
+    parts = [
+        (run.model(*batch.data).item(), batch.weight)
+        for batch in run.data.validation()[split]
+        if batch.weight
+    ]
     return math.fsum(loss * weight for loss, weight in parts) / math.fsum(w for _, w in parts)
 
 
@@ -178,18 +183,28 @@ def test_every_metric_of_every_split_is_what_a_handwritten_loop_finds(tiny_run: 
 
 
 def test_batches_that_are_dicts_are_measured_the_same(tiny_run: TinyRun, tmp_path: Path) -> None:
-    one, other = (tiny_run(Tokens(as_dict=as_dict), Scorer(), Validation(accuracy=True),
-                           run_dir=tmp_path / str(as_dict))
-                  for as_dict in (False, True))  # fmt: skip
+    one, other = (
+        tiny_run(
+            Tokens(as_dict=as_dict),
+            Scorer(),
+            Validation(accuracy=True),
+            run_dir=tmp_path / str(as_dict),
+        )
+        for as_dict in (False, True)
+    )
     assert one.history == other.history
 
 
 def test_a_language_model_on_text_has_all_of_it(tiny_run: TinyRun, tmp_path: Path) -> None:
     for name, content in (("verse", VERSE), ("other", OTHER)):
         (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
-    text = {"path": str(tmp_path / "verse.txt"), "context_length": 8, "batch_size": 4,
-            "validation_splits": {"other": str(tmp_path / "other.txt")},
-            "cache_dir": str(tmp_path / "cache")}  # fmt: skip
+    text = {
+        "path": str(tmp_path / "verse.txt"),
+        "context_length": 8,
+        "batch_size": 4,
+        "validation_splits": {"other": str(tmp_path / "other.txt")},
+        "cache_dir": str(tmp_path / "cache"),
+    }
     gpt = {"num_layers": 1, "d_model": 16, "num_heads": 2, "pad_vocab_to_multiple_of": 64}
     measured = Validation(bits_per_byte=True, accuracy=True)
     run = tiny_run("text", "gpt", measured, settings={"text": text, "gpt": gpt}, length=30)
@@ -331,8 +346,12 @@ def test_training_does_not_notice_and_nothing_is_logged_twice(
 def test_it_goes_through_forward_as_the_loss_does_and_puts_all_back(tiny_run: TinyRun) -> None:
     chatty = Chatty()
     run = tiny_run(Tokens(), Scorer(), chatty, Validation(accuracy=True), length=1)
-    held_out = [(split, batch.weight) for split, batches in run.data.validation().items()
-                for batch in batches if batch.weight]  # fmt: skip
+    held_out = [
+        (split, batch.weight)
+        for split, batches in run.data.validation().items()
+        for batch in batches
+        if batch.weight
+    ]
     assert chatty.phases[1:] == held_out * 2
     found, module = accuracies(run), run.module
     assert found == {f"{split}/accuracy": _accuracy(run, split) for split in SIZES}
@@ -489,8 +508,9 @@ def test_what_a_snapshot_holds_of_the_best_stays_as_it_was(tiny_run: TinyRun) ->
 def test_a_second_instance_changes_nothing(tiny_run: TinyRun, tmp_path: Path) -> None:
     settings = {"more": {"plugin": "validation"}}
     one = tiny_run(Tokens(), Scorer(), "validation", run_dir=tmp_path / "one")
-    two = tiny_run(Tokens(), Scorer(), "validation", "more", settings=settings,
-                   run_dir=tmp_path / "two")  # fmt: skip
+    two = tiny_run(
+        Tokens(), Scorer(), "validation", "more", settings=settings, run_dir=tmp_path / "two"
+    )
     assert one.history == two.history
 
 
@@ -633,5 +653,9 @@ def test_each_plain_run_calls_it_only_where_a_row_is_due(tiny_run: TinyRun) -> N
     hooks: Callable[..., Any] = Validation
     marked = {name for name in dir(hooks) if hasattr(getattr(hooks, name), "fundamentallm_impl")}
     assert marked == {
-        "on_train_start", "validate", "reduce_metrics", "on_validation_end", "on_train_end"
-    }  # fmt: skip
+        "on_train_start",
+        "validate",
+        "reduce_metrics",
+        "on_validation_end",
+        "on_train_end",
+    }

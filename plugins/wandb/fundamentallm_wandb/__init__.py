@@ -63,9 +63,7 @@ class Wandb:
         if self._session is not None:
             self._session.log(run.progress.step, metrics)
 
-    def take_histogram(
-        self, name: str, step: int, edges: list[float], counts: list[int]
-    ) -> None:
+    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
         """Add a histogram to a row; any plugin of the run may hand one over while it is logged."""
         if self._session is not None:
             self._session.histogram(name, step, edges, counts)

@@ -68,7 +68,9 @@ def sessions(folder: Path) -> list[list[Record]]:
     """The records of each start of a run, in their order, once W&B's process has written them."""
     files = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     found = [ended(path) for path in files]
-    return sorted(found, key=lambda session: first(session, "environment").started_at.ToNanoseconds())
+    return sorted(
+        found, key=lambda session: first(session, "environment").started_at.ToNanoseconds()
+    )
 
 
 def ended(path: Path) -> list[Record]:
@@ -87,8 +89,10 @@ def rows(session: list[Record]) -> list[dict[str, float]]:
     found = []
     for record in session:
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                     for item in record.history.item}  # fmt: skip
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             step = items.pop("_step", record.history.step.num)
             found.append({"step": step, **{k: v for k, v in items.items() if k[0] != "_"}})
     return found
@@ -178,9 +182,12 @@ def test_the_end_says_how_the_run_ended(tiny_run: TinyRun, tmp_path: Path) -> No
             assert how == "failed"
         (session,) = sessions(folder)
         assert first(session, "exit").exit_code == code
-        summary = {item.key: json.loads(item.value_json) for record in session
-                   if record.WhichOneof("record_type") == "summary"
-                   for item in record.summary.update}  # fmt: skip
+        summary = {
+            item.key: json.loads(item.value_json)
+            for record in session
+            if record.WhichOneof("record_type") == "summary"
+            for item in record.summary.update
+        }
         reasons = {"stopped": "seen enough", "failed": "the loss is gone"}
         assert summary["outcome"] == how
         assert summary.get("reason") == reasons.get(how)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import tomli_w
 import torch
 
-import plugtable
+from fundamentallm import host
 from fundamentallm.errors import StorageError
 
 if TYPE_CHECKING:
-    from fundamentallm.plugins import Composed
+    from fundamentallm.settings import Composed
 
 
 def new_folder(composed: Composed) -> Path:
@@ -55,10 +55,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_record(folder: Path, composed: Composed) -> None:
     """Write ``settings.toml`` and ``environment.json``, each whole or not at all."""
-    around = plugtable.environment(composed, ("fundamentallm", "torch"), seed=composed.run.seed,
-                                   threads=torch.get_num_threads())  # fmt: skip
-    texts = {"settings.toml": tomli_w.dumps(composed.tables),
-             "environment.json": json.dumps(around, indent=2) + "\n"}  # fmt: skip
+    around = host.environment(
+        composed,
+        ("fundamentallm", "torch"),
+        seed=composed.run.seed,
+        threads=torch.get_num_threads(),
+    )
+    texts = {
+        "settings.toml": tomli_w.dumps(composed.tables),
+        "environment.json": json.dumps(around, indent=2) + "\n",
+    }
     try:
         for name, text in texts.items():
             with (folder / f".{name}").open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A host of its own: nothing in plugtable depends on what its first application does."""
+"""A host of its own: nothing in `fundamentallm.host` depends on what the training core does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import attrs
 import pluggy
 import pytest
 
-import plugtable
+from fundamentallm import host as hosting
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "docs" / "host.md"
 hookspec, hookimpl = pluggy.HookspecMarker("cook"), pluggy.HookimplMarker("cook")
 
 
@@ -35,32 +35,36 @@ class Hooks:
         """Event: it is on the table."""
 
 
-@plugtable.plugin
+@hosting.plugin
 class Kitchen:
     """The [kitchen] table."""
 
-    stoves: int = plugtable.field(default=1, validator=attrs.validators.ge(1))
+    stoves: int = hosting.field(default=1, validator=attrs.validators.ge(1))
 
 
 def host(**more):
-    return plugtable.Host(
-        name="cook", hooks=Hooks, table=Kitchen, error=lambda found: Burnt("\n".join(found)),
-        own="kitchen", **more,
-    )  # fmt: skip
+    return hosting.Host(
+        name="cook",
+        hooks=Hooks,
+        table=Kitchen,
+        error=lambda found: Burnt("\n".join(found)),
+        own="kitchen",
+        **more,
+    )
 
 
 def composed(*plugins, settings=None, **more):
-    source = plugtable.read({"plugins": [], **(settings or {})})
-    return plugtable.compose(host(**more), source, plugins=plugins)
+    source = hosting.read({"plugins": [], **(settings or {})})
+    return hosting.compose(host(**more), source, plugins=plugins)
 
 
 def frozen(*plugins, around=None, **more):
     made = composed(*plugins, **more)
-    registry = plugtable.register(made.host, made, {"taste": hookimpl(lambda dish: "nothing")})
-    return plugtable.freeze(made.host, registry, around)
+    registry = hosting.register(made.host, made, {"taste": hookimpl(lambda dish: "nothing")})
+    return hosting.freeze(made.host, registry, around)
 
 
-@plugtable.plugin
+@hosting.plugin
 class Salt:
     """Adds salt."""
 
@@ -72,7 +76,7 @@ class Salt:
         dish.append("salt")
 
 
-@plugtable.plugin
+@hosting.plugin
 class Pepper:
     """Adds pepper."""
 
@@ -88,7 +92,9 @@ class Pepper:
 def test_the_example_of_the_readme_runs(tmp_path):
     (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "greet.py").write_text(example)
-    done = subprocess.run([sys.executable, "greet.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "greet.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr) == ("WORLD?\n" * 3, "")
 
 
@@ -137,7 +143,7 @@ def test_the_host_s_own_check_sees_everything_that_was_built():
 
 
 def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
-    @plugtable.plugin
+    @hosting.plugin
     class Critic:
         observer = True
         error: type = ValueError
@@ -161,13 +167,13 @@ def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
 def test_events_named_by_the_host_are_heard_to_the_end():
     heard = []
 
-    @plugtable.plugin
+    @hosting.plugin
     class Breaks:
         @hookimpl
         def on_served(self):
             raise KeyError("plate")
 
-    @plugtable.plugin
+    @hosting.plugin
     class Hears:
         @hookimpl
         def on_served(self):
@@ -198,18 +204,18 @@ def wrapping(name, *, before=None, after=None, observer=False):
         return f"{name}({answer})"
 
     space = {"taste": hookimpl(wrapper=True)(taste), "observer": observer, "seen": seen}
-    return plugtable.plugin(type(name, (), space))()
+    return hosting.plugin(type(name, (), space))()
 
 
 def test_wrappers_surround_the_answer_the_first_listed_outermost_as_in_pluggy():
     plugins = (wrapping("One"), wrapping("Two"), Pepper())
     assert frozen(*plugins).taste(dish="soup") == "One(Two(fire))"
     made = composed(*plugins)
-    assert plugtable.register(made.host, made, {}).hook.taste(dish="soup") == "One(Two(fire))"
+    assert hosting.register(made.host, made, {}).hook.taste(dish="soup") == "One(Two(fire))"
 
 
 def test_a_wrapper_may_answer_for_an_error_or_let_it_pass():
-    @plugtable.plugin
+    @hosting.plugin
     class Spills:
         error: BaseException = None
 
@@ -217,7 +223,10 @@ def test_a_wrapper_may_answer_for_an_error_or_let_it_pass():
         def taste(self):
             raise self.error
 
-    assert frozen(wrapping("One"), Spills(error=ValueError("heat"))).taste(dish="soup") == "One survived heat"
+    assert (
+        frozen(wrapping("One"), Spills(error=ValueError("heat"))).taste(dish="soup")
+        == "One survived heat"
+    )
     for error in (KeyError("spoon"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             frozen(wrapping("One"), Spills(error=error)).taste(dish="soup")
@@ -241,7 +250,7 @@ def test_an_observer_s_wrapper_that_works_is_a_wrapper_like_any_other():
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_wrapper_that_does_not_yield_once_is_told(times):
-    @plugtable.plugin
+    @hosting.plugin
     class Odd:
         @hookimpl(wrapper=True)
         def taste(self):
@@ -269,32 +278,43 @@ def test_every_call_can_be_timed_around():
 
 
 def test_an_error_is_blamed_on_the_plugin_that_raised_it():
-    @plugtable.plugin
+    @hosting.plugin
     class Drops:
         @hookimpl
         def on_served(self):
             raise KeyError("plate")
 
     made = composed(Drops())
-    registry = plugtable.register(made.host, made, {})
+    registry = hosting.register(made.host, made, {})
     try:
-        plugtable.freeze(made.host, registry).on_served(dish="soup")
+        hosting.freeze(made.host, registry).on_served(dish="soup")
     except KeyError as error:
-        said = plugtable.blame(error, registry, made.brought)
+        said = hosting.blame(error, registry, made.brought)
     assert said.startswith("plugin 'drops' (")
     assert "failed in on_served: KeyError('plate'), at " in said
-    assert plugtable.blame(KeyError("elsewhere"), registry, made.brought) is None
+    assert hosting.blame(KeyError("elsewhere"), registry, made.brought) is None
 
 
 def test_the_kind_of_a_hook_is_in_its_name():
-    kinds = {name: plugtable.kind(name) for name in ("on_x", "settle_x", "adapt_x", "edit_x",
-             "finish_x", "judge_x", "x_factor", "x")}  # fmt: skip
+    kinds = {
+        name: hosting.kind(name)
+        for name in (
+            "on_x",
+            "settle_x",
+            "adapt_x",
+            "edit_x",
+            "finish_x",
+            "judge_x",
+            "x_factor",
+            "x",
+        )
+    }
     assert list(kinds.values()) == ["event"] * 2 + ["edit"] * 3 + ["vote"] * 2 + ["exclusive"]
 
 
 def test_the_environment_says_what_a_composition_ran_in():
-    around = plugtable.environment(composed(Salt()), ("attrs",), stoves=2)
-    assert around["versions"].keys() == {"plugtable", "pluggy", "attrs"}
+    around = hosting.environment(composed(Salt()), ("attrs",), stoves=2)
+    assert around["versions"].keys() == {"pluggy", "attrs"}
     assert "salt" in around["plugins"]
     assert around["command"] == sys.argv
     assert around["processor"]
@@ -302,7 +322,7 @@ def test_the_environment_says_what_a_composition_ran_in():
 
 
 def test_a_setting_named_as_a_mark_of_order_marks_nothing():
-    @plugtable.plugin
+    @hosting.plugin
     class Late:
         after: int = 3
 
@@ -315,7 +335,7 @@ def test_a_setting_named_as_a_mark_of_order_marks_nothing():
         composed(Late(), Salt())
 
 
-@plugtable.plugin
+@hosting.plugin
 class Taster:
     """Tastes, if it is told to."""
 
@@ -334,7 +354,7 @@ def test_a_method_that_an_instance_sets_to_none_is_no_hook_of_that_instance():
     assert frozen(Taster()).taste(dish="soup") == "salt"
     assert frozen(Taster(tastes=False)).taste(dish="soup") == "nothing"
 
-    @plugtable.plugin
+    @hosting.plugin
     class Gourmet:
         @hookimpl
         def taste(self) -> str:

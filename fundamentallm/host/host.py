@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from plugtable.sources import Source
-from plugtable.structure import suggest
+from fundamentallm.host.sources import Source
+from fundamentallm.host.structure import suggest
 
 Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
 

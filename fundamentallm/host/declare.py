@@ -75,10 +75,14 @@ def attribute_docs(cls: type) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError):
         return {}
     lines = body.body if isinstance(body, ast.ClassDef) else []
-    return {field.target.id: " ".join(str(text.value.value).split())
-            for field, text in pairwise(lines)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}  # fmt: skip
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairwise(lines)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
 
 
 def get_state(instance: object) -> dict[str, Any]:

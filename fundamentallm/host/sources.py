@@ -79,8 +79,9 @@ def _read_file(source: Source, path: Path, above: tuple[Path, ...] = (), asked: 
         circle = f"a circle: {base} extends this file too"
         source.problems.append(asked + (circle if isinstance(base, str) else "expected a path"))
     folder = path.parent.resolve()
-    source.merge(values, {key: Origin(f"{path}:{line}", folder, bool(above))
-                          for key, line in lines.items()})  # fmt: skip
+    source.merge(
+        values, {key: Origin(f"{path}:{line}", folder, bool(above)) for key, line in lines.items()}
+    )
 
 
 def _override(source: Source, override: str) -> None:

@@ -14,13 +14,18 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 import attrs
 import cattrs
 
-from plugtable.declare import setting_fields
-from plugtable.sources import Key, Source
+from fundamentallm.host.declare import setting_fields
+from fundamentallm.host.sources import Key, Source
 
 T = TypeVar("T")
 
-_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a string",
-          Path: "a path"}  # fmt: skip
+_PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+}
 
 
 class Mistakes(Exception):
@@ -49,8 +54,11 @@ def structure(values: Any, cls: type[T]) -> T:
     if not isinstance(values, dict):
         raise Mistakes(((), f"expected a table, got {written(values)}"))
     fields = setting_fields(cls)
-    found: list[tuple[Key, str]] = [((name,), f"unknown setting{suggest(name, fields)}")
-                                    for name in values if name not in fields]  # fmt: skip
+    found: list[tuple[Key, str]] = [
+        ((name,), f"unknown setting{suggest(name, fields)}")
+        for name in values
+        if name not in fields
+    ]
     kept: dict[str, Any] = {}
     for name, attribute in fields.items():
         if name not in values:
@@ -193,16 +201,22 @@ def _anchored(value: Any, stated: Any, source: Source, key: Key) -> Any:
         return source.origin(key).folder / value
     if isinstance(value, list):
         return [_anchored(item, stated[n], source, (*key, str(n))) for n, item in enumerate(value)]
-    parts = {name: _anchored(part, stated[name], source, (*key, name))
-             for name, part in _parts(value) if name in stated}  # fmt: skip
+    parts = {
+        name: _anchored(part, stated[name], source, (*key, name))
+        for name, part in _parts(value)
+        if name in stated
+    }
     return parts if isinstance(value, dict) else attrs.evolve(value, **parts) if parts else value
 
 
 converter = cattrs.Converter(detailed_validation=False)
 for _cls in _PLAIN:
     converter.register_structure_hook(_cls, _structure_plain)
-for _hook, *_origins in ((_structure_literal, Literal), (_structure_many, list, dict),
-                         (_structure_union, Union, types.UnionType)):  # fmt: skip
+for _hook, *_origins in (
+    (_structure_literal, Literal),
+    (_structure_many, list, dict),
+    (_structure_union, Union, types.UnionType),
+):
     _is_one = partial(lambda origins, cls: get_origin(cls) in origins, _origins)
     converter.register_structure_hook_func(_is_one, _hook)
 converter.register_structure_hook_func(attrs.has, structure)

@@ -12,10 +12,10 @@ from typing import Any
 
 import attrs
 
-from plugtable.declare import plugin_name
-from plugtable.hosts import Host, hook_methods
-from plugtable.sources import Source
-from plugtable.structure import suggest
+from fundamentallm.host.declare import plugin_name
+from fundamentallm.host.host import Host, hook_methods
+from fundamentallm.host.sources import Source
+from fundamentallm.host.structure import suggest
 
 
 @attrs.frozen
@@ -72,8 +72,11 @@ def _load_file(host: Host, path: Path) -> type:
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules[name] = module  # where attrs looks for the types that annotations name
     spec.loader.exec_module(module)  # type: ignore[union-attr]
-    classes = [c for c in vars(module).values() if isinstance(c, type)
-               and c.__module__ == name and any(hook_methods(host, c))]  # fmt: skip
+    classes = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__ == name and any(hook_methods(host, c))
+    ]
     chosen = [c for c in classes if plugin_name(c) == path.stem] or classes
     if len(chosen) != 1:
         raise ValueError(f"it has {len(classes)} plugins, and none named like the file")

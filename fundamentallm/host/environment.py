@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from plugtable.composing import Composed
+from fundamentallm.host.compose import Composed
 
 
 def environment(
@@ -23,7 +23,7 @@ def environment(
     ``distributions`` are those whose versions matter besides the plugins' own, ``more`` is what the
     host knows of the machine.
     """
-    versions = ("plugtable", "pluggy", *distributions)
+    versions = ("pluggy", *distributions)
     return {
         "versions": {name: metadata.version(name) for name in versions},
         "plugins": composed.brought,

@@ -10,11 +10,11 @@ from typing import Any
 import attrs
 import pluggy
 
-from plugtable.declare import plugin_name
-from plugtable.finding import find, plugin_class
-from plugtable.hosts import Host, answering, class_problems
-from plugtable.sources import Source
-from plugtable.structure import build, plain, suggest, written
+from fundamentallm.host.declare import plugin_name
+from fundamentallm.host.discover import find, plugin_class
+from fundamentallm.host.host import Host, answering, class_problems
+from fundamentallm.host.sources import Source
+from fundamentallm.host.structure import build, plain, suggest, written
 
 
 @attrs.define
@@ -43,9 +43,13 @@ class Composed:
 
 
 def compose(
-    host: Host, source: Source, *,
-    plugins: Sequence[object] = (), add: Sequence[str] = (), remove: Sequence[str] = (),
-) -> Composed:  # fmt: skip
+    host: Host,
+    source: Source,
+    *,
+    plugins: Sequence[object] = (),
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+) -> Composed:
     """Make the plugins that settings list, and check that all fits together.
 
     ``source`` is what ``read`` returned; it is used up. ``plugins`` are ready instances to use
@@ -153,8 +157,11 @@ def _check_hooks(
     host: Host, source: Source, plugins: Mapping[str, Any], brought: Mapping[str, str]
 ) -> None:
     """Note what is wrong with the plugins' hooks, alone and together."""
-    problems = [f"{name} ({brought[name]}): {text}" for name, instance in plugins.items()
-                for text in class_problems(host, type(instance))]  # fmt: skip
+    problems = [
+        f"{name} ({brought[name]}): {text}"
+        for name, instance in plugins.items()
+        for text in class_problems(host, type(instance))
+    ]
     for hook, names in answering(host, plugins).items():
         for one, other in combinations(names, 2):
             both = f"{hook}: {one} ({brought[one]}) and {other} ({brought[other]})"

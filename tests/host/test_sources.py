@@ -11,8 +11,8 @@ import tomli
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plugtable import Key, Source, read
-from plugtable.sources import statement_lines
+from fundamentallm.host import Key, Source, read
+from fundamentallm.host.sources import statement_lines
 
 # ---------------------------------------------------------------------------------------------
 # Lines: a generated text knows where it states each key.
@@ -20,7 +20,16 @@ from plugtable.sources import statement_lines
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KEYS = ("a", "b", "run", "d_model", '"a.b"', '"with space"', "'ünï'")
 SCALARS = st.sampled_from(
-    ["1", "-0.5", "true", '"# no comment"', "'[table]'", '"a\\"]\\nb"', "2026-01-01", '"\u2028\x85"']
+    [
+        "1",
+        "-0.5",
+        "true",
+        '"# no comment"',
+        "'[table]'",
+        '"a\\"]\\nb"',
+        "2026-01-01",
+        '"\u2028\x85"',
+    ]
 )
 
 
@@ -29,16 +38,20 @@ def statements(draw: st.DrawFn, key: str) -> list[str]:
     """One statement, in as many lines as it takes; it begins on its first line."""
     dotted = draw(st.sampled_from(["", ".x", " . x . y"]))
     scalar = draw(SCALARS)
-    value = draw(st.sampled_from([
-        scalar,
-        f"[{scalar}, {scalar}]",
-        f"[\n    {scalar},\n\n    # a comment ]\n    {scalar},\n]",
-        "[\n  [1, 2],\n  [3],\n]",
-        '"""one\n[not.a.table]\na = 1\n"""',
-        "'''\n\n# no comment\n'''",
-        f"{{ inner = {scalar}, deep = {{ er = 1 }} }}",
-        f"[\n  {{ x = {scalar} }},\n  {{ x = [\n  1] }},\n]",
-    ]))  # fmt: skip
+    value = draw(
+        st.sampled_from(
+            [
+                scalar,
+                f"[{scalar}, {scalar}]",
+                f"[\n    {scalar},\n\n    # a comment ]\n    {scalar},\n]",
+                "[\n  [1, 2],\n  [3],\n]",
+                '"""one\n[not.a.table]\na = 1\n"""',
+                "'''\n\n# no comment\n'''",
+                f"{{ inner = {scalar}, deep = {{ er = 1 }} }}",
+                f"[\n  {{ x = {scalar} }},\n  {{ x = [\n  1] }},\n]",
+            ]
+        )
+    )
     comment = draw(st.sampled_from(["", "  # why = 1", "  # \u2028 [x]"]))
     return f"{key}{dotted} = {value}{comment}".split("\n")
 
@@ -53,11 +66,15 @@ def texts(draw: st.DrawFn) -> tuple[str, dict[Key, int]]:
         for key in draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=3)):
             filler()
             part = draw(statements(key))
-            known.update(dict.fromkeys(leaves(prefix, tomli.loads("\n".join(part))), len(lines) + 1))
+            known.update(
+                dict.fromkeys(leaves(prefix, tomli.loads("\n".join(part))), len(lines) + 1)
+            )
             lines.extend(part)
 
     def filler() -> None:
-        lines.extend(draw(st.lists(st.sampled_from(["", "   ", "# c = [", "  # \x85'''"]), max_size=2)))
+        lines.extend(
+            draw(st.lists(st.sampled_from(["", "   ", "# c = [", "  # \x85'''"]), max_size=2))
+        )
 
     state(())
     arrays: dict[str, int] = {}
@@ -141,7 +158,10 @@ def test_what_is_not_stated_has_the_place_of_the_table_around_it(write: Any) -> 
 
 
 def test_tables_merge_along_a_chain_and_arrays_and_scalars_replace(write: Any) -> None:
-    write("far/base.toml", "plugins = ['a', 'b']\n[run]\nlength = 1\nseed = 1\n[x]\ny.a = 1\ny.b = 2\n")
+    write(
+        "far/base.toml",
+        "plugins = ['a', 'b']\n[run]\nlength = 1\nseed = 1\n[x]\ny.a = 1\ny.b = 2\n",
+    )
     write("far/mid.toml", "extends = 'base.toml'\n[run]\nlength = 2\n[x]\ny.b = 3\nlist = [1, 2]\n")
     source = read(write("run.toml", "extends = 'far/mid.toml'\nplugins = ['c']\n[x]\nlist = [3]\n"))
     assert source.problems == []
@@ -153,13 +173,19 @@ def test_tables_merge_along_a_chain_and_arrays_and_scalars_replace(write: Any) -
     assert place(source, "plugins") == "run.toml:2"
     assert place(source, "run", "seed") == "far/base.toml:4"
     assert place(source, "x", "y", "b") == "far/mid.toml:5"
-    assert [source.origin((name,)).extended for name in ("plugins", "run", "x")] == [False, True, False]
+    assert [source.origin((name,)).extended for name in ("plugins", "run", "x")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @unhurried
 @given(
     layers=st.lists(
-        st.dictionaries(st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), st.integers())),
+        st.dictionaries(
+            st.sampled_from("abc"), st.dictionaries(st.sampled_from("xyz"), st.integers())
+        ),
         min_size=1,
         max_size=4,
     )
@@ -225,12 +251,16 @@ def test_a_missing_file_is_told_and_by_whom_it_was_asked_for(write: Any) -> None
 def test_a_folder_is_no_settings_file(write: Any) -> None:
     write("sub/a.toml", "")
     assert problems(Path("sub")) == ["sub: Is a directory"]
-    assert problems(write("b.toml", "extends = 'sub'")) == ["b.toml:1: extends: sub: Is a directory"]
+    assert problems(write("b.toml", "extends = 'sub'")) == [
+        "b.toml:1: extends: sub: Is a directory"
+    ]
 
 
 @pytest.mark.parametrize("stated", ["5", "['a.toml', 'b.toml']", "{ path = 'a.toml' }", "true"])
 def test_extends_is_one_path(write: Any, stated: str) -> None:
-    assert problems(write("a.toml", f"extends = {stated}\n")) == ["a.toml:1: extends: expected a path"]
+    assert problems(write("a.toml", f"extends = {stated}\n")) == [
+        "a.toml:1: extends: expected a path"
+    ]
 
 
 def test_bytes_that_are_not_utf8_are_told_with_their_position(write: Any) -> None:
@@ -327,7 +357,9 @@ def test_a_bare_word_is_taken_letter_by_letter_if_it_is_no_toml(word: str) -> No
 @unhurried
 @given(st.integers() | st.booleans() | st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_value_written_as_toml_arrives_as_it_is(value: Any) -> None:
-    written = json.dumps(value).replace("\x7f", "\\u007f") if not isinstance(value, str) else toml(value)
+    written = (
+        json.dumps(value).replace("\x7f", "\\u007f") if not isinstance(value, str) else toml(value)
+    )
     assert read({}, [f"a.b={written}"]).values == {"a": {"b": value}}
 
 
@@ -347,7 +379,9 @@ def test_the_last_override_wins_and_all_win_over_files(write: Any, tmp_path: Pat
     source = read(path, ["a.b=2", "a.b=3"])
     assert source.values == {"a": {"b": 3, "c": 1}}
     assert place(source, "a", "b") == "--set"
-    assert source.origin(("a", "b")).folder == tmp_path, "an override's paths begin where it is typed"
+    assert source.origin(("a", "b")).folder == tmp_path, (
+        "an override's paths begin where it is typed"
+    )
     assert place(source, "a", "c") == "sub/run.toml:3"
 
 

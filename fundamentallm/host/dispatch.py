@@ -16,7 +16,7 @@ import attrs
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
 
-    from plugtable.hosts import Host
+    from fundamentallm.host.host import Host
 
 Call: TypeAlias = Callable[..., Any]
 Around: TypeAlias = Callable[[str, str, Call], Call]
@@ -33,9 +33,12 @@ class Nothing(tuple[()]):
 
 
 def freeze(
-    host: Host, registry: PluginManager, around: Around | None = None, *,
+    host: Host,
+    registry: PluginManager,
+    around: Around | None = None,
+    *,
     muted: set[str] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Return an object with one callable per hook, which takes what the hook specifies.
 
     An exclusive hook returns its answer, any other the list of the answers. A plugin that declares
@@ -60,8 +63,11 @@ class _Freezing:
         caller = getattr(self.registry.hook, hook)
         spec, impls = caller.spec.argnames, caller.get_hookimpls()
         # pluggy calls the last one registered first.
-        calls = [self.around(impl.plugin_name, hook, self.bound(impl, spec))
-                 for impl in reversed(impls) if not impl.wrapper]  # fmt: skip
+        calls = [
+            self.around(impl.plugin_name, hook, self.bound(impl, spec))
+            for impl in reversed(impls)
+            if not impl.wrapper
+        ]
         kind = self.host.kind(hook)
         if not calls:
             return cast("Call", Nothing())
@@ -175,14 +181,16 @@ def _each(calls: list[Call], to_the_end: bool) -> Callable[..., list[Any]]:
     return call_each
 
 
-def blame(
-    error: BaseException, registry: PluginManager, brought: Mapping[str, str]
-) -> str | None:
+def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, str]) -> str | None:
     """Tell which plugin raised an error, in which hook and line; None if it was none of them."""
-    codes = {impl.function.__code__: (name, caller.name)
-             for name, plugin in registry.list_name_plugin() if name != "core"
-             for caller in registry.get_hookcallers(plugin) or ()
-             for impl in caller.get_hookimpls() if impl.plugin is plugin}  # fmt: skip
+    codes = {
+        impl.function.__code__: (name, caller.name)
+        for name, plugin in registry.list_name_plugin()
+        if name != "core"
+        for caller in registry.get_hookcallers(plugin) or ()
+        for impl in caller.get_hookimpls()
+        if impl.plugin is plugin
+    }
     found, place, trace = ("", ""), "", error.__traceback__
     while trace is not None:
         found = codes.get(trace.tb_frame.f_code, found)

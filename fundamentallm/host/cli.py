@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from plugtable.composing import Composed
-from plugtable.structure import written
+from fundamentallm.host.compose import Composed
+from fundamentallm.host.structure import written
 
 
 class Commands(click.Group):

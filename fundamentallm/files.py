@@ -1,0 +1,54 @@
+"""Durable files: a name exists only for content that is complete and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from fundamentallm.errors import StorageError
+
+
+@contextlib.contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write that replaces ``path`` when the block ends, complete and synced.
+
+    The content goes to a hidden file in the same folder, is fsynced, renamed, and the folder is
+    fsynced. If the block raises, ``path`` stays what it was. Two processes must not write the same
+    path at once. Raises ``StorageError`` where the file system refuses.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        try:
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        where = error.filename or path
+        raise StorageError(f"{where}: cannot be written: {error.strerror or error}") from error
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a whole file durably (see ``durable_file``); a text is written as UTF-8."""
+    with durable_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; file systems that cannot sync folders are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""Plugins that are attrs classes, listed and configured in TOML, called through pluggy.
+
+An application describes itself once, as a ``Host``: its hooks, its own table, what it checks. From
+a TOML file ``compose`` makes the listed plugins, or tells every mistake with its line; ``register``
+hands them to pluggy, and ``freeze`` makes plain callables of its hooks. Nothing here knows what the
+application does.
+"""
+
+from fundamentallm.host.cli import Commands, choice_options, described, settings_options
+from fundamentallm.host.compose import Composed, compose, order, register
+from fundamentallm.host.declare import (
+    attribute_docs,
+    field,
+    get_state,
+    plugin,
+    plugin_name,
+    set_state,
+    setting_fields,
+    state,
+    state_fields,
+    table,
+)
+from fundamentallm.host.discover import Found, find
+from fundamentallm.host.dispatch import Around, blame, freeze
+from fundamentallm.host.environment import environment
+from fundamentallm.host.host import Host, Kind, class_problems, hook_methods, kind
+from fundamentallm.host.sources import Key, Origin, Source, read
+from fundamentallm.host.structure import build, plain, structure, suggest, walk, written
+
+__all__ = [
+    "Around",
+    "Commands",
+    "Composed",
+    "Found",
+    "Host",
+    "Key",
+    "Kind",
+    "Origin",
+    "Source",
+    "attribute_docs",
+    "blame",
+    "build",
+    "choice_options",
+    "class_problems",
+    "compose",
+    "described",
+    "environment",
+    "field",
+    "find",
+    "freeze",
+    "get_state",
+    "hook_methods",
+    "kind",
+    "order",
+    "plain",
+    "plugin",
+    "plugin_name",
+    "read",
+    "register",
+    "set_state",
+    "setting_fields",
+    "settings_options",
+    "state",
+    "state_fields",
+    "structure",
+    "suggest",
+    "table",
+    "walk",
+    "written",
+]
