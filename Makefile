@@ -1,34 +1,60 @@
 # make quickstart: set up and train a small GPT on real text.   make test: set up and run the tests.
+# make PYTHON=python3.13 test: the same with another Python, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PLUGINS := $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+# Plugins that bring heavy packages which the quickstart does not use; `make setup` installs them.
+EXTRA := plugins/tensorboard plugins/wandb
 JOBS ?= 2
-# What is generated from the code: two pages, and tables in the README of everything that is a plugin.
+# Generated from the code: two pages, and the tables in the README of every plugin.
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test test-faults test-ui screenshots browser lint bench reference clean
+.PHONY: setup quickstart test test-all-pythons test-faults test-ui screenshots browser lint bench dist \
+	reference clean
+
+# --no-compile: Python compiles the modules that a command imports, which are few, when it imports them.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+STATED := constraints.txt pyproject.toml $(PLUGINS:%=%/pyproject.toml)
 
 setup: $(VENV)/.ready
 
-# One pip call for everything, without isolated builds: a minute where twenty calls take ten.
-$(VENV)/.ready: constraints.txt pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+# What a run needs. One pip call for everything, without isolated builds, takes a minute or two; a
+# call for each distribution takes ten.
+$(VENV)/.ready-to-run: $(STATED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fundamentallm needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV): torch, MLflow and the plugins, some 400 MB of packages without torch, in one"
+	@echo "to three minutes. torch's ordinary build for Linux brings 2.5 GB of CUDA libraries. For the CPU"
+	@echo "build (200 MB) make the environment first, and install torch from PyTorch's index of CPU builds:"
+	@echo "  $(PYTHON) -m venv $(VENV); $(BIN)/pip install torch --index-url <index>   (see README.md)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation -e '.[dev]' $(PLUGINS:%=-e ./%)
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation -e . $(patsubst %,-e ./%,$(filter-out $(EXTRA),$(PLUGINS)))
 	@touch $@
 
-quickstart: setup
+# What tests and checks need besides.
+$(VENV)/.ready: $(VENV)/.ready-to-run $(STATED)
+	$(PIP) --no-build-isolation -e '.[dev]' $(EXTRA:%=-e ./%)
+	@touch $@
+
+quickstart: $(VENV)/.ready-to-run
 	$(BIN)/fundamentallm train settings/quickstart.toml
 
 test: setup
+	@echo "Left out here: slow fault and outage tests (make test-faults), tests in a browser (make test-ui),"
+	@echo "building and installing the distributions (make dist), measurements (make bench); tests marked"
+	@echo "cuda are skipped where there is no NVIDIA GPU."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not ui"
 
-# Minutes where `make test` takes seconds: every kill, fault and outage there is.
+# Every Python that pyproject.toml names and this machine has; see .github/workflows/test.yml.
+test-all-pythons:
+	@for python in python3.11 python3.12 python3.13; do \
+		$$python -c '' 2>/dev/null || { echo "no $$python here: skipped"; continue; }; \
+		$(MAKE) test PYTHON=$$python || exit 1; done
+
+# Half an hour: every kill, fault and outage.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
@@ -48,8 +74,7 @@ browser: setup
 		$(SUDO) apt-get install -y -qq --no-install-recommends $(BROWSER); } || { \
 		echo "these tests need the programs chromium and chromedriver, of one version; where Debian's"; \
 		echo "packages ($(BROWSER)) cannot be had, install them and try again"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-build-isolation -e '.[ui]'
+	$(PIP) --no-build-isolation -e '.[ui]'
 
 lint: setup
 	$(BIN)/ruff check .
@@ -58,6 +83,11 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/fundamentallm reference --check $(REFERENCE)
 
+# Wheels and sdists of all distributions, checked, and installed alone into an empty environment.
+dist: setup
+	$(PIP) --no-build-isolation -e '.[dist]'
+	$(BIN)/python tests/dist/check.py dist
+
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
 
@@ -65,4 +95,4 @@ reference: setup
 	$(BIN)/fundamentallm reference $(REFERENCE)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-* dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -86,6 +86,11 @@ class TestEveryDistribution:
         assert project["name"] == f"fundamentallm-{folder.name.replace('_', '-')}"
         assert (folder / f"fundamentallm_{folder.name}" / "py.typed").is_file()
 
+    def test_ships_the_license_of_the_repository(self, folder):
+        project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
+        assert project["license-files"] == ["LICENSE"]
+        assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
     def test_takes_the_core_as_a_range(self, folder):
         project = tomli.loads((folder / "pyproject.toml").read_text())["project"]
         assert "fundamentallm>=0.1,<0.2" in project["dependencies"]
