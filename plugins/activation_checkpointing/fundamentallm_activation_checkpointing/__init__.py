@@ -1,10 +1,10 @@
-"""Recompute activations in the backward pass instead of keeping them."""
+"""Recompute activations in the backward pass instead of storing them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import field, ge, hookimpl, plugin
+from fundamentallm import field, find_blocks, ge, hookimpl, plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,22 +16,24 @@ __all__ = ["ActivationCheckpointing"]
 
 @plugin
 class ActivationCheckpointing:
-    """Keep of a block only what goes into it, and run it again when its gradients are computed.
+    """Store only the inputs of each block, and run the block again in the backward pass.
 
-    Memory for time (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016): the
-    gradients are, to the last bit, those of a run without it, dropout included. Validation and
-    sampling, which keep nothing anyway, are as they were.
+    This trades time for memory (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
+    arXiv:1604.06174). The gradients are bit-identical to those of a run without it, also with
+    dropout. Validation and sampling are unchanged, since they store no activations.
     """
 
+    role = "training"
+
     mode: Literal["full", "selective"] = "full"
-    """`full` recomputes all of a block; `selective` keeps the results of matrix products and
+    """`full` recomputes the whole block; `selective` stores the results of matrix products and
     attention, which cost most to compute, and recomputes the rest."""
     every: int = field(default=1, validator=ge(1))
-    """Recompute the first of every so many blocks only: with 2, every other one."""
+    """Recompute only the first of every so many blocks: 2 recomputes every other block."""
     blocks: list[str] | None = None
-    """Globs on module names (`*` matches dots too) that say what a block is, such as
-    `["encoder.layers.*"]`; of modules inside each other, the outer ones. By default the elements of
-    the `nn.ModuleList` with the most parameters."""
+    """Glob patterns on module names that select the blocks (`*` also matches dots), such as
+    `["encoder.layers.*"]`; of nested matches only the outer modules count. By default the elements
+    of the `nn.ModuleList` with the most parameters."""
 
     def __attrs_post_init__(self) -> None:
         if self.blocks == []:
@@ -39,11 +41,9 @@ class ActivationCheckpointing:
 
     @hookimpl
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
-        """Make the blocks recompute themselves; the model stays the same object."""
-        from fundamentallm_activation_checkpointing.blocks import find_blocks
-        from fundamentallm_activation_checkpointing.recomputing import recompute
+        """Replace the forward of the blocks by one that recomputes; the model stays the same."""
+        from fundamentallm_activation_checkpointing.recompute import recompute
 
-        names = (name for name, one in run.plugins.items() if one is self)
-        name = next(names, "activation_checkpointing")
-        recompute(find_blocks(model, self.blocks, name), self, name)
+        name = run.name_of(self)
+        recompute(find_blocks(model, self.blocks, f"{name}.blocks"), self, name)
         return model

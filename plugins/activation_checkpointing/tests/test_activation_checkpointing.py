@@ -1,4 +1,4 @@
-"""Recomputing saves memory and changes no bit: not of gradients, not of names, not of chance."""
+"""Recomputation saves memory and leaves gradients, names and random draws bit-identical."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm import Batch, Run, SettingsError, compose, hookimpl, plugin
+from fundamentallm import Batch, Run, SettingsError, compose, find_blocks, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, weights
 from fundamentallm_activation_checkpointing import ActivationCheckpointing
-from fundamentallm_activation_checkpointing.blocks import find_blocks
-from fundamentallm_activation_checkpointing.recomputing import recompute
+from fundamentallm_activation_checkpointing.recompute import recompute
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -87,7 +86,7 @@ class Transformer(nn.Module):
 
 @plugin
 class Gpt:
-    """Builds the transformer, and keeps copies of a run's states and gradients."""
+    """Builds the transformer, and records a run's snapshots and gradients."""
 
     def __attrs_post_init__(self) -> None:
         self.kept: dict[int, Any] = {}
@@ -122,7 +121,7 @@ def plain(tiny_run: TinyRun, tmp_path: Path) -> tuple[Run, Gpt]:
 
 
 @pytest.mark.parametrize("settings", MODES)
-def test_gradients_losses_and_weights_are_those_without_it_bit_by_bit(
+def test_gradients_losses_and_weights_are_bit_identical_to_those_without_recomputation(
     tiny_run: TinyRun, plain: tuple[Run, Gpt], settings: dict[str, Any]
 ) -> None:
     gpt = Gpt()
@@ -133,7 +132,7 @@ def test_gradients_losses_and_weights_are_those_without_it_bit_by_bit(
     assert run.history == plain[0].history
 
 
-def test_a_run_resumed_with_it_ends_as_one_without_it(
+def test_a_run_resumed_with_recomputation_ends_as_the_run_without_it(
     tiny_run: TinyRun, plain: tuple[Run, Gpt]
 ) -> None:
     gpt = Gpt()
@@ -147,7 +146,7 @@ def model(settings: dict[str, Any] | None, block: type[Block] = Block) -> Transf
     found = Transformer(block)
     if settings is not None:
         plugin = ActivationCheckpointing(**settings)
-        recompute(find_blocks(found, plugin.blocks, "it"), plugin, "it")
+        recompute(find_blocks(found, plugin.blocks, "it.blocks"), plugin, "it")
     return found
 
 
@@ -162,7 +161,7 @@ def kept_bytes(net: nn.Module) -> int:
     return sum(event.self_cpu_memory_usage for event in found.key_averages())
 
 
-def test_less_memory_is_held_until_the_backward_pass_the_more_is_recomputed() -> None:
+def test_recomputing_more_blocks_stores_fewer_bytes_until_the_backward_pass() -> None:
     everything = kept_bytes(model(None))
     full, half, selective = (
         kept_bytes(model(settings)) for settings in ({}, {"every": 2}, {"mode": "selective"})
@@ -190,7 +189,7 @@ def backward_counts(settings: dict[str, Any] | None) -> Counter[str]:
     return operators.counts
 
 
-def test_selective_runs_no_matrix_product_again_but_the_rest() -> None:
+def test_selective_mode_recomputes_activations_but_no_matrix_product() -> None:
     plain, full, selective = map(backward_counts, (None, {}, {"mode": "selective"}))
     for again, name in ((12, "aten::addmm"), (8, "aten::bmm")):
         assert selective[name] == plain[name]
@@ -198,13 +197,13 @@ def test_selective_runs_no_matrix_product_again_but_the_rest() -> None:
     assert (plain["aten::gelu"], full["aten::gelu"], selective["aten::gelu"]) == (0, 4, 4)
 
 
-def test_every_leaves_out_the_blocks_between() -> None:
+def test_every_recomputes_only_the_first_of_each_group_of_blocks() -> None:
     net = model({"every": 3}, Counting)
     net(INPUTS, INPUTS).backward()
     assert [block.calls for block in net.blocks] == [2, 1, 1, 2]
 
 
-def test_what_keeps_nothing_anyway_runs_as_it_was() -> None:
+def test_a_forward_without_gradients_runs_each_block_once() -> None:
     net = model({}, Counting)
     with torch.no_grad():
         net(INPUTS, INPUTS)
@@ -212,7 +211,7 @@ def test_what_keeps_nothing_anyway_runs_as_it_was() -> None:
     assert [block.calls for block in net.blocks] == [3, 3, 3, 3]
 
 
-def test_names_modules_and_the_model_itself_stay_what_they_are(tiny_run: TinyRun) -> None:
+def test_the_model_its_modules_and_parameter_names_do_not_change(tiny_run: TinyRun) -> None:
     run = tiny_run(ActivationCheckpointing(), Gpt(), length=1)
     assert run.module is run.model
     assert list(weights(run)) == list(Transformer().state_dict())
@@ -232,7 +231,7 @@ def test_a_copy_of_the_model_is_independent_and_recomputes_too() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "selective"}])
-def test_blocks_compiled_after_it_compute_the_same_gradients(
+def test_compiled_blocks_with_recomputation_compute_the_same_gradients(
     tiny_run: TinyRun, plain: tuple[Run, Gpt], settings: dict[str, Any]
 ) -> None:
     @plugin
@@ -255,7 +254,7 @@ def test_blocks_compiled_after_it_compute_the_same_gradients(
 
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "selective"}])
-def test_compiled_blocks_without_gradients_are_left_to_the_compiler(
+def test_compiled_frozen_blocks_are_not_recomputed(
     settings: dict[str, Any],
 ) -> None:
     grads = []
@@ -279,7 +278,7 @@ def test_compiled_blocks_without_gradients_are_left_to_the_compiler(
 
 @torch.library.custom_op("fundamentallm_tests::scaled_dot_product_and_dropout", mutates_args=())
 def attend(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Stands for the fused kernels of GPUs, which draw their dropout themselves."""
+    """Stand for the fused kernels of GPUs, which apply their own dropout."""
     mask = torch.rand_like(query).ge(dropout_p).to(query.dtype) if dropout_p else query * 0 + 1
     return query * mask, mask
 
@@ -303,7 +302,7 @@ class Fused(nn.Module):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_attention_that_draws_numbers_is_recomputed_so_that_the_next_dropout_draws_the_same(
+def test_attention_with_fused_dropout_is_recomputed_so_that_later_dropout_draws_the_same_numbers(
     dropout: float,
 ) -> None:
     grads, runs = [], []
@@ -321,55 +320,13 @@ def test_attention_that_draws_numbers_is_recomputed_so_that_the_next_dropout_dra
     assert runs == [0, int(dropout > 0)]
 
 
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        shared = nn.Linear(4, 4)
-        self.outer = nn.ModuleList(
-            nn.ModuleDict({"list": nn.ModuleList([nn.Linear(4, 4)])}) for _ in range(2)
-        )
-        self.layers = nn.Sequential(shared, nn.ReLU(), shared)
-        self.norms = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-
-
-def test_globs_name_the_outer_modules_and_each_once() -> None:
-    assert list(find_blocks(Mixed(), ["layers.*"], "it")) == ["layers.0", "layers.1"]
-    assert list(find_blocks(Mixed(), ["*list.0", "layers*"], "it")) == [
-        "outer.0.list.0",
-        "outer.1.list.0",
-        "layers",
-    ]
-
-
-def test_by_default_the_blocks_are_the_list_with_the_most_parameters() -> None:
-    assert list(find_blocks(Transformer(), None, "it")) == [f"blocks.{i}" for i in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("globs", "complaint"),
-    [
-        (
-            ["outer"],
-            "it.blocks: 'outer' is a container that is never called; name what is in it: outer.*",
-        ),
-        (["outer.*"], "it.blocks: 'outer.0' is a container"),
-        (["layer.*"], "it.blocks: 'layer.*' matches no module (did you mean 'layers.*'?)"),
-        (["q"], "it.blocks: 'q' matches no module (known: outer, layers, norms)"),
-    ],
-)
-def test_globs_that_name_no_block_are_told(globs: list[str], complaint: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        find_blocks(Mixed(), globs, "it")
-    assert complaint in str(caught.value)
-
-
-def test_a_model_without_a_list_of_modules_needs_globs(tiny_run: TinyRun) -> None:
+def test_a_model_without_a_list_of_modules_needs_patterns(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"activation_checkpointing\.blocks: the model has no"):
         tiny_run(ActivationCheckpointing(), length=1)
 
 
 def test_running_statistics_would_be_updated_twice_and_are_refused() -> None:
-    blocks = find_blocks(Mixed(), ["layers", "norms"], "it")
+    blocks = {"norms": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))}
     with pytest.raises(SettingsError, match=r"it: norms\.1 is a BatchNorm1d"):
         recompute(blocks, ActivationCheckpointing(), "it")
 
@@ -383,7 +340,7 @@ def test_running_statistics_would_be_updated_twice_and_are_refused() -> None:
         ({"blocks": "blocks.*"}, "activation_checkpointing.blocks: expected a list"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     tables = {"plugins": ["activation_checkpointing"], "run": {"length": 1}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fundamentallm import field, hookimpl, plugin
+from fundamentallm import field, find_blocks, hookimpl, plugin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,38 +17,41 @@ __all__ = ["Compile"]
 
 @plugin
 class Compile:
-    """Let PyTorch's compiler make fast code of the forward and backward pass.
+    """Compile the forward and backward pass with ``torch.compile``.
 
-    The model stays the same object with the same names, so checkpoints of a compiled run and of one
-    that is not are the same. Where no gradients are computed the model runs as it is written, but
-    for validation, if that is to be compiled: sampling never waits for the compiler.
+    The model stays the same object with the same parameter names, so checkpoints of a compiled run
+    and of an uncompiled one are interchangeable. Compiled code runs where gradients are computed
+    and, with ``validation``, in validation. Sampling always runs the model uncompiled.
     """
 
-    scope: Literal["model", "blocks"] = "model"
-    """`model` compiles all of it at once, which makes the fastest code; `blocks` compiles a block
-    once for all that are alike, which takes a fraction of the time."""
-    blocks: list[str] | None = None
-    """Globs on module names (`*` matches dots too) that say what a block is, such as
-    `["encoder.layers.*"]`; of modules inside each other, the outer ones. By default the elements of
-    the `nn.ModuleList` with the most parameters."""
-    backend: str = "inductor"
-    """What compiles: `inductor`, or another backend that PyTorch knows."""
-    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
-    """`max-autotune-no-cudagraphs` tries several ways to do a matrix product and takes the fastest,
-    which takes longer to compile."""
-    dynamic: bool | None = None
-    """Whether code is made for any size instead of one per size; by default from the second size
-    on."""
-    fullgraph: bool = False
-    """Whether it is an error if the compiler has to leave some of the model to Python."""
-    validation: bool = True
-    """Whether validation is compiled, too: code of its own, since dropout is off there."""
-    cache_dir: Path | None = None
-    """Where compiled code is kept for the next start. By default what `TORCHINDUCTOR_CACHE_DIR`
-    says, or a folder in the system's temporary one."""
+    role = "training"
 
-    _before: Any = field(init=False, repr=False, default=None)
-    _watch: Any = field(init=False, repr=False, default=None)
+    scope: Literal["model", "blocks"] = "model"
+    """`model` compiles the whole model at once, which makes the fastest code; `blocks` compiles one
+    block and reuses its code for all equal blocks, which takes a fraction of the time."""
+    blocks: list[str] | None = None
+    """Glob patterns on module names that select the blocks (`*` also matches dots), such as
+    `["encoder.layers.*"]`; of nested matches only the outer modules count. By default the elements
+    of the `nn.ModuleList` with the most parameters."""
+    backend: str = "inductor"
+    """The compiler: `inductor`, or another backend that PyTorch knows."""
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """`max-autotune-no-cudagraphs` measures several implementations of each matrix product and uses
+    the fastest; compiling takes longer."""
+    dynamic: bool | None = None
+    """Whether the code accepts any input size instead of one size each. By default it does from the
+    second size on."""
+    fullgraph: bool = False
+    """Whether it is an error if the compiler cannot capture the whole model."""
+    validation: bool = True
+    """Whether validation runs compiled as well. It needs a second compilation, because dropout is
+    off there."""
+    cache_dir: Path | None = None
+    """The folder where compiled code is kept for later starts. By default the value of
+    `TORCHINDUCTOR_CACHE_DIR`, or a folder in the system's temporary directory."""
+
+    _restore_environment: Any = field(init=False, repr=False, default=None)
+    _first_call: Any = field(init=False, repr=False, default=None)
 
     def __attrs_post_init__(self) -> None:
         if self.blocks is not None and self.scope != "blocks":
@@ -57,36 +60,36 @@ class Compile:
             raise ValueError("blocks: is empty; leave it out for the largest list of modules")
         for name in ("mode", "cache_dir"):
             if self.backend != "inductor" and getattr(self, name) not in (None, "default"):
-                raise ValueError(f"{name}: is the inductor's; the backend is {self.backend!r}")
+                raise ValueError(
+                    f"{name}: works with backend 'inductor' only; backend is {self.backend!r}"
+                )
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        """Refuse to start where the backend has not what it needs; set up its cache."""
+        """Check that the backend's requirements are installed, and set its cache folder."""
         from fundamentallm_compile.requirements import check, use_cache
 
-        check(self.backend, run.device, self._name(run))
+        check(self.backend, run.device, run.name_of(self))
         if self.cache_dir is not None:
-            self._before = use_cache(self.cache_dir, self._name(run))
+            self._restore_environment = use_cache(self.cache_dir, run.name_of(self))
 
     @hookimpl
     def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Compile model or blocks in place; the compiler itself runs when they are first called."""
-        from fundamentallm_compile.blocks import find_blocks
-        from fundamentallm_compile.switching import switch
+        """Compile the model or its blocks in place; the compiler runs at their first call."""
+        from fundamentallm_compile.compiled_forward import compile_modules
 
-        name = self._name(run)
-        chosen = {"": model} if self.scope == "model" else find_blocks(model, self.blocks, name)
-        self._watch = switch(run, chosen, self, name)
+        name = run.name_of(self)
+        modules = {"": model}
+        if self.scope == "blocks":
+            modules = find_blocks(model, self.blocks, f"{name}.blocks")
+        self._first_call = compile_modules(run, modules, self, name)
         return model
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Leave the process's environment as it was."""
-        if self._watch is not None:
-            self._watch.end()
-        if self._before is not None:
-            self._before()
-            self._before = None
-
-    def _name(self, run: Run) -> str:
-        return next((name for name, one in run.plugins.items() if one is self), "compile")
+        """Restore the environment variable of the cache folder."""
+        if self._first_call is not None:
+            self._first_call.end()
+        if self._restore_environment is not None:
+            self._restore_environment()
+            self._restore_environment = None

@@ -1,8 +1,7 @@
-"""What a backend needs beside PyTorch, looked for before anything is built."""
+"""Check what a compiler backend needs besides PyTorch, before anything is built."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import shutil
@@ -14,32 +13,35 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fundamentallm import SettingsError, StorageError
+from fundamentallm import SettingsError, StorageError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# Runs what torch.compile captures without making code of it: to find out whose mistake one is.
-_DEBUGGING = "aot_eager"
-# Uses the memory of one step's results again in the next, but losses live until they are logged.
-_UNFIT = "cudagraphs"
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# Not in torch's list of backends: it runs the captured graph without generating code, which shows
+# whether a failure comes from the capture or from the code generator.
+_DEBUG_BACKEND = "aot_eager"
+# Reuses the memory of one step's results in the next step, but losses live until they are logged.
+_UNSAFE_BACKEND = "cudagraphs"
 
 
 def check(backend: str, device: str, plugin: str) -> None:
-    """Raise ``SettingsError`` if the backend is unknown, or cannot make code for ``device``."""
-    known = sorted({*torch.compiler.list_backends(), _DEBUGGING} - {_UNFIT})
+    """Raise ``SettingsError`` if the backend is unknown or cannot generate code for ``device``.
+
+    ``plugin`` is the instance name that begins the error.
+    """
+    known = sorted({*torch.compiler.list_backends(), _DEBUG_BACKEND} - {_UNSAFE_BACKEND})
     if backend not in known:
-        close = difflib.get_close_matches(backend, known, n=1)
-        advice = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        raise SettingsError(f"{plugin}.backend: PyTorch has no {backend!r} ({advice})")
+        raise SettingsError(
+            f"{plugin}.backend: PyTorch has no backend {backend!r}{suggest(backend, known)}"
+        )
     if backend == "inductor":
         missing = list(_missing(device))
         if missing:
-            wanted = "; ".join(missing)
             raise SettingsError(
-                f"{plugin}: cannot compile for {device!r} here: {wanted}. "
-                f"Or take {plugin!r} out of the plugins"
+                f"{plugin}: cannot compile for {device!r} here: {'; '.join(missing)}. "
+                f"Or remove {plugin!r} from the plugins"
             )
 
 
@@ -48,20 +50,20 @@ def _missing(device: str) -> Iterator[str]:
         return
     on_gpu = device.startswith("cuda")
     if on_gpu and importlib.util.find_spec("triton") is None:
-        yield "there is no Triton (pip install triton)"
+        yield "Triton is not installed (pip install triton)"
     if on_gpu and torch.cuda.is_available() and torch.cuda.get_device_capability() < (7, 0):
-        yield "the GPU is older than what Triton makes code for (compute capability 7.0)"
+        yield "the GPU is too old for Triton, which needs compute capability 7.0"
     if not any(map(shutil.which, _compilers(on_gpu=on_gpu))):
         kind, variable = ("C", "CC") if on_gpu else ("C++", "CXX")
         names = " or ".join(_compilers(on_gpu=on_gpu))
-        yield f"there is no {kind} compiler ({names}): install one, or name yours in {variable}"
+        yield f"no {kind} compiler is found ({names}): install one, or set {variable} to yours"
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         yield f"{header} is missing: install Python's headers (python3-dev, python3-devel)"
 
 
 def _compilers(*, on_gpu: bool) -> list[str]:
-    """Return what the backend would call: the one that the environment names, or its own choice."""
+    """Return the compilers that the backend would call: the environment's, or its defaults."""
     if on_gpu:
         return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     own = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
@@ -69,18 +71,21 @@ def _compilers(*, on_gpu: bool) -> list[str]:
 
 
 def use_cache(folder: Path, plugin: str) -> Callable[[], None]:
-    """Keep compiled code in ``folder``; return what puts the environment back."""
+    """Make ``folder`` the inductor's cache; return a function that restores the environment.
+
+    Raises ``StorageError`` if the folder cannot be created.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{plugin}.cache_dir: {folder}: {error.strerror or error}") from error
-    before = os.environ.get(_CACHE)
-    os.environ[_CACHE] = str(folder)
+    before = os.environ.get(_CACHE_VARIABLE)
+    os.environ[_CACHE_VARIABLE] = str(folder)
     return partial(_restore, before)
 
 
 def _restore(before: str | None) -> None:
     if before is None:
-        os.environ.pop(_CACHE, None)
+        os.environ.pop(_CACHE_VARIABLE, None)
     else:
-        os.environ[_CACHE] = before
+        os.environ[_CACHE_VARIABLE] = before

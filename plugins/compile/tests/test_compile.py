@@ -1,4 +1,4 @@
-"""Compiled runs train what they would anyway, keep every name, and say what they miss."""
+"""A compiled run trains the same weights, keeps parameter names and reports missing tools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fundamentallm import PluginError, Run, SettingsError, StorageError, compose, hookimpl, plugin
+from fundamentallm import (
+    PluginError,
+    Run,
+    SettingsError,
+    StorageError,
+    compose,
+    find_blocks,
+    hookimpl,
+    plugin,
+)
 from fundamentallm.testing import (
     PluginContract,
     Recorder,
@@ -24,13 +33,12 @@ from fundamentallm.testing import (
     weights,
 )
 from fundamentallm_compile import Compile
-from fundamentallm_compile.blocks import find_blocks
+from fundamentallm_compile.compiled_forward import compile_modules
 from fundamentallm_compile.requirements import check
-from fundamentallm_compile.switching import switch
 
 
 @pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
+def reset_compiler() -> Iterator[None]:
     yield
     torch.compiler.reset()
 
@@ -69,7 +77,7 @@ class Net(nn.Module):
 
 @plugin
 class Build:
-    """Builds the net, keeps a run's states, and evaluates at every safe point as samplers do."""
+    """Builds the net, records snapshots, and evaluates at every safe point as samplers do."""
 
     def __attrs_post_init__(self) -> None:
         self.kept: dict[int, Any] = {}
@@ -103,7 +111,7 @@ def plain(tiny_run: TinyRun, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("scope", ["model", "blocks"])
-def test_a_compiled_run_trains_what_a_plain_one_does(
+def test_a_compiled_run_trains_the_same_weights_as_an_uncompiled_one(
     tiny_run: TinyRun, plain: Run, scope: Any
 ) -> None:
     run = tiny_run(aot(scope=scope), Build(), length=4, log_every=1, validate_every=2)
@@ -124,7 +132,7 @@ def test_the_model_stays_the_same_object_with_the_same_modules(tiny_run: TinyRun
     ("settings", "trained", "validated"),
     [({}, 100, 100), ({"validation": False}, 100, 0), ({"scope": "blocks"}, 0, 0)],
 )
-def test_training_is_compiled_validation_if_wanted_and_sampling_never(
+def test_compiled_code_runs_in_training_and_optionally_in_validation_but_never_in_sampling(
     tiny_run: TinyRun, settings: dict[str, Any], trained: int, validated: int
 ) -> None:
     build = Build()
@@ -148,7 +156,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
     assert_same_weights(*runs)
 
 
-def test_equal_blocks_share_their_code_however_many_they_are(tiny_run: TinyRun) -> None:
+def test_equal_blocks_share_their_compiled_code(tiny_run: TinyRun) -> None:
     run = tiny_run(Build(), length=1)
     compiled = []
 
@@ -158,13 +166,13 @@ def test_equal_blocks_share_their_code_however_many_they_are(tiny_run: TinyRun) 
 
     net, settings = Net(depth=20), Compile(scope="blocks")
     settings.backend = backend  # type: ignore[assignment]
-    switch(run, find_blocks(net, None, "compile"), settings, "compile")
+    compile_modules(run, find_blocks(net, None, "compile.blocks"), settings, "compile")
     for batch in run.data.validation()["val"] * 2:
         net(*batch.data).backward()
     assert len(compiled) == 2, "the first block's input has no gradient, that of all others has"
 
 
-def test_text_is_generated_by_blocks_as_they_are_written_whatever_their_sizes(
+def test_sampling_runs_the_blocks_uncompiled_at_every_input_size(
     tiny_run: TinyRun,
 ) -> None:
     run = tiny_run(Build(), length=1)
@@ -176,7 +184,7 @@ def test_text_is_generated_by_blocks_as_they_are_written_whatever_their_sizes(
 
     net, settings = Net(), Compile(scope="blocks")
     settings.backend = backend  # type: ignore[assignment]
-    switch(run, find_blocks(net, None, "compile"), settings, "compile")
+    compile_modules(run, find_blocks(net, None, "compile.blocks"), settings, "compile")
     with torch.no_grad():
         for length in range(1, 9):
             for block in net.eval().blocks:
@@ -186,20 +194,20 @@ def test_text_is_generated_by_blocks_as_they_are_written_whatever_their_sizes(
     assert compiled
 
 
-def test_progress_shows_that_the_compiler_is_at_work_until_the_second_step(
+def test_progress_reports_compiling_until_the_second_step(
     tiny_run: TinyRun,
 ) -> None:
     recorder = Recorder()
     tiny_run(aot(), Build(), length=3, trace=recorder)
-    told = [
+    calls = [
         (name, given)
         for name, given in recorder.calls
         if name == "on_step_start" or given.get("task") == "compiling"
     ]
-    assert [given.get("done", "step") for _, given in told] == ["step", 0, "step", 1, "step"]
+    assert [given.get("done", "step") for _, given in calls] == ["step", 0, "step", 1, "step"]
 
 
-def test_a_run_of_one_step_ends_the_progress_it_began(tiny_run: TinyRun) -> None:
+def test_a_run_of_one_step_ends_its_compiling_progress(tiny_run: TinyRun) -> None:
     recorder = Recorder()
     tiny_run(aot(scope="blocks"), Build(), length=1, trace=recorder)
     done = [given["done"] for _, given in recorder.calls if given.get("task") == "compiling"]
@@ -253,7 +261,7 @@ class Signals:
 
 
 @pytest.mark.parametrize("moment", ["as it begins", "in the compiler", "in compiled code"])
-def test_a_signal_while_the_model_is_compiled_costs_no_step(
+def test_a_signal_during_compilation_loses_no_step(
     tiny_run: TinyRun, tmp_path: Path, moment: str
 ) -> None:
     sends, quiet = Signals(moment=moment), Signals(moment=moment)
@@ -296,22 +304,22 @@ class BuildBroken:
         return Broken()
 
 
-def test_what_the_compiler_cannot_do_is_told_in_one_line(tiny_run: TinyRun) -> None:
+def test_a_compiler_failure_is_reported_in_one_line(tiny_run: TinyRun) -> None:
     with pytest.raises(PluginError) as caught:
         tiny_run(aot(fullgraph=True), BuildBroken(), length=1)
-    told = str(caught.value)
-    assert told.startswith("compile: Broken cannot be compiled: ")
-    assert "fullgraph = false" in told
-    assert len(told.splitlines()) == 1
+    message = str(caught.value)
+    assert message.startswith("compile: Broken cannot be compiled: ")
+    assert "fullgraph = false" in message
+    assert len(message.splitlines()) == 1
 
 
-def test_an_error_of_the_models_own_stays_what_it_is(tiny_run: TinyRun) -> None:
+def test_an_error_of_the_model_itself_is_raised_unchanged(tiny_run: TinyRun) -> None:
     tiny_run(aot(), BuildBroken(), length=1)
     with pytest.raises(ValueError, match="three is too few"):
         tiny_run(aot(), BuildBroken(), TinyData(batch_size=3), length=1)
 
 
-def test_inductor_makes_code_and_keeps_it_where_it_is_told(
+def test_inductor_keeps_its_code_in_cache_dir(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "what was there before")
@@ -326,7 +334,7 @@ def test_inductor_makes_code_and_keeps_it_where_it_is_told(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "what was there before"
 
 
-def test_a_missing_compiler_is_told_before_anything_is_built(
+def test_a_missing_compiler_is_reported_before_anything_is_built(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -334,21 +342,21 @@ def test_a_missing_compiler_is_told_before_anything_is_built(
     with pytest.raises(SettingsError) as caught:
         tiny_run(Compile(), Build(), length=1, trace=recorder)
     assert str(caught.value) == (
-        "compile: cannot compile for 'cpu' here: there is no C++ compiler (no-such-compiler): "
-        "install one, or name yours in CXX. Or take 'compile' out of the plugins"
+        "compile: cannot compile for 'cpu' here: no C++ compiler is found (no-such-compiler): "
+        "install one, or set CXX to yours. Or remove 'compile' from the plugins"
     )
     assert "build_data" not in recorder.names
     tiny_run(aot(), Build(), length=1)
 
 
-def test_a_gpu_without_triton_or_a_c_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_triton_or_a_c_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(SettingsError, match=r"there is no C compiler \(no-such-compiler\)"):
+    with pytest.raises(SettingsError, match=r"no C compiler is found \(no-such-compiler\)"):
         check("inductor", "cuda", "compile")
     check("aot_eager", "cuda", "compile")
 
 
-def test_missing_headers_of_python_are_told(
+def test_missing_python_headers_are_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
@@ -360,13 +368,15 @@ def test_missing_headers_of_python_are_told(
     ("backend", "advice"),
     [("inductr", "did you mean 'inductor'?"), ("eager", "aot_eager"), ("cudagraphs", "inductor")],
 )
-def test_an_unknown_backend_is_told_with_those_that_are_known(backend: str, advice: str) -> None:
-    with pytest.raises(SettingsError, match=f"PyTorch has no '{backend}'") as caught:
+def test_an_unknown_backend_is_reported_with_the_known_ones(backend: str, advice: str) -> None:
+    with pytest.raises(SettingsError, match=f"PyTorch has no backend '{backend}'") as caught:
         check(backend, "cpu", "compile")
     assert advice in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_made_is_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_reported(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"compile\.cache_dir: .*file/cache: Not a directory"):
         tiny_run(Compile(cache_dir=tmp_path / "file" / "cache"), length=1)
@@ -381,13 +391,16 @@ def test_a_cache_that_cannot_be_made_is_told(tiny_run: TinyRun, tmp_path: Path) 
         ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
         (
             {"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
-            "compile.mode: is the inductor's; the backend is 'aot_eager'",
+            "compile.mode: works with backend 'inductor' only; backend is 'aot_eager'",
         ),
-        ({"backend": "aot_eager", "cache_dir": "x"}, "compile.cache_dir: is the inductor's"),
+        (
+            {"backend": "aot_eager", "cache_dir": "x"},
+            "compile.cache_dir: works with backend 'inductor' only",
+        ),
         ({"dynamic": "yes"}, "compile.dynamic: expected true or false"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -395,19 +408,15 @@ def test_wrong_settings_are_told_before_anything_starts(
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
-def test_blocks_are_found_by_globs_or_in_the_largest_list(tiny_run: TinyRun) -> None:
-    assert list(find_blocks(Net(), None, "it")) == ["blocks.0", "blocks.1"]
-    assert list(find_blocks(Net(), ["head", "blocks.*"], "it")) == [
-        "blocks.0",
-        "blocks.1",
-        "head",
-    ]
-    with pytest.raises(SettingsError, match=r"'block\.\*' matches no module .*'blocks\.\*'"):
-        find_blocks(Net(), ["block.*"], "it")
-    with pytest.raises(SettingsError, match="'blocks' is a container that is never called"):
-        find_blocks(Net(), ["blocks"], "it")
+def test_the_default_blocks_need_an_nn_modulelist_in_the_model(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"compile\.blocks: the model has no nn\.ModuleList"):
         tiny_run(aot(scope="blocks"), length=1)
+
+
+def test_the_compiled_blocks_are_those_that_the_patterns_select(tiny_run: TinyRun) -> None:
+    run = tiny_run(aot(scope="blocks", blocks=["head"]), Build(), length=1)
+    replaced = [name for name, module in run.model.named_modules() if "forward" in vars(module)]
+    assert replaced == ["head"]
 
 
 def test_a_second_instance_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Blocks that keep what goes into them, and run again in the backward pass."""
+"""Make blocks store only their inputs and run again in the backward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fundamentallm_activation_checkpointing import ActivationCheckpointing
 
-# Compared by name: an operator that this build of torch does not have is no mistake.
+# Compared by name: a build of torch may lack some of these operators.
 _PRODUCTS = frozenset(
     f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
 )
@@ -30,9 +30,10 @@ _ATTENTION = "scaled_dot_product"
 
 
 def recompute(blocks: dict[str, nn.Module], settings: ActivationCheckpointing, plugin: str) -> None:
-    """Replace the ``forward`` of the blocks in place; names and parameters stay what they are.
+    """Replace the ``forward`` of the blocks in place; names and parameters do not change.
 
-    Raises ``SettingsError`` for a block that would not be the same if it ran twice.
+    ``plugin`` is the instance name that begins errors. Raises ``SettingsError`` for a block with
+    running statistics, which a second forward pass would update again.
     """
     options: dict[str, Any] = {}
     if settings.mode == "selective":
@@ -41,8 +42,8 @@ def recompute(blocks: dict[str, nn.Module], settings: ActivationCheckpointing, p
     for name, block in chosen:
         _check(name, block, plugin)
     for _, block in chosen:
-        # A partial, since a closure would stay bound to this very block when somebody copies the
-        # model.
+        # A partial, since a deep copy of the model copies its arguments. A closure would go on
+        # calling this block.
         block.forward = partial(_run, block, block.forward, options)
 
 
@@ -54,14 +55,14 @@ def _run(
     *inputs: Any,
     **named: Any,
 ) -> Any:
-    # Without gradients nothing is kept anyway; compilers mind being told to recompute then.
+    # Without gradients nothing is stored, and torch.compile fails on a checkpoint in that case.
     if torch.compiler.is_compiling() and not _has_gradients(block, (inputs, named)):
         return forward(*inputs, **named)
     return checkpoint(forward, *inputs, use_reentrant=False, **options, **named)
 
 
 def _has_gradients(block: nn.Module, given: Any) -> bool:
-    """Whether there will be a backward pass through the block."""
+    """Return whether there will be a backward pass through the block."""
     tensors = [*block.parameters(), *_tensors(given)]
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -75,7 +76,7 @@ def _tensors(given: Any) -> list[Tensor]:
 
 
 def choose(context: object, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    """Say whether a result is kept: those of matrix products and attention are."""
+    """Return the policy for an operator's result: store matrix products and attention."""
     name = operator.name()
     if name in _PRODUCTS or (_ATTENTION in name and not _drops(inputs, options)):
         return CheckpointPolicy.MUST_SAVE
@@ -83,10 +84,10 @@ def choose(context: object, operator: Any, *inputs: Any, **options: Any) -> Chec
 
 
 def _drops(inputs: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Whether an attention draws random numbers: the only number among its inputs says so.
+    """Return whether an attention operator applies dropout, by the only float among its inputs.
 
-    If its result were kept, the second run would not draw them, and whatever draws after it would
-    get others than in the first.
+    Such a result is not stored: the second pass would skip its random draw, and every later dropout
+    would draw other numbers than in the first pass.
     """
     numbers = [value for value in inputs if isinstance(value, float)]
     return any([*numbers, options.get("dropout_p", 0.0)])
@@ -96,6 +97,6 @@ def _check(name: str, block: nn.Module, plugin: str) -> None:
     for inner, module in block.named_modules(prefix=name):
         if getattr(module, "track_running_stats", False):
             raise SettingsError(
-                f"{plugin}: {inner} is a {type(module).__name__}, and running it again would "
-                f"update its running statistics twice; leave its block out of {plugin}.blocks"
+                f"{plugin}: {inner} is a {type(module).__name__}; recomputing it would update "
+                f"its running statistics twice; leave its block out of {plugin}.blocks"
             )
