@@ -1,4 +1,4 @@
-"""Keep chosen parameters as they are, for the whole run or until a moment of it."""
+"""Keep chosen parameters unchanged, for the whole run or for the first part of it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ __all__ = ["Freeze"]
 
 @plugin
 class Freeze:
-    """Take parameters out of training by their names, and let them in again one by one.
+    """Freeze parameters by name, and optionally unfreeze them during the run.
 
-    What is frozen is a pure function of the run's progress: a resumed run and one that goes back to
-    a checkpoint freeze what the uninterrupted one would.
+    The frozen parameters are a pure function of the run's progress: a resumed run, and a run that
+    goes back to a checkpoint, freeze what the uninterrupted run does.
     """
 
-    # LoRA freezes all that is no adapter; what is frozen here on top of that may be an adapter.
+    role = "training"
+    # LoRA freezes everything but its adapters. This plugin comes later, and may freeze adapters.
     after: ClassVar[tuple[str, ...]] = ("lora",)
 
     patterns: list[str] = field()
-    """Globs on full parameter names (`*` matches dots too), such as `"embed.*"`: what matches any
-    of them is frozen."""
+    """Glob patterns on full parameter names (`*` also matches dots), such as `"embed.*"`: the
+    parameters to freeze."""
     except_for: list[str] = field(factory=list)
-    """Globs on the names of parameters that are trained although one of the patterns matches."""
+    """Glob patterns on the names of parameters that are trained although one of `patterns` matches
+    them."""
     unfreeze: dict[str, Period] = field(factory=dict)
-    """Glob to period: when frozen parameters begin to be trained, such as `"blocks.3.*" = "500
-    steps"`. Where several match, the first that comes."""
+    """Glob pattern to period: when frozen parameters begin to be trained, such as `"blocks.3.*" =
+    "500 steps"`. If several patterns match a parameter, the earliest period counts."""
     eval_mode: bool = False
     """Whether modules whose parameters are all frozen stay in evaluation mode: without dropout, and
-    with the statistics of their batch norms as they are."""
+    with fixed batch norm statistics."""
 
-    _freezing: Any = field(init=False, repr=False)
-    _waiting: list[Period] = field(init=False, repr=False, factory=list)
+    _schedule: Any = field(init=False, repr=False)
+    _pending: list[Period] = field(init=False, repr=False, factory=list)
 
     def __attrs_post_init__(self) -> None:
         if not self.patterns:
@@ -44,27 +46,26 @@ class Freeze:
 
     @hookimpl
     def adapt_model(self, run: Run) -> None:
-        """Freeze what the patterns match."""
-        from fundamentallm_freeze.freezing import freeze
+        """Freeze the parameters that match the patterns."""
+        from fundamentallm_freeze.schedule import freeze
 
-        name = next((n for n, one in run.plugins.items() if one is self), "freeze")
-        self._freezing = freeze(run.model, self, name)
+        self._schedule = freeze(run.model, self, run.name_of(self))
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Unfreeze what a resumed run has unfrozen already."""
-        self._freezing.check(run)
-        self._waiting = self._freezing.follow(run)
+        """Unfreeze what is already unfrozen at the step that the run resumes from."""
+        self._schedule.check(run)
+        self._pending = self._schedule.apply(run)
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
-        """Unfreeze what is due."""
-        for period in self._waiting:
+        """Unfreeze the parameters whose period has ended."""
+        for period in self._pending:
             if period.reached(run.progress):
-                self._waiting = self._freezing.follow(run)
+                self._pending = self._schedule.apply(run)
                 break
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Freeze again what was still frozen at the step that the run has gone back to."""
-        self._waiting = self._freezing.follow(run)
+        """Freeze again what was still frozen at the step that the run went back to."""
+        self._pending = self._schedule.apply(run)

@@ -1,4 +1,4 @@
-"""What is frozen stays as it is, to the bit, and for exactly as long as the settings say."""
+"""Frozen parameters keep every bit, for exactly as long as the settings say."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fundamentallm import Period, Progress, Run, SettingsError, compose, hookimpl, plugin
+from fundamentallm import (
+    Period,
+    Progress,
+    Run,
+    SettingsError,
+    compose,
+    hookimpl,
+    plugin,
+    unmatched,
+)
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, weights
 from fundamentallm_freeze import Freeze
-from fundamentallm_freeze.freezing import freeze
-from fundamentallm_freeze.names import unmatched
+from fundamentallm_freeze.schedule import freeze
 
 
 class TestContract(PluginContract):
@@ -55,7 +63,7 @@ class Deep:
 
 @plugin
 class Witness:
-    """Keeps copies of a run's states, answers for them, and sees which parameters are trained."""
+    """Records snapshots, serves them as checkpoints, and records which parameters are trained."""
 
     def __attrs_post_init__(self) -> None:
         self.kept: dict[int, Any] = {}
@@ -91,7 +99,9 @@ def state(witness: Witness, step: int) -> dict[str, Tensor]:
     return witness.kept[step]["model"]
 
 
-def test_what_matches_keeps_its_bits_and_the_rest_is_trained(tiny_run: TinyRun) -> None:
+def test_parameters_that_match_keep_their_bits_and_the_others_are_trained(
+    tiny_run: TinyRun,
+) -> None:
     seen = Witness()
     tiny_run(Freeze(patterns=["hidden.*"]), seen, length=3)
     before, after = state(seen, 0), state(seen, 3)
@@ -101,7 +111,9 @@ def test_what_matches_keeps_its_bits_and_the_rest_is_trained(tiny_run: TinyRun) 
     assert set(seen.kept[3]["optimizer"]) == {"out.weight", "out.bias"}
 
 
-def test_a_run_equals_a_handwritten_loop_that_leaves_out_what_is_frozen(tiny_run: TinyRun) -> None:
+def test_a_run_equals_a_handwritten_loop_that_skips_the_frozen_parameters(
+    tiny_run: TinyRun,
+) -> None:
     seen = Witness()
     plugins = (Deep(), Freeze(patterns=["blocks.*"], unfreeze={"blocks.2.*": Period(2)}), seen)
     run = tiny_run(*plugins, length=5, validate_every=3)
@@ -120,7 +132,7 @@ def test_a_run_equals_a_handwritten_loop_that_leaves_out_what_is_frozen(tiny_run
     assert all(tensor.equal(expected[name]) for name, tensor in weights(run).items())
 
 
-def test_what_except_for_matches_is_trained(tiny_run: TinyRun) -> None:
+def test_parameters_that_except_for_matches_are_trained(tiny_run: TinyRun) -> None:
     seen = Witness()
     tiny_run(Freeze(patterns=["*"], except_for=["*.bias"]), seen, length=1)
     assert seen.trained == [{"hidden.bias", "out.bias"}]
@@ -151,7 +163,7 @@ def test_each_part_is_unfrozen_after_exactly_its_period(tiny_run: TinyRun) -> No
 
 
 @pytest.mark.parametrize("unit", ["0.5 epochs", "8 tokens"])
-def test_any_unit_of_progress_can_end_it(tiny_run: TinyRun, unit: str) -> None:
+def test_a_period_in_any_unit_can_unfreeze(tiny_run: TinyRun, unit: str) -> None:
     seen = Witness()
     ends = {"hidden.*": Period.parse(unit)}
     tiny_run(Freeze(patterns=["hidden.*"], unfreeze=ends), seen, length=4)
@@ -184,7 +196,7 @@ class TestResumedAndRewound:
         assert seen.modes == whole[1].modes[step:]
 
     @pytest.mark.parametrize(("at", "to"), [(5, 1), (5, 3), (3, 0), (6, 5)])
-    def test_going_back_freezes_again_what_was_frozen_there(
+    def test_a_rewind_freezes_again_what_was_frozen_at_that_step(
         self, tiny_run: TinyRun, whole: tuple[Run, Witness], at: int, to: int
     ) -> None:
         seen = Witness()
@@ -210,18 +222,18 @@ class Reject:
         return "no" if run.progress.step < 2 else None
 
 
-def test_a_period_counts_attempted_steps(tiny_run: TinyRun) -> None:
+def test_an_unfreeze_period_counts_attempted_steps(tiny_run: TinyRun) -> None:
     seen = Witness()
     tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*": Period(3)}), Reject(), seen, length=4)
     assert [len(trained) for trained in seen.trained] == [2, 2, 2, 4]
 
 
-def test_modules_that_are_all_frozen_stay_in_evaluation_mode_until_they_are_not(
+def test_completely_frozen_modules_stay_in_evaluation_mode_until_they_are_unfrozen(
     tiny_run: TinyRun,
 ) -> None:
     seen = Witness()
-    freezing = Freeze(patterns=["blocks.*"], eval_mode=True, unfreeze={"blocks.2.*": Period(2)})
-    run = tiny_run(Deep(), freezing, seen, length=3, validate_every=1)
+    frozen = Freeze(patterns=["blocks.*"], eval_mode=True, unfreeze={"blocks.2.*": Period(2)})
+    run = tiny_run(Deep(), frozen, seen, length=3, validate_every=1)
     training = [{n for n, on in modes.items() if on and n.count(".") == 2} for modes in seen.modes]
     assert training == [set(), set(), {"blocks.2.0", "blocks.2.1", "blocks.2.2"}]
     assert all(modes[""] and modes["out"] for modes in seen.modes)
@@ -230,33 +242,33 @@ def test_modules_that_are_all_frozen_stay_in_evaluation_mode_until_they_are_not(
     assert moved == {"blocks.2.1.running_mean"}
 
 
-def test_without_eval_mode_frozen_modules_train_as_the_others(tiny_run: TinyRun) -> None:
+def test_without_eval_mode_frozen_modules_are_in_training_mode(tiny_run: TinyRun) -> None:
     seen = Witness()
     tiny_run(Deep(), Freeze(patterns=["blocks.*"]), seen, length=1, validate_every=1)
     assert all(seen.modes[0].values())
 
 
-def test_what_was_frozen_by_others_is_never_unfrozen() -> None:
+def test_parameters_that_another_plugin_froze_are_never_unfrozen() -> None:
     net = Net()
     for parameter in net.blocks[1].parameters():
         parameter.requires_grad = False
-    freezing = freeze(
+    schedule = freeze(
         net, Freeze(patterns=["blocks.*"], unfreeze={"blocks.*": Period(1)}), "freeze"
     )
     run = Run.__new__(Run)
     run.model, run.progress = net, Progress(step=1)
-    assert freezing.follow(run) == []
+    assert schedule.apply(run) == []
     left = {name for name, p in net.named_parameters() if not p.requires_grad}
     assert {name.split(".")[1] for name in left} == {"1"}
 
 
-def test_the_log_tells_how_much_is_frozen(
+def test_the_log_states_how_many_weights_are_frozen(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="fundamentallm")
     tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*.bias": Period(2)}), length=4)
-    told = [text for text in caplog.messages if text.startswith("freeze: ")]
-    assert told == [
+    lines = [text for text in caplog.messages if text.startswith("freeze: ")]
+    assert lines == [
         "freeze: from step 1 on, 144 of 161 weights are frozen",
         "freeze: from step 3 on, 128 of 161 weights are frozen",
     ]
@@ -272,7 +284,7 @@ def test_the_log_tells_how_much_is_frozen(
         ({"patterns": ["x"], "unfreeze": ["x"]}, "freeze.unfreeze: expected a table"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -299,11 +311,11 @@ def test_wrong_settings_are_told_before_anything_starts(
             {"patterns": ["hidden.*"], "unfreeze": {"out.*": Period(1)}},
             "freeze.unfreeze: 'out.*' matches no frozen parameter",
         ),
-        ({"patterns": ["*"]}, "freeze.patterns: nothing is left to train; except_for keeps some"),
+        ({"patterns": ["*"]}, "freeze.patterns: nothing is left to train; exclude some"),
         ({"patterns": ["*"], "unfreeze": {"*": Period(1)}}, "nothing is left to train"),
     ],
 )
-def test_patterns_that_do_not_fit_the_model_are_told_with_what_does(
+def test_patterns_that_do_not_fit_the_model_are_reported_with_ones_that_do(
     tiny_run: TinyRun, settings: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -311,7 +323,7 @@ def test_patterns_that_do_not_fit_the_model_are_told_with_what_does(
     assert complaint in str(caught.value)
 
 
-def test_all_patterns_that_match_nothing_are_told_at_once(tiny_run: TinyRun) -> None:
+def test_all_patterns_that_match_nothing_are_reported_at_once(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError) as caught:
         tiny_run(Freeze(patterns=["a.*", "hidden.*", "b.*"], except_for=["c"]), length=1)
     assert len(caught.value.problems) == 3
@@ -326,9 +338,9 @@ class Picky:
         return torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
 
 
-def test_an_optimizer_that_could_not_train_what_is_unfrozen_is_refused(tiny_run: TinyRun) -> None:
+def test_an_optimizer_built_without_the_unfrozen_parameters_is_refused(tiny_run: TinyRun) -> None:
     tiny_run(Freeze(patterns=["hidden.*"]), Picky(), length=1)
-    with pytest.raises(SettingsError, match=r"the optimizer was made without 'hidden\.weight'"):
+    with pytest.raises(SettingsError, match=r"the optimizer was built without 'hidden\.weight'"):
         tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*": Period(9)}), Picky(), length=1)
 
 
@@ -341,9 +353,11 @@ class Two:
         run.world_size = 2
 
 
-def test_unfreezing_in_several_processes_is_refused(tiny_run: TinyRun) -> None:
+def test_unfrozen_in_several_processes_is_refused(tiny_run: TinyRun) -> None:
     tiny_run(Freeze(patterns=["hidden.*"]), Two(), length=1)
-    with pytest.raises(SettingsError, match=r"freeze\.unfreeze: takes one process; with 2"):
+    with pytest.raises(
+        SettingsError, match=r"freeze\.unfreeze: works with one process only; with 2"
+    ):
         tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*": Period(9)}), Two(), length=1)
 
 
@@ -359,10 +373,10 @@ def test_a_second_instance_is_refused(tmp_path: Path) -> None:
         compose(tables)
 
 
-def test_the_installed_optimizers_train_what_is_unfrozen(tiny_run: TinyRun) -> None:
+def test_the_optimizers_plugin_trains_parameters_once_they_are_unfrozen(tiny_run: TinyRun) -> None:
     seen = Witness()
-    freezing = Freeze(patterns=["hidden.*"], unfreeze={"hidden.*": Period(2)})
-    tiny_run("adamw", freezing, seen, length=4)
+    frozen = Freeze(patterns=["hidden.*"], unfreeze={"hidden.*": Period(2)})
+    tiny_run("adamw", frozen, seen, length=4)
     assert [len(trained) for trained in seen.trained] == [2, 2, 4, 4]
     for step, same in ((2, True), (4, False)):
         found, before = state(seen, step)["hidden.weight"], state(seen, 0)["hidden.weight"]
@@ -375,7 +389,7 @@ NAMES = [name for name, _ in Net().named_parameters(remove_duplicate=False)]
 
 
 @given(st.text(max_size=8))
-def test_a_glob_is_complained_about_exactly_if_it_matches_nothing(glob: str) -> None:
+def test_a_pattern_is_reported_exactly_if_it_matches_nothing(glob: str) -> None:
     net = Net()
     complaints = list(unmatched("freeze.patterns", [glob], NAMES))
     try:
