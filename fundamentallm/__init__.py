@@ -13,7 +13,8 @@ from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_r
 from fundamentallm.host import Found, attribute_docs, described, field, kind, plugin, plugin_name
 from fundamentallm.host import setting_fields, settings_options, state, state_fields, suggest, table
 
-from fundamentallm.data import Batch, Data, Progress, Tokenizer
+from fundamentallm import folder
+from fundamentallm.data import Batch, Data, Loaded, Progress, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
 from fundamentallm.errors import PluginError, SettingsError, StorageError
 from fundamentallm.files import durable_file, sync_folder, write_durably
@@ -36,6 +37,7 @@ __all__ = [
     "Found",
     "FundamentalError",
     "Hooks",
+    "Loaded",
     "NotFiniteError",
     "OutOfMemoryError",
     "Outcome",
@@ -57,6 +59,7 @@ __all__ = [
     "field",
     "find_blocks",
     "find_plugins",
+    "folder",
     "ge",
     "gt",
     "hook_methods",

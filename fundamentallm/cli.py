@@ -12,6 +12,7 @@ import click
 
 from fundamentallm import host
 from fundamentallm.errors import FundamentalError, StorageError
+from fundamentallm.folder import is_run
 from fundamentallm.settings import Composed, compose
 
 
@@ -49,15 +50,15 @@ def show(settings: Path, **choice: Any) -> None:
 
 def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from fundamentallm.folder import new_folder
     from fundamentallm.launch import train as launch
 
-    folder = run_dir or new_folder(composed)
-    run = launch(composed, run_dir=folder, at=at)
-    click.echo(f"{run.outcome} after {run.progress.step} steps: {folder}")
+    run = launch(composed, run_dir=run_dir, at=at)
+    click.echo(f"{run.outcome} after {run.progress.step} steps: {run.folder}")
     if run.outcome == "interrupted":
-        if (folder / "settings.toml").exists():  # else nothing was built yet
-            click.echo(f"resume with: fundamentallm resume {shlex.quote(str(folder))}", err=True)
+        if is_run(run.folder):  # its disk may have refused even that
+            click.echo(
+                f"resume with: fundamentallm resume {shlex.quote(str(run.folder))}", err=True
+            )
         sys.exit(128 + (run.signal or 0))
 
 

@@ -8,6 +8,7 @@ import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
 
 @attrs.define
@@ -55,6 +56,18 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of some ids; of ids that are no text by themselves, what can be read."""
+
+
+@attrs.frozen
+class Loaded:
+    """The checkpoint that a run was restored from; a plugin's ``read_checkpoint`` makes it."""
+
+    folder: Path
+    step: int
+    metrics: dict[str, float]
+    """What was measured at its step."""
+    digest: str
+    """A hash of the whole checkpoint."""
 
 
 @attrs.define

@@ -9,20 +9,31 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fundamentallm import defaults, loop
-from fundamentallm.errors import FundamentalError, OutOfMemoryError, PluginError, SettingsError
-from fundamentallm.folder import locked, new_folder, write_record
+from fundamentallm.errors import (
+    DataError,
+    FundamentalError,
+    OutOfMemoryError,
+    PluginError,
+    SettingsError,
+    StorageError,
+)
+from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
+from fundamentallm.folder import settings as recorded_settings
 from fundamentallm.host import blame, freeze, register
+from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.rng import seed_random
 from fundamentallm.run import Run
-from fundamentallm.settings import HOST, Composed, compose
+from fundamentallm.settings import HOST, Composed, compose, find_plugins
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
+
+    from fundamentallm.data import Data
 
 log = logging.getLogger("fundamentallm")
 ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
@@ -38,8 +49,8 @@ def train(
 ) -> Run:
     """Train as ``settings`` say and return the finished run; raises a ``FundamentalError``.
 
-    ``settings`` is a TOML file or the same as a dict; ``plugins`` are objects to use beside the
-    listed ones; ``overrides`` are strings such as ``"run.length=100"``. ``run_dir`` starts that
+    ``settings`` is a TOML file or the same as a dict; ``plugins`` are objects to use in addition to
+    the listed ones; ``overrides`` are strings such as ``"run.length=100"``. ``run_dir`` starts that
     run or continues it, from its newest checkpoint or the one that ``at`` names (see ``load_run``);
     without it a new folder is made.
     """
@@ -49,11 +60,12 @@ def train(
     run.wanted_checkpoint = at
     with locked(run.folder), signals(run):
         try:
-            with told(registry, settings.brought):
+            with naming_the_plugin(registry, settings.brought):
                 run.hook.on_run_start(run=run)
                 build(run)
                 # Not before: settings that do not fit a run's checkpoints must not replace its own.
                 write_record(run.folder, settings)
+                run.begun = True
                 loop.train(run)
             done = run.progress.closed and run.settings.length.reached(run.progress)
             run.outcome = "finished" if done else "interrupted" if run.signal else "stopped"
@@ -63,38 +75,63 @@ def train(
             run.error = error
             raise
         finally:
-            _end(run, registry, settings.brought)
+            _end(run, registry, settings)
     return run
 
 
-def load_run(folder: Path | str, *, at: str = "latest") -> Run:
-    """Rebuild a run from its folder, with the weights of its newest sound checkpoint, or of the one
-    that ``at`` names: ``"best"``, ``"step-00000500"``. Nothing is trained or written."""
-    composed = recorded(folder)
+def load_run(  # noqa: PLR0913 - what the command line offers
+    folder: Path | str,
+    *,
+    at: str = "latest",
+    overrides: Iterable[str] = (),
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    device: str | None = None,
+    train: bool = False,
+) -> Run:
+    """Rebuild a run from its folder and load a checkpoint. Nothing is trained or written.
+
+    ``at`` names the checkpoint: ``"latest"`` (the newest sound one), ``"best"`` or
+    ``"step-00000500"``. ``overrides``, ``add`` and ``remove`` change the recorded settings.
+    ``run.progress`` and ``run.loaded`` are those of the checkpoint.
+
+    Without ``train`` there is no optimizer, the training data may be missing, and the run may have
+    been recorded on another machine: if its device is missing here, another one is used; listed
+    plugins that are not installed are left out if they only observe. Both log a line. ``device``
+    chooses a device instead, and must be there.
+    """
+    folder, overrides = Path(folder), list(overrides)
+    if not train:
+        remove = [*remove, *(name for name in _missing_observers(folder) if name not in remove)]
+    composed = recorded(folder, overrides, add=add, remove=remove)
+    chosen = any(text.partition("=")[0].strip() == "run.device" for text in overrides)
+    if device is not None:
+        composed.run.device = device  # type: ignore[assignment]  # prepare() checks it
+    elif not train and not chosen and not _devices().get(composed.run.device, True):
+        log.warning("run.device: there is no %r device here; using another", composed.run.device)
+        composed.run.device = "auto"
     run, registry = prepare(composed, folder)
-    run.wanted_checkpoint = at
-    with told(registry, composed.brought):
-        build(run, weights_only=True)
+    run.wanted_checkpoint, run.training = at, train
+    with naming_the_plugin(registry, composed.brought):
+        build(run)
     return run
 
 
 def recorded(folder: Path | str, overrides: Iterable[str] = (), **choice: Any) -> Composed:
     """Compose the settings that a run folder records; ``choice`` is as in ``compose``."""
-    path = Path(folder) / "settings.toml"
-    if not path.is_file():
-        raise SettingsError(f"{folder}: is not a run folder: it has no settings.toml")
-    return compose(path, overrides=overrides, **choice)
+    if not is_run(Path(folder)):
+        raise SettingsError(f"{folder}: is not a run folder: it has no {SETTINGS}")
+    return compose(Path(folder) / SETTINGS, overrides=overrides, **choice)
 
 
 def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginManager]:
     """Make the run object, and its folder if none is named; bind the hooks; build nothing yet."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device: str = composed.run.device
-    device = next(name for name, there in has.items() if there) if device == "auto" else device
-    if not has[device]:
-        raise SettingsError(f"run.device: there is no {device!r} device here")
+    has, device = _devices(), composed.run.device
+    chosen: str = next(name for name, there in has.items() if there) if device == "auto" else device
+    if not has.get(chosen):
+        raise SettingsError(f"run.device: there is no {chosen!r} device here")
     run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
-    run.device = device
+    run.device = chosen
     registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
     run.bind = partial(freeze, HOST, registry, muted=set[str]())
@@ -102,32 +139,96 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     return run, registry
 
 
-def build(run: Run, *, weights_only: bool = False) -> None:
-    """Build data, tokenizer, model and optimizer, and restore the newest checkpoint, if any."""
+def build(run: Run) -> None:
+    """Build data, tokenizer, model and, to train, the optimizer; restore a checkpoint if any."""
     hook = run.hook
-    run.data = hook.build_data(run=run)
-    run.progress.epoch_samples = run.data.epoch_samples
+    run.data = _built_data(run)
     run.tokenizer = hook.build_tokenizer(run=run)
     seed_random(run.seed_for("model"))
-    run.model = hook.build_model(run=run).to(run.device)
+    run.model = run.module = hook.build_model(run=run).to(run.device)
     hook.adapt_model(run=run)
-    module = hook.checkpoint_activations(run=run, model=run.model)
-    module = hook.compile_model(run=run, model=module)
-    run.module = hook.distribute_model(run=run, model=module)
+    if run.training:
+        module = hook.checkpoint_activations(run=run, model=run.model)
+        module = hook.compile_model(run=run, model=module)
+        run.module = hook.distribute_model(run=run, model=module)
     run.parameters = list(run.model.parameters())
-    run.optimizer = hook.build_optimizer(run=run)
+    if run.training:
+        _build_optimizer(run)
+    seed_random(run.seed_for("train"))
+    _restore(run)
+
+
+def _build_optimizer(run: Run) -> None:
+    run.optimizer = run.hook.build_optimizer(run=run)
     run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     if not held <= {id(parameter) for parameter in run.parameters}:
         raise SettingsError("the optimizer has parameters that are not in run.model")
-    seed_random(run.seed_for("train"))
-    snapshot = hook.read_checkpoint(run=run)
+
+
+def _restore(run: Run) -> None:
+    snapshot = run.hook.read_checkpoint(run=run)
     if snapshot is not None:
-        run.restore(snapshot, weights_only=weights_only)
-    elif run.wanted_checkpoint or any((run.folder / "checkpoints").rglob("step-*/manifest.json")):
+        run.restore(snapshot, weights_only=not run.training)
+    elif run.wanted_checkpoint or checkpoints(run.folder):
         raise SettingsError(f"{run.folder}: no listed plugin finds a checkpoint to go on from")
-    elif (run.folder / "settings.toml").exists():
+    elif is_run(run.folder) and not failed_to_start(run.folder):
         log.warning("%s: there is no checkpoint: the run begins at step 0", run.folder)
+
+
+class MissingData:
+    """Stands for data that cannot be built where none is needed; its use raises the reason."""
+
+    epoch_samples = None
+    fingerprint = ""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise MissingDataError(f"run.data.{name} is needed: {self._error}")
+
+
+class MissingDataError(DataError, AttributeError):
+    """An attribute of data that could not be built; ``getattr`` with a default takes that."""
+
+
+def _built_data(run: Run) -> Data:
+    try:
+        data = run.hook.build_data(run=run)
+    except (DataError, OSError) as error:
+        if run.training:
+            raise
+        return cast("Data", MissingData(error))
+    run.progress.epoch_samples = data.epoch_samples
+    return data
+
+
+def _devices() -> dict[str, bool]:
+    """Return which kinds of device this machine has, the fastest first."""
+    return {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+
+
+def _missing_observers(folder: Path) -> list[str]:
+    """Return the listed plugins that only observe and cannot be found here; log each."""
+    tables, roles, installed = (
+        recorded_settings(folder),
+        environment(folder).get("roles"),
+        find_plugins(),
+    )
+    names = []
+    for entry in tables.get("plugins", []):
+        name = Path(entry).stem if entry.endswith(".py") else entry
+        wanted = str(tables.get(name, {}).get("plugin", entry))
+        there = Path(wanted).is_file() if wanted.endswith(".py") else wanted in installed
+        if not there and isinstance(roles, dict) and roles.get(name) == "observer":
+            log.warning("plugin %r is not installed; it only observes and is left out", name)
+            names.append(name)
+    return names
 
 
 @contextlib.contextmanager
@@ -156,25 +257,42 @@ def signals(run: Run) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _end(run: Run, registry: PluginManager, brought: Mapping[str, str]) -> None:
+def _end(run: Run, registry: PluginManager, settings: Composed) -> None:
     try:
-        with told(registry, brought):
+        with naming_the_plugin(registry, settings.brought):
             run.hook.on_train_end(run=run, outcome=run.outcome)
     except Exception as error:
         if run.error is None:
+            run.outcome, run.error = "failed", error
             raise
-        log.error("besides: %s", error)  # noqa: TRY400 - the run's own error is what counts
+        # Not raised: the run's own error is what counts.
+        log.error("another error, while the run ended: %s", error)  # noqa: TRY400
+    finally:
+        if run.rank == 0:
+            _record_ending(run, settings)
+
+
+def _record_ending(run: Run, settings: Composed) -> None:
+    """Write how the run ended; a run that could not be continued keeps the record it had."""
+    is_new = not is_run(run.folder) or failed_to_start(run.folder)
+    try:
+        if not run.begun and is_new:
+            write_settings(run.folder, settings)
+        if run.begun or is_new:
+            write_ending(run)
+    except StorageError as error:
+        log.warning("how the run ended is not recorded: %s", error)
 
 
 @contextlib.contextmanager
-def told(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
+def naming_the_plugin(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
     """Turn what a plugin raises into an error that names plugin, distribution and hook."""
     try:
         yield
     except FundamentalError:
         raise
     except Exception as error:
-        # What torch says of a CPU or of MPS is a plain RuntimeError.
+        # The CPU's and MPS's allocators raise a plain RuntimeError.
         said = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
         if said or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error

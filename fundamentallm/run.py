@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fundamentallm.data import Data, Tokenizer
+    from fundamentallm.data import Data, Loaded, Tokenizer
     from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
 
@@ -39,6 +39,9 @@ class Run:
     targets and their detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"``
     or the split being validated. ``ending`` is true from the moment it is clear that no further
     step follows. ``tables`` are the settings as TOML states them, ``history`` the last 5,000 rows.
+    ``training`` is false in a run that ``load_run`` loaded to use it: it has no optimizer, and its
+    training data may be missing. ``begun`` is true once everything is built and recorded.
+    ``loaded`` is the checkpoint that the run was restored from, or None.
     """
 
     data: Data
@@ -54,6 +57,9 @@ class Run:
     stream: Iterator[Batch]
     rank = 0
     world_size = 1
+    training = True
+    begun = False
+    loaded: Loaded | None = None
     phase = "train"
     moment = 0  # twice the step; odd while one is attempted
     weight = 1.0
@@ -174,13 +180,17 @@ class Run:
 
     def restore(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
         """Put a snapshot back; raise ``StorageError`` if it is one of another model. A newly listed
-        plugin starts afresh; learning rates and the like are what the settings say."""
+        plugin starts afresh; learning rates and the like are what the settings say. The key
+        ``loaded``, if there, is a ``Loaded``; ``weights_only`` leaves the optimizer out."""
+        self.loaded = snapshot.get("loaded")
         try:
             self.model.load_state_dict(snapshot["model"])
         except RuntimeError as error:
             raise StorageError(f"the checkpoint is one of another model: {error}") from error
         for name in self.plugins.keys() & snapshot["plugins"].keys():
             set_state(self.plugins[name], snapshot["plugins"][name])
+        counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
+        self.progress = Progress(**counts | {"before": tuple(counts["before"])})
         if weights_only:
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -191,8 +201,6 @@ class Run:
             raise SettingsError(f"the checkpoint's optimizer is {kind}; resume with that one")
         packed["state"] = {i: kept[name] for i, name in enumerate(held) if name in kept}
         self.optimizer.load_state_dict(packed)
-        counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
-        self.progress = Progress(**counts | {"before": tuple(counts["before"])})
         rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}
         self._logged = defaultdict(list, rows)
         set_random_state(snapshot["random"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fundamentallm import field, hookimpl, plugin
 
 if TYPE_CHECKING:
-    from fundamentallm import Outcome, Run
+    from fundamentallm import Run
 
 FILE = "metrics.jsonl"
 HISTOGRAMS = "histograms.jsonl"
-OUTCOME = "outcome.json"
-LONGEST = 500  # characters of an error's message
 log = logging.getLogger("fundamentallm")
 
 
@@ -43,7 +40,6 @@ class Jsonl:
     def on_train_start(self, run: Run) -> None:
         """Begin the files, without the rows of steps that are still to come."""
         if run.rank == 0:
-            (run.folder / OUTCOME).unlink(missing_ok=True)
             if run.progress.step == 0:
                 for path in (run.folder / FILE, run.folder / HISTOGRAMS):
                     set_aside(path)
@@ -66,12 +62,9 @@ class Jsonl:
         self._append(HISTOGRAMS, histogram(name, step, edges, counts))
 
     @hookimpl
-    def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Close the files, and write how the run ended."""
-        begun = self._folder is not None
+    def on_train_end(self) -> None:
+        """Close the files."""
         self._close()
-        if begun or (run.rank == 0 and failed_to_begin(run.folder)):
-            write_outcome(run, outcome)
 
     def _open(self, run: Run) -> None:
         # A step that a signal left open is closed, and its row written, by whoever resumes it: a
@@ -111,31 +104,6 @@ def histogram(name: str, step: int, edges: list[float], counts: list[int]) -> by
     """Return one line: ``counts[i]`` values lie from ``edges[i]`` up to ``edges[i + 1]``."""
     facts = {"time": round(time.time(), 3), "step": step, "name": name, "edges": edges}
     return json.dumps(facts | {"counts": counts}, allow_nan=False).encode() + b"\n"
-
-
-def write_outcome(run: Run, outcome: Outcome) -> None:
-    """Write how a run ended, at which step, and by which error, whole or not at all; warn of a
-    folder that takes no files any more."""
-    error = run.error and f"{type(run.error).__name__}: {run.error}".splitlines()[0][:LONGEST]
-    facts = {"outcome": outcome, "step": run.progress.step, "error": error}
-    beside = run.folder / f".{OUTCOME}.new"
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(facts) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(run.folder / OUTCOME)
-    except OSError as why:
-        log.warning("%s: how the run ended is not written: %s", run.folder / OUTCOME, why.strerror)
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def failed_to_begin(folder: Path) -> bool:
-    """Whether a run ends that others kept from its first start; what failed to go on keeps the
-    outcome that it had."""
-    is_new = not any((folder / name).exists() for name in (OUTCOME, FILE))
-    return is_new and (folder / "settings.toml").exists()
 
 
 def set_aside(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import PluginError, hookimpl, plugin, train
+from fundamentallm import hookimpl, plugin, train
 from fundamentallm.testing import Memory, PluginContract, TinyRun, compose_tiny
 from fundamentallm_jsonl import Jsonl, drop_rows_after
 
@@ -240,93 +239,8 @@ def test_ten_thousand_rows_leave_nothing_in_memory(tiny_run: TinyRun, tmp_path: 
         if step == 1000:
             blocks = sys.getallocatedblocks()
     assert sys.getallocatedblocks() - blocks < 500
-    one.on_train_end(run, "finished")
+    one.on_train_end()
     assert len((run.folder / "metrics.jsonl").read_bytes().splitlines()) == 11_000
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
-    assert not (folder / ".outcome.json.new").exists()
-    return found
-
-
-def test_the_folder_tells_how_the_run_ended(tiny_run: TinyRun) -> None:
-    run = tiny_run(Jsonl(), length=3)
-    assert outcome(run.folder) == {"outcome": "finished", "step": 3, "error": None}
-
-
-@plugin
-class Ends:
-    """Ends a run in its second step, in a way."""
-
-    by: str = "stop"
-    when: str = "on_step_end"
-
-    @hookimpl
-    def on_train_start(self, run: Run) -> None:
-        if self.when == "on_train_start":
-            raise ValueError("no")
-
-    @hookimpl
-    def on_step_start(self, run: Run) -> None:
-        assert not (run.folder / "outcome.json").exists()
-
-    @hookimpl
-    def on_step_end(self, run: Run) -> None:
-        if run.progress.step == 2 and self.by == "stop":
-            run.stop("enough")
-        elif run.progress.step == 2 and self.by == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif run.progress.step == 2:
-            raise ValueError("no\n" + "!" * 1000)
-
-
-@pytest.mark.parametrize(("by", "expected"), [("stop", "stopped"), ("signal", "interrupted")])
-def test_a_run_that_was_asked_to_end_says_so(by: str, expected: str, tiny_run: TinyRun) -> None:
-    run = tiny_run(Ends(by=by), Jsonl(), length=5)
-    assert outcome(run.folder) == {"outcome": expected, "step": 2, "error": None}
-
-
-@pytest.mark.parametrize("jsonl_first", [True, False])
-def test_a_run_that_failed_says_why_in_one_line(jsonl_first: bool, tmp_path: Path) -> None:
-    listed = [Jsonl(), Ends(by="error")][:: 1 if jsonl_first else -1]
-    with pytest.raises(PluginError):
-        train(compose_tiny(*listed, length=5), run_dir=tmp_path)
-    found = outcome(tmp_path)
-    assert (found["outcome"], found["step"]) == ("failed", 2)
-    assert found["error"].startswith("PluginError: ")
-    assert len(found["error"].splitlines()) == 1
-    assert len(found["error"]) <= 500
-
-
-@pytest.mark.parametrize("jsonl_first", [True, False])
-def test_a_run_that_could_not_begin_has_failed(jsonl_first: bool, tmp_path: Path) -> None:
-    listed = [Jsonl(), Ends(when="on_train_start")][:: 1 if jsonl_first else -1]
-    with pytest.raises(PluginError):
-        train(compose_tiny(*listed, length=5), run_dir=tmp_path)
-    assert outcome(tmp_path)["outcome"] == "failed"
-
-
-def test_what_keeps_a_finished_run_from_being_built_again_leaves_its_outcome(
-    tiny_run: TinyRun,
-) -> None:
-    @plugin
-    class Unbuilt:
-        @hookimpl
-        def on_run_start(self) -> None:
-            raise ValueError("no")
-
-    run = tiny_run(Jsonl(), length=3)
-    with pytest.raises(PluginError):
-        tiny_run(Unbuilt(), Jsonl(), length=5)
-    assert outcome(run.folder)["outcome"] == "finished"
-
-
-def test_while_a_run_goes_on_it_has_no_outcome(tiny_run: TinyRun) -> None:
-    memory = Memory(step=3)
-    tiny_run(Jsonl(), memory, length=3)
-    run = tiny_run(Ends(by="stop"), Jsonl(), memory, length=5)  # which looks
-    assert outcome(run.folder)["step"] == 5
 
 
 @plugin
@@ -386,21 +300,3 @@ def test_a_run_from_step_0_keeps_the_old_histograms_beside(tiny_run: TinyRun) ->
 
 def test_a_histogram_for_a_process_that_writes_nothing_is_no_error(tmp_path: Path) -> None:
     Jsonl().take_histogram("sizes/a", 1, [0.0, 1.0], [3])
-
-
-def test_a_folder_that_is_gone_at_the_end_is_one_warning(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    @plugin
-    class Deletes:
-        """Deletes the run folder before the end."""
-
-        @hookimpl
-        def on_safe_point(self, run: Run) -> None:
-            if run.ending:
-                shutil.rmtree(run.folder)
-
-    assert tiny_run(Jsonl(), Deletes()).outcome == "finished"
-    (said,) = [r.getMessage() for r in caplog.records if "outcome.json" in r.getMessage()]
-    assert said.endswith("how the run ended is not written: No such file or directory")
-    assert not [r for r in caplog.records if "muted" in r.getMessage()]
