@@ -1,0 +1,120 @@
+"""The contract that every plugin fulfils, as a class of tests to subclass."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fundamentallm import attribute_docs, plugin_name, setting_fields
+from fundamentallm.host import Source, build, class_problems, get_state, plain, set_state, structure
+from fundamentallm.settings import HOST, hook_methods
+from fundamentallm.testing.recorder import Memory, assert_same_weights
+from fundamentallm.testing.tiny import TinyRun, tiny_parts
+
+HEAVY = ("torch", "numpy", "mlflow", "matplotlib", "pandas", "tokenizers", "transformers")
+
+
+class PluginContract:
+    """What every plugin promises. Subclass it in the plugin's suite and name the class."""
+
+    plugin: ClassVar[type]
+    needs: ClassVar[dict[str, Any]] = {}
+    """The settings it cannot do without; those of ``instance()`` in the tests here."""
+    companions: ClassVar[tuple[Callable[[], object], ...]] = ()
+    """What makes the plugins that it needs beside it in a run."""
+
+    def instance(self) -> Any:
+        """Build the plugin as a settings file with what it needs would."""
+        return structure(self.needs, self.plugin)
+
+    def test_importing_it_imports_nothing_heavy(self) -> None:
+        code = f"import sys, {self.plugin.__module__}; print(*sys.modules)"
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not set(HEAVY) & set(done.stdout.split())
+
+    def test_builds_from_an_empty_table_or_names_what_it_needs(self) -> None:
+        problems = _problems(self.plugin, {})
+        missing = [name for name in self.needs if _required(self.plugin, name)]
+        for name in missing:
+            assert any(f".{name}: is missing" in text for text in problems), problems
+        assert problems or not missing
+
+    def test_builds_from_what_it_needs(self) -> None:
+        assert not _problems(self.plugin, self.needs)
+
+    def test_rejects_unknown_settings(self) -> None:
+        (problem,) = _problems(self.plugin, {**self.needs, "no_such_setting": 1})
+        assert "no_such_setting: unknown setting" in problem
+
+    def test_rejects_a_table_in_place_of_every_setting(self) -> None:
+        for name in setting_fields(self.plugin):
+            wrong: Any = {"no": {"such": {"thing": []}}}
+            problems = _problems(self.plugin, {**self.needs, name: wrong})
+            assert any(f".{name}" in text for text in problems), name
+
+    def test_describes_itself_and_every_setting(self) -> None:
+        assert (self.plugin.__doc__ or "").strip()
+        assert set(setting_fields(self.plugin)) <= set(attribute_docs(self.plugin))
+
+    def test_its_hooks_are_those_of_the_contract(self) -> None:
+        assert list(class_problems(HOST, self.plugin)) == []
+        assert list(hook_methods(self.plugin)), "it hears no hook"
+
+    def test_its_settings_survive_a_settings_file(self) -> None:
+        written = plain(self.instance())
+        assert plain(structure(written, self.plugin)) == written
+
+    def test_its_state_survives_a_checkpoint(self, tiny_run: TinyRun) -> None:
+        trained, resumed = self.instance(), self.instance()
+        tiny_run(trained, *(make() for make in self.companions))
+        kept = get_state(trained)
+        set_state(resumed, copy.deepcopy(kept))
+        assert _comparable(get_state(resumed)) == _comparable(kept)
+
+    def test_its_place_in_the_list_does_not_matter(self, tiny_run: TinyRun, tmp_path: Path) -> None:
+        runs = []
+        for place in ("first", "last"):
+            others = [make() for make in self.companions]
+            listed = [self.instance(), *others] if place == "first" else [*others, self.instance()]
+            listed = listed if place == "first" else [*tiny_parts(listed), *listed]
+            runs.append(tiny_run(*listed, run_dir=tmp_path / place))
+        assert_same_weights(*runs)
+        assert runs[0].outcome == runs[1].outcome
+
+    def test_a_resumed_run_ends_with_the_same_bits(self, tiny_run: TinyRun) -> None:
+        memory = Memory(step=2)
+        listed = [self.instance(), *(make() for make in self.companions)]
+        if any(hook == "read_checkpoint" for one in listed for hook, *_ in hook_methods(type(one))):
+            return  # it brings the checkpoints, and tests them
+        whole = tiny_run(*listed, memory)
+        again = [self.instance(), *(make() for make in self.companions)]
+        assert_same_weights(whole, tiny_run(*again, memory))
+
+
+def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:
+
+    source = Source(values={"it": dict(values)})
+    build(cls, source.values["it"], source, (plugin_name(cls),))
+    return source.problems
+
+
+def _comparable(state: Any) -> str:
+    """Write a state out in full; what JSON cannot hold and is no tensor is a mistake."""
+
+    def tensor(value: Any) -> Any:
+        return [str(value.dtype), value.tolist()]
+
+    return json.dumps(state, default=tensor, sort_keys=True)
+
+
+def _required(cls: type, name: str) -> bool:
+    import attrs
+
+    return setting_fields(cls)[name].default is attrs.NOTHING
