@@ -1,0 +1,68 @@
+"""Every recipe of docs/recipes.md works as it is printed: its files are written, its commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+RECIPES = {section.partition("\n")[0]: section for section in SECTIONS}
+
+
+def run(line: str, folder: Path) -> str:
+    """Run a printed command with the Python of the tests; ``pip install`` goes to a folder."""
+    words = shlex.split(line)
+    if words[:2] == ["pip", "install"]:
+        options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "--target", "installed"]
+        words = [sys.executable, "-m", *words[:2], *options, *words[2:]]
+    elif words[0] == "fundamentallm":
+        words = [sys.executable, "-m", *words]
+    known = {**os.environ, "PYTHONPATH": str(folder / "installed"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=known)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def generator_has_learned_the_mean(folder: Path) -> None:
+    row = (folder / "runs" / "gan" / "metrics.jsonl").read_text().splitlines()[-1]
+    (mean,) = re.findall(r'"train/mean": ([-\d.]+)', row)
+    assert abs(float(mean) - 3) < 0.5
+
+
+def resumed_run_equals_one_that_never_stopped(folder: Path) -> None:
+    run('fundamentallm train loader.toml --run-dir runs/whole --set run.length="4 epochs"', folder)
+    last = "checkpoints/step-00000080/model.safetensors"
+    resumed, whole = ((folder / "runs" / name / last) for name in ("loader", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+CHECKS = {
+    "A GAN with alternating steps": generator_has_learned_the_mean,
+    "Your own module and a DataLoader with workers": resumed_run_equals_one_that_never_stopped,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_works_as_it_is_printed(name, tmp_path):
+    section = RECIPES[name]
+    files = re.findall(r"^```\w+ (\S+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    for file, text in files:
+        (tmp_path / file).write_text(text)
+    commands = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
+    assert files
+    assert commands
+    output = [run(line, tmp_path) for line in commands]
+    assert any("finished after" in text for text in output)
+    if name in CHECKS:
+        CHECKS[name](tmp_path)
+
+
+def test_every_check_belongs_to_a_recipe():
+    assert CHECKS.keys() <= RECIPES.keys()
