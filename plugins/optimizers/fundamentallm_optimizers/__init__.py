@@ -2,8 +2,8 @@
 
 from fundamentallm_optimizers.adafactor import Adafactor
 from fundamentallm_optimizers.adam import Adam, AdamW
-from fundamentallm_optimizers.groups import Group
-from fundamentallm_optimizers.muon import Muon, Rest
+from fundamentallm_optimizers.group import Group
+from fundamentallm_optimizers.muon import Muon, MuonAdamW
 from fundamentallm_optimizers.sgd import SGD
 
-__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "Group", "Muon", "Rest"]
+__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "Group", "Muon", "MuonAdamW"]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fundamentallm import field, ge, gt, hookimpl, le, optional, plugin
 
-# Not under TYPE_CHECKING: the types of the fields are read when settings are checked.
-from fundamentallm_optimizers.groups import Group
+# Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
+from fundamentallm_optimizers.group import Group
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -17,42 +17,46 @@ if TYPE_CHECKING:
 
 @plugin
 class Adafactor:
-    """Adafactor: the running mean of squares of a matrix is kept as one row and one column.
+    """Train with Adafactor, which stores a row and a column instead of a matrix of mean squares.
 
-    Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (2018), with
-    the defaults of PyTorch, whose documentation tells what differs from the paper.
+    Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (2018,
+    arXiv:1804.04235). The defaults are PyTorch's, whose documentation lists the differences to the
+    paper.
     """
 
+    role = "optimizer"
+
     lr: float = field(default=1e-2, validator=gt(0))
-    """The largest relative size of an update, before any schedule: of the root mean square of a
-    tensor's weights. Update t has min(lr, 1/sqrt(t)) of it."""
+    """The largest size of an update, relative to the root mean square of the tensor's weights and
+    before any schedule. Update t uses min(lr, 1/sqrt(t))."""
     beta2_decay: float = field(default=-0.8, validator=le(0))
-    """The decay rate of the running mean of the squared gradient is 1 - t ** this at update t."""
+    """At update t the decay rate of the running mean of squared gradients is 1 - t ** this."""
     eps1: float | None = field(default=None, validator=optional(ge(0)))
-    """The least denominator of the update; by default the smallest step of the weights' type."""
+    """Lower bound of the update's denominator. By default the machine epsilon of the weights'
+    type."""
     eps2: float = field(default=1e-3, validator=ge(0))
-    """The least root mean square that weights count with, so that zeros can grow."""
+    """Lower bound of the weights' root mean square, so that weights of zero can change."""
     clip_threshold: float = field(default=1.0, validator=ge(1))
-    """An update with a root mean square above this is scaled down to it (`d` in PyTorch)."""
+    """Largest root mean square of an update; a larger one is scaled down to it (`d` in PyTorch)."""
     weight_decay: float = field(default=0.0, validator=ge(0))
-    """Each update shrinks the decayed weights by learning rate times this."""
+    """Each update subtracts learning rate times this times the weight from decayed weights."""
     decay: Literal["matrices", "all"] = "matrices"
-    """What is decayed: tensors of two and more dimensions, or everything."""
+    """Which parameters are decayed: those of two and more dimensions, or all."""
     foreach: bool = False
-    """Update all tensors together: faster on a GPU, for as much memory again as the weights take
-    while it lasts."""
+    """Update all tensors together. This is faster on a GPU, and temporarily needs as much memory as
+    the weights."""
     groups: list[Group] = field(factory=list)
-    """Parameters with a learning rate or weight decay of their own."""
+    """Groups of parameters with their own learning rate or weight decay."""
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make PyTorch's optimizer for the groups of the model's parameters, frozen ones too."""
+        """Build PyTorch's optimizer for all parameters of the model, including frozen ones."""
         from torch import optim
 
-        from fundamentallm_optimizers.parameters import divide
+        from fundamentallm_optimizers.param_groups import param_groups
 
         return optim.Adafactor(
-            divide(run, self),
+            param_groups(run, self),
             beta2_decay=self.beta2_decay,
             eps=(self.eps1, self.eps2),
             d=self.clip_threshold,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fundamentallm import SettingsError, field, ge, gt, hookimpl, lt, optional, plugin, table
 
-# Not under TYPE_CHECKING: the types of the fields are read when settings are checked.
-from fundamentallm_optimizers.groups import Group
+# Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
+from fundamentallm_optimizers.group import Group
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -19,8 +19,8 @@ log = logging.getLogger("fundamentallm")
 
 
 @table
-class Rest:
-    """How AdamW trains what Muon does not."""
+class MuonAdamW:
+    """Settings of AdamW for the parameters that Muon does not train."""
 
     lr: float | None = field(default=None, validator=optional(gt(0)))
     """AdamW's learning rate, before any schedule; by default Muon's."""
@@ -36,55 +36,59 @@ class Rest:
 
 @plugin
 class Muon:
-    """Muon for the matrices inside the model: the update is the momentum, made orthogonal. AdamW
-    trains the rest: embeddings, the head, biases and gains of norms.
+    """Train hidden matrices with Muon, and all other parameters with AdamW.
 
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); `adjust_lr_fn`:
-    Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982). Needs PyTorch 2.9 or newer.
+    A Muon update is the orthogonalized momentum (Jordan et al., "Muon: An optimizer for hidden
+    layers in neural networks", 2024). AdamW trains embeddings, the output layer, biases and gains
+    of norms. `adjust_lr_fn`: Liu et al., "Muon is Scalable for LLM Training" (2025,
+    arXiv:2502.16982). Needs PyTorch 2.9 or newer.
     """
+
+    role = "optimizer"
 
     lr: float = field(default=6e-4, validator=gt(0))
     """The learning rate, before any schedule."""
     momentum: float = field(default=0.95, validator=[ge(0), lt(1)])
     """Decay rate of the running mean of the gradient."""
     nesterov: bool = True
-    """Look ahead along the momentum."""
+    """Use Nesterov momentum."""
     ns_steps: int = field(default=5, validator=[ge(1), lt(100)])
-    """Newton-Schulz rounds that make the update orthogonal."""
+    """Newton-Schulz iterations that orthogonalize the update."""
     eps: float = field(default=1e-7, validator=ge(0))
-    """The least norm that the momentum is divided by."""
+    """Lower bound of the norm that the momentum is divided by."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
-    """How the learning rate depends on a matrix's shape, rows x columns: "match_rms_adamw" is
-    0.2 sqrt(max(rows, columns)), for learning rates as AdamW has them; "original" is
-    sqrt(max(1, rows / columns)), for some 0.02 here and AdamW's usual one for `adamw.lr`."""
+    """The factor of the learning rate for a matrix of rows x columns. "match_rms_adamw" is
+    0.2 sqrt(max(rows, columns)), for AdamW's usual learning rates; "original" is
+    sqrt(max(1, rows / columns)), for `lr` near 0.02 and AdamW's usual value for `adamw.lr`."""
     weight_decay: float = field(default=0.1, validator=ge(0))
-    """Each update shrinks the decayed weights by learning rate times this."""
+    """Each update subtracts learning rate times this times the weight from decayed weights."""
     decay: Literal["matrices", "all"] = "matrices"
-    """What is decayed: tensors of two and more dimensions (embeddings too, but neither biases nor
-    gains of norms), or everything."""
+    """Which parameters are decayed: those of two and more dimensions (embeddings too, but neither
+    biases nor the gains of norms), or all."""
     matrices: list[str] | None = None
-    """Globs on the names of the parameters that Muon trains, such as `"blocks.*"`, as far as they
-    have two dimensions. By default all that do, but for embeddings, heads and output layers."""
-    adamw: Rest = field(factory=Rest)
-    """How AdamW trains the other parameters."""
+    """Glob patterns on the names of the parameters that Muon trains, such as `"blocks.*"`; only
+    parameters of two dimensions count. By default all of these except embeddings and output
+    layers."""
+    adamw: MuonAdamW = field(factory=MuonAdamW)
+    """Settings of AdamW for the other parameters."""
     fused: bool | None = None
-    """One kernel for AdamW's update; by default wherever the parameters' device has one."""
+    """Use one kernel for AdamW's update. By default if the device of the parameters has one."""
     groups: list[Group] = field(factory=list)
-    """Parameters with a learning rate or weight decay of their own, Muon's or AdamW's."""
+    """Groups of parameters, Muon's or AdamW's, with their own learning rate or weight decay."""
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make the two optimizers, as one, for all the model's parameters, frozen ones too."""
+        """Build Muon and AdamW as one optimizer for all parameters, including frozen ones."""
         import torch
         from torch import optim
 
-        from fundamentallm_optimizers.matrices import divide_in_two
-        from fundamentallm_optimizers.parameters import use_fused
-        from fundamentallm_optimizers.together import Together
+        from fundamentallm_optimizers.combined import CombinedOptimizer
+        from fundamentallm_optimizers.muon_groups import muon_and_adamw_groups
+        from fundamentallm_optimizers.param_groups import use_fused
 
         if not hasattr(optim, "Muon"):
             raise SettingsError(f"muon needs PyTorch 2.9 or newer; this is {torch.__version__}")
-        matrices, rest = divide_in_two(run, self)
+        matrices, rest = muon_and_adamw_groups(run, self)
         count = sum(len(group["params"]) for group in matrices)
         log.info("Muon trains %d matrices, AdamW the other parameters", count)
         muon = optim.Muon(
@@ -99,4 +103,4 @@ class Muon:
             return muon
         betas = (self.adamw.beta1, self.adamw.beta2)
         adamw = optim.AdamW(rest, betas=betas, eps=self.adamw.eps, fused=use_fused(run, self))
-        return Together([muon, adamw])
+        return CombinedOptimizer([muon, adamw])

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from fundamentallm import field, ge, gt, hookimpl, le, lt, plugin
 
-# Not under TYPE_CHECKING: the types of the fields are read when settings are checked.
-from fundamentallm_optimizers.groups import Group
+# Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
+from fundamentallm_optimizers.group import Group
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -17,29 +17,31 @@ if TYPE_CHECKING:
 
 @plugin
 class SGD:
-    """Stochastic gradient descent, with momentum (also Nesterov's) if wanted.
+    """Train with stochastic gradient descent, optionally with (Nesterov) momentum.
 
     Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
     """
 
+    role = "optimizer"
+
     lr: float = field(validator=gt(0))
     """The learning rate, before any schedule."""
     momentum: float = field(default=0.0, validator=[ge(0), lt(1)])
-    """How much of the previous update is kept in the next."""
+    """The momentum buffer is this times its last value, plus the gradient."""
     dampening: float = field(default=0.0, validator=[ge(0), le(1)])
-    """How much of the gradient is kept out of the momentum."""
+    """The gradient enters the momentum buffer times 1 minus this."""
     nesterov: bool = False
-    """Look ahead along the momentum; needs `momentum`, and no `dampening`."""
+    """Use Nesterov momentum; needs `momentum` above 0 and no `dampening`."""
     weight_decay: float = field(default=0.0, validator=ge(0))
-    """This times the weight is added to the gradient of the decayed weights."""
+    """This times the weight is added to the gradient of decayed weights (an L2 penalty)."""
     decay: Literal["matrices", "all"] = "matrices"
-    """What is decayed: tensors of two and more dimensions, or everything."""
+    """Which parameters are decayed: those of two and more dimensions, or all."""
     fused: bool | None = None
-    """One kernel for the whole update; by default without momentum, wherever the parameters' device
-    has one. With momentum, PyTorch's fused kernel fails if some parameters of a group get their
-    first gradient later than others."""
+    """Use one kernel for the whole update. By default without momentum, if the device of the
+    parameters has one. With momentum, PyTorch's fused kernel fails if some parameters of a group
+    get their first gradient later than others."""
     groups: list[Group] = field(factory=list)
-    """Parameters with a learning rate or weight decay of their own."""
+    """Groups of parameters with their own learning rate or weight decay."""
 
     def __attrs_post_init__(self) -> None:
         if self.nesterov and not self.momentum:
@@ -49,13 +51,13 @@ class SGD:
 
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
-        """Make PyTorch's optimizer for the groups of the model's parameters, frozen ones too."""
+        """Build PyTorch's optimizer for all parameters of the model, including frozen ones."""
         from torch import optim
 
-        from fundamentallm_optimizers.parameters import divide, use_fused
+        from fundamentallm_optimizers.param_groups import param_groups, use_fused
 
         return optim.SGD(
-            divide(run, self),
+            param_groups(run, self),
             momentum=self.momentum,
             dampening=self.dampening,
             nesterov=self.nesterov,

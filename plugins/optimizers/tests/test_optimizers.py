@@ -16,8 +16,8 @@ from torch import Tensor, nn, optim
 
 from fundamentallm import Run, SettingsError, compose, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_optimizers import SGD, Adafactor, Adam, AdamW, Group, Muon, Rest
-from fundamentallm_optimizers.together import Together
+from fundamentallm_optimizers import SGD, Adafactor, Adam, AdamW, Group, Muon, MuonAdamW
+from fundamentallm_optimizers.combined import CombinedOptimizer
 
 
 class Steps(Protocol):
@@ -215,7 +215,7 @@ SAME: dict[str, tuple[Callable[..., object], dict[str, Any], Make]] = {
             "decay": "all",
             "fused": False,
             "matrices": ["hidden.*"],
-            "adamw": Rest(lr=0.003, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.05),
+            "adamw": MuonAdamW(lr=0.003, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.05),
             "groups": [Group(pattern="out.*", lr_scale=0.5, weight_decay=0.7)],
         },
         muon_in_another_way,
@@ -249,7 +249,7 @@ def test_updates_equal_those_of_plain_torch_bit_by_bit(tiny_run: TinyRun, case: 
 
 @plugin
 class Resume:
-    """Keeps a copy of the run's state after step 4; another run may begin with it."""
+    """Records the snapshot of step 4; another run may begin with it."""
 
     def __init__(self, begin: dict[str, Any] | None = None) -> None:
         self.begin = begin
@@ -316,7 +316,7 @@ def named_groups(run: Run) -> Iterator[tuple[list[str], float, float]]:
         yield [names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"]
 
 
-def test_decays_matrices_alone_and_holds_frozen_parameters_too(tiny_run: TinyRun) -> None:
+def test_only_matrices_are_decayed_and_frozen_parameters_are_included(tiny_run: TinyRun) -> None:
     run = tiny_run(model(Net), AdamW(lr=1e-3), length=1)
     assert list(named_groups(run)) == [
         (["embed.weight", "blocks.0.weight", "blocks.1.weight", "frozen.weight"], 1e-3, 0.1),
@@ -336,7 +336,7 @@ EACH: dict[str, Callable[[], object]] = {
 
 @plugin
 class Unfreeze:
-    """Unfreezes the frozen layer before step 4, and looks at it until then."""
+    """Unfreezes the frozen layer before step 4, after checking that it has not changed."""
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -353,7 +353,7 @@ class Unfreeze:
 
 
 @pytest.mark.parametrize("case", EACH)
-def test_frozen_parameters_rest_without_state_until_they_are_unfrozen(
+def test_frozen_parameters_are_skipped_without_state_until_they_are_unfrozen(
     tiny_run: TinyRun, case: str
 ) -> None:
     optimizer: Any = EACH[case]()
@@ -375,7 +375,7 @@ def test_an_unfrozen_parameter_is_trained_as_plain_torch_would_from_then_on(
     assert shadow.steps == 6
 
 
-def test_parameters_of_whole_numbers_are_left_out_and_cost_no_fused_kernel(
+def test_integer_parameters_are_excluded_and_do_not_prevent_fused_kernels(
     tiny_run: TinyRun,
 ) -> None:
     class Quantized(Net):
@@ -387,11 +387,11 @@ def test_parameters_of_whole_numbers_are_left_out_and_cost_no_fused_kernel(
     run = tiny_run(model(Quantized), AdamW(), length=2)
     assert run.optimizer.defaults["fused"] is True
     assert "scale" not in {name for names, _, _ in named_groups(run) for name in names}
-    with pytest.raises(SettingsError, match="'scale' matches only parameters of whole numbers"):
+    with pytest.raises(SettingsError, match="'scale' matches only integer parameters"):
         tiny_run(model(Quantized), AdamW(groups=[Group(pattern="scale")]), length=2)
 
 
-def test_groups_come_after_the_rest_and_the_first_that_matches_wins(tiny_run: TinyRun) -> None:
+def test_groups_follow_the_other_parameters_and_the_first_match_wins(tiny_run: TinyRun) -> None:
     groups = [
         Group(pattern="blocks.0.*", lr_scale=0.5),
         Group(pattern="*.bias", lr=0.5, weight_decay=0.3),
@@ -407,7 +407,7 @@ def test_groups_come_after_the_rest_and_the_first_that_matches_wins(tiny_run: Ti
     assert run.history[0]["optim/lr"] == 1e-3
 
 
-def test_a_shared_parameter_goes_by_any_of_its_names(tiny_run: TinyRun) -> None:
+def test_a_shared_parameter_matches_by_any_of_its_names(tiny_run: TinyRun) -> None:
     run = tiny_run(model(Net), Adam(lr=1e-3, groups=[Group(pattern="head.*", lr=0.1)]), length=1)
     assert (["embed.weight"], 0.1, 0.0) in list(named_groups(run))
 
@@ -417,7 +417,7 @@ PATTERNS = ["*", "*.bias", "blocks.*", "blocks.1.*", "norm.*", "*.weight", "head
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.sampled_from(PATTERNS), max_size=4), st.sampled_from(["matrices", "all"]))
-def test_whatever_the_groups_each_parameter_is_in_one(
+def test_each_parameter_is_in_exactly_one_group_for_any_patterns(
     tmp_path_factory: pytest.TempPathFactory, patterns: list[str], decay: Any
 ) -> None:
     groups = [Group(pattern=p, lr=float(i + 1)) for i, p in enumerate(patterns)]
@@ -438,7 +438,7 @@ def test_whatever_the_groups_each_parameter_is_in_one(
             assert lr == (place[0] + 1 if place else 0.5)
 
 
-def test_every_group_without_parameters_is_told_with_the_reason(tiny_run: TinyRun) -> None:
+def test_every_empty_group_is_reported_with_the_reason(tiny_run: TinyRun) -> None:
     groups = [
         Group(pattern="block.0.*"),
         Group(pattern="blocks.*"),
@@ -448,11 +448,11 @@ def test_every_group_without_parameters_is_told_with_the_reason(tiny_run: TinyRu
         tiny_run(model(Net), AdamW(groups=groups), settings={}, length=1)
     missing, shadowed = caught.value.problems
     assert "groups.0.pattern: 'block.0.*' matches no parameter" in missing
-    assert "blocks.0." in missing
-    assert "groups.2.pattern: 'blocks.1.*' matches only parameters that earlier groups" in shadowed
+    assert "did you mean 'blocks.0.*'?" in missing
+    assert "groups.2.pattern: 'blocks.1.*' matches only parameters of earlier groups" in shadowed
 
 
-def test_a_model_with_nothing_to_train_is_an_error_that_says_so(tiny_run: TinyRun) -> None:
+def test_a_model_without_trainable_parameters_is_an_error(tiny_run: TinyRun) -> None:
     def frozen() -> nn.Module:
         return Net().requires_grad_(requires_grad=False)
 
@@ -461,7 +461,7 @@ def test_a_model_with_nothing_to_train_is_an_error_that_says_so(tiny_run: TinyRu
 
 
 class Complex(nn.Module):
-    """A model with a parameter that no fused kernel takes."""
+    """A model with a parameter that no fused kernel accepts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -476,13 +476,13 @@ def test_fused_kernels_are_used_only_where_all_parameters_have_them(tiny_run: Ti
     assert run.optimizer.defaults["fused"] is None
 
 
-def test_fused_kernels_demanded_where_there_are_none_is_an_error(tiny_run: TinyRun) -> None:
+def test_demanding_a_fused_kernel_that_does_not_exist_is_an_error(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"fused: needs floating point .* phase is .*complex64"):
         tiny_run(model(Complex), AdamW(fused=True), length=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_fused_kernels_take_every_floating_point_type(tiny_run: TinyRun, dtype: Any) -> None:
+def test_fused_kernels_accept_every_floating_point_type(tiny_run: TinyRun, dtype: Any) -> None:
     class Cast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -519,11 +519,11 @@ def test_fused_kernels_take_every_floating_point_type(tiny_run: TinyRun, dtype: 
         (
             "adamw",
             {"groups": [{"pattern": "*", "lr": 1.0, "lr_scale": 1.0}]},
-            "adamw.groups.0.lr_scale: state lr or lr_scale, not both",
+            "adamw.groups.0.lr_scale: set lr or lr_scale, not both",
         ),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     name: str, table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -552,14 +552,14 @@ class Words(Net):
 
 def trained_by(run: Run, part: type[optim.Optimizer]) -> set[str]:
     """Return the names of the parameters that one of the optimizers trains."""
-    assert isinstance(run.optimizer, Together)
+    assert isinstance(run.optimizer, CombinedOptimizer)
     (one,) = [one for one in run.optimizer.parts if type(one) is part]
     names = {id(p): name for name, p in run.model.named_parameters()}
     return {names[id(p)] for group in one.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_muon_trains_matrices_but_neither_embeddings_nor_heads(
+def test_muon_trains_matrices_except_embeddings_and_output_layers(
     tiny_run: TinyRun, tied: bool
 ) -> None:
     run = tiny_run(model(lambda: Words(tied=tied)), Muon(), length=2)
@@ -569,13 +569,15 @@ def test_muon_trains_matrices_but_neither_embeddings_nor_heads(
     assert trained_by(run, optim.AdamW) == every - matrices
 
 
-def test_patterns_choose_muons_matrices_and_biases_stay_with_adamw(tiny_run: TinyRun) -> None:
+def test_patterns_select_the_matrices_of_muon_and_adamw_trains_the_biases(
+    tiny_run: TinyRun,
+) -> None:
     run = tiny_run(model(Words), Muon(matrices=["blocks.1.*", "embed.*"]), length=2)
     assert trained_by(run, optim.Muon) == {"blocks.1.weight", "embed.weight"}
     assert "blocks.1.bias" in trained_by(run, optim.AdamW)
 
 
-def test_a_model_of_matrices_alone_needs_no_adamw(tiny_run: TinyRun) -> None:
+def test_a_model_of_matrices_only_has_no_adamw(tiny_run: TinyRun) -> None:
     class Line(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -587,15 +589,15 @@ def test_a_model_of_matrices_alone_needs_no_adamw(tiny_run: TinyRun) -> None:
     assert type(tiny_run(model(Line), Muon(), length=2).optimizer) is optim.Muon
 
 
-def test_patterns_without_a_matrix_are_told_with_the_reason(tiny_run: TinyRun) -> None:
+def test_patterns_that_match_no_matrix_are_reported_with_the_reason(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError) as caught:
         tiny_run(model(Words), Muon(matrices=["block.*", "blocks.*", "*.bias"]), length=1)
     missing, flat = caught.value.problems
     assert "muon.matrices.0: 'block.*' matches no parameter" in missing
-    assert "muon.matrices.2: '*.bias' matches only parameters of other than two" in flat
+    assert "muon.matrices.2: '*.bias' matches no parameter of two dimensions" in flat
 
 
-def test_a_model_without_matrices_is_told_to_do_without_muon(tiny_run: TinyRun) -> None:
+def test_muon_without_a_matrix_to_train_is_an_error(tiny_run: TinyRun) -> None:
     class Line(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -608,7 +610,7 @@ def test_a_model_without_matrices_is_told_to_do_without_muon(tiny_run: TinyRun) 
         tiny_run(model(Line), Muon(), length=1)
 
 
-def test_a_torch_without_muon_is_told_with_the_version_that_has_it(
+def test_an_old_torch_without_muon_is_reported_with_the_version_that_has_it(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(optim, "Muon")
@@ -616,10 +618,10 @@ def test_a_torch_without_muon_is_told_with_the_version_that_has_it(
         tiny_run(Muon(), length=1)
 
 
-def together() -> Together:
+def combined() -> CombinedOptimizer:
     torch.manual_seed(1)
     one, other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
-    made = Together([optim.Muon([one], 0.1), optim.AdamW([other], 0.1)])
+    made = CombinedOptimizer([optim.Muon([one], 0.1), optim.AdamW([other], 0.1)])
     for parameter in (one, other):
         parameter.grad = torch.randn_like(parameter)
     made.step()
@@ -630,7 +632,7 @@ def values(optimizer: optim.Optimizer) -> list[Tensor]:
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
-CHANGED: dict[str, Callable[[Together], Any]] = {
+CHANGED: dict[str, Callable[[CombinedOptimizer], Any]] = {
     "as made": lambda one: one,
     "with a state loaded": lambda one: one.load_state_dict(copy.deepcopy(one.state_dict())) or one,
     "copied": copy.deepcopy,
@@ -638,8 +640,8 @@ CHANGED: dict[str, Callable[[Together], Any]] = {
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_groups_and_state_of_optimizers_together_are_those_of_the_parts(case: str) -> None:
-    plain, changed = together(), CHANGED[case](together())
+def test_a_combined_optimizer_shares_groups_and_state_with_its_parts(case: str) -> None:
+    plain, changed = combined(), CHANGED[case](combined())
     groups = [group for part in changed.parts for group in part.param_groups]
     assert all(a is b for a, b in zip(groups, changed.param_groups, strict=True))
     assert all(part.state is changed.state for part in changed.parts)
@@ -653,12 +655,12 @@ def test_groups_and_state_of_optimizers_together_are_those_of_the_parts(case: st
     assert len(changed.state) == 2
 
 
-def test_optimizers_together_take_no_group_that_comes_later() -> None:
+def test_a_combined_optimizer_accepts_no_later_group() -> None:
     with pytest.raises(TypeError, match="add the group to one of the optimizers"):
-        together().add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        combined().add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
-def test_a_closure_is_called_once() -> None:
+def test_a_combined_optimizer_calls_a_closure_once() -> None:
     calls: list[int] = []
-    assert together().step(lambda: calls.append(1) or 7.0) == 7.0
+    assert combined().step(lambda: calls.append(1) or 7.0) == 7.0
     assert calls == [1]
