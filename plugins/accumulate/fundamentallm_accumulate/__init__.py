@@ -1,4 +1,4 @@
-"""Several micro-batches in one optimizer step."""
+"""Accumulate the gradients of several micro-batches in one optimizer step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 class Accumulate:
     """Add up the gradients of ``microbatches`` micro-batches before each optimizer step.
 
-    The result is that of one big batch: the core weighs each micro-batch by the targets it holds.
+    The gradients are those of one large batch, because the core weighs each micro-batch by its
+    number of targets.
     """
 
+    role = "training"
+
     microbatches: int = field(validator=ge(1))
-    """Micro-batches in one step; the batch size of the step is this times the data's."""
+    """Micro-batches in one step. The step's batch size is this times the data's `batch_size`."""
 
     changeable = ("microbatches",)
 
     @hookimpl
     def collect_batches(self, stream: Iterator[Batch]) -> list[Batch]:
-        """Take the next ``microbatches`` micro-batches as one window."""
+        """Take the next ``microbatches`` micro-batches as the window of one step."""
         return list(islice(stream, self.microbatches))

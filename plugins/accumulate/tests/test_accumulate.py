@@ -111,7 +111,7 @@ def test_uneven_padded_microbatches_have_the_gradient_of_one_big_batch(tmp_path:
     )
 
 
-def test_and_so_do_the_weights_after_several_updates(tmp_path: Path) -> None:
+def test_accumulated_and_whole_batches_train_the_same_weights(tmp_path: Path) -> None:
     lengths = [7, 1, 7, 2, 3, 7]
     window = trained(lengths, [1, 4, 1], tmp_path / "window", steps=5)
     whole = trained(lengths, [6], tmp_path / "whole", steps=5)
@@ -130,7 +130,7 @@ def windows(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @settings(max_examples=15, deadline=None)
 @given(windows())
-def test_any_split_and_any_padding_even_of_a_whole_microbatch_has_that_gradient(
+def test_any_split_into_padded_microbatches_has_the_gradient_of_the_whole_batch(
     tmp_path_factory: pytest.TempPathFactory, window: tuple[list[int], list[int]]
 ) -> None:
     lengths, sizes = window
@@ -140,12 +140,12 @@ def test_any_split_and_any_padding_even_of_a_whole_microbatch_has_that_gradient(
     assert difference(split, whole) < 1e-6
 
 
-def test_a_window_is_one_step_and_the_next_one_begins_where_it_ended(tiny_run: TinyRun) -> None:
+def test_a_window_is_one_step_and_the_next_window_continues_the_data(tiny_run: TinyRun) -> None:
     firsts: list[list[int]] = []
 
     @plugin
     class Watch:
-        """Keeps the indices of the first samples of every micro-batch."""
+        """Records the index of the first sample of every micro-batch."""
 
         @hookimpl
         def on_step_end(self, run: Run) -> None:
@@ -164,7 +164,7 @@ def test_a_window_is_one_step_and_the_next_one_begins_where_it_ended(tiny_run: T
         ({"microbatches": 2.0}, "accumulate.microbatches: expected a whole number"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -1,4 +1,4 @@
-"""Deterministic algorithms for the whole run, or an error where torch has none."""
+"""Use torch's deterministic algorithms for the whole run."""
 
 from __future__ import annotations
 
@@ -15,48 +15,50 @@ __all__ = ["Deterministic"]
 log = logging.getLogger("fundamentallm")
 
 PROMISE = (
-    "%s: on, for the same bits again from the same settings, data, versions, hardware, %d CPU "
-    "threads and number of processes; not covered: any other of these, kernels from outside torch "
-    "that add in whatever order their threads come (atomics)%s"
+    "%s: on; the same settings, data, versions, hardware, %d CPU threads and number of processes "
+    "give the same bits; not covered: a change of any of these, and kernels from outside torch "
+    "that use atomic additions%s"
 )
 ADVICE = (
-    "%s: torch has no deterministic algorithm for an operation of this run: use another one, or "
-    "let it pass with %s.warn_only = true"
+    "%s: torch has no deterministic algorithm for an operation of this run: use another operation, "
+    "or allow it with %s.warn_only = true"
 )
-# What torch says of an operation that it has no deterministic algorithm for.
+# Occurs in torch's error for an operation without a deterministic algorithm.
 REFUSAL = "use_deterministic_algorithms"
 
 
 @plugin
 class Deterministic:
-    """Let torch compute with deterministic algorithms alone: the same run twice, the same bits.
+    """Use only torch's deterministic algorithms, so that equal runs end with equal bits.
 
-    Algorithms only: random numbers, the order of the data and the rest follow from ``[run] seed``
-    with or without this plugin.
+    An operation without one is an error. Random numbers and the order of the data follow from
+    ``[run] seed`` with or without this plugin.
     """
 
+    role = "control"
+
     warn_only: bool = False
-    """Warn of an operation that has no deterministic algorithm, in place of ending the run."""
+    """Warn about an operation without a deterministic algorithm instead of ending the run."""
     fill_uninitialized_memory: bool = True
-    """Fill new tensors with NaN before they are written, so that reading too early shows. Costs
-    time; a program that never does so is as deterministic without."""
+    """Fill new tensors with NaN, so that reading memory before writing it always gives the same
+    result. Costs time; a program that never does this is deterministic without it."""
 
     _before: Any = field(init=False, default=None, repr=False)
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        """Turn it on before anything is built, and say what it does not cover."""
+        """Turn deterministic algorithms on, and log what they do not cover."""
         import torch
 
-        from fundamentallm_deterministic.switches import now, set_switches, turned_on
+        from fundamentallm_deterministic.switches import read_switches, set_switches, turned_on
 
         names = [name for name, one in run.plugins.items() if isinstance(one, Deterministic)]
         if len(names) > 1:
             raise SettingsError(
-                f"{' and '.join(names)} are both instances of deterministic, which is one switch "
-                "for the whole process: list one"
+                f"{' and '.join(names)} are all instances of deterministic, which is one switch "
+                "for the whole process: list one of them"
             )
-        self._before = now()
+        self._before = read_switches()
         set_switches(turned_on(self._before, self.warn_only, self.fill_uninitialized_memory))
         if run.rank == 0:
             rest = ", operations that only warn" if self.warn_only else ""
@@ -64,13 +66,13 @@ class Deterministic:
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
-        """Put everything back to where it was, also after an error."""
-        if self._before is None:  # the run ended before it began
+        """Restore the previous switches, also after an error, and advise if torch refused."""
+        if self._before is None:  # the run ended before on_run_start of this plugin
             return
         from fundamentallm_deterministic.switches import set_switches
 
         set_switches(self._before)
         self._before = None
         if REFUSAL in str(run.error):
-            name = next(name for name, listed in run.plugins.items() if listed is self)
+            name = run.name_of(self)
             log.error(ADVICE, name, name)

@@ -1,4 +1,4 @@
-"""What makes torch deterministic, read and set as one."""
+"""Read and set torch's switches for determinism together."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import deterministic
 
-MEMORY: Any = deterministic  # its one attribute is no declared one
+MEMORY: Any = deterministic  # torch's stub does not declare its attribute
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 class Switches(NamedTuple):
-    """The state of everything that this plugin sets."""
+    """The state of all switches that this plugin sets."""
 
     algorithms: bool
     warn_only: bool
     fill: bool
     benchmark: bool
-    """Whether cuDNN may choose algorithms by how long they take."""
+    """Whether cuDNN may choose algorithms by measuring their speed."""
     workspace: str | None
-    """The memory of cuBLAS; None for what it does by itself."""
+    """cuBLAS's workspace setting in the environment; None if unset."""
 
 
-def now() -> Switches:
-    """Return how everything stands."""
+def read_switches() -> Switches:
+    """Return the current state."""
     return Switches(
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -36,9 +36,9 @@ def now() -> Switches:
 
 
 def turned_on(before: Switches, warn_only: bool, fill: bool) -> Switches:
-    """Return how everything stands in a deterministic run."""
-    # Older versions of torch refuse to use cuBLAS deterministically without this variable;
-    # what somebody has chosen in the environment stays.
+    """Return the state for a deterministic run."""
+    # Older versions of torch refuse to use cuBLAS deterministically without this variable. A value
+    # that the user has set is kept.
     return Switches(
         algorithms=True,
         warn_only=warn_only,
@@ -49,7 +49,7 @@ def turned_on(before: Switches, warn_only: bool, fill: bool) -> Switches:
 
 
 def set_switches(wanted: Switches) -> None:
-    """Set everything; for inductor, torch does so by itself."""
+    """Set all switches; torch sets those of the inductor itself."""
     torch.use_deterministic_algorithms(wanted.algorithms, warn_only=wanted.warn_only)
     MEMORY.fill_uninitialized_memory = wanted.fill
     torch.backends.cudnn.benchmark = wanted.benchmark

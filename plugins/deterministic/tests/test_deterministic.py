@@ -1,4 +1,4 @@
-"""The plugin in real runs: on from the first to the last moment, and off again after any end."""
+"""Deterministic algorithms are on for the whole run, and off again after any end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ OTHER = (True, True, False, False, ":16:8")
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _restore_switches() -> Iterator[None]:
     before = _switches()
     _set(OFF)
     yield
@@ -58,8 +58,8 @@ def _as_before() -> Iterator[None]:
 
 
 @plugin
-class Looks:
-    """Notes how everything stands at moments of a run."""
+class Observe:
+    """Records the switches at several moments of a run."""
 
     def __attrs_post_init__(self) -> None:
         self.seen: dict[str, tuple[Any, ...]] = {}
@@ -79,22 +79,22 @@ class Looks:
 
 
 @pytest.mark.parametrize("before", [OFF, OTHER], ids=["off", "other"])
-def test_it_is_on_from_before_the_data_to_the_end_and_then_as_it_was(
+def test_the_switches_are_on_from_before_the_data_to_the_end_and_then_restored(
     tiny_run: TinyRun, before: tuple[Any, ...]
 ) -> None:
     _set(before)
-    looks = Looks()
-    tiny_run(Deterministic(), looks)
-    # Who has set the variable has chosen.
+    observe = Observe()
+    tiny_run(Deterministic(), observe)
+    # A variable that the user has set is kept.
     on = (True, False, True, False, before[4] or ":4096:8")
-    assert looks.seen == dict.fromkeys(("build_data", "step", "validation"), on)
+    assert observe.seen == dict.fromkeys(("build_data", "step", "validation"), on)
     assert _switches() == before
 
 
-def test_its_settings_are_torch_s(tiny_run: TinyRun) -> None:
-    looks = Looks()
-    tiny_run(Deterministic(warn_only=True, fill_uninitialized_memory=False), looks)
-    assert looks.seen["step"] == (True, True, False, False, ":4096:8")
+def test_the_settings_are_passed_to_torch(tiny_run: TinyRun) -> None:
+    observe = Observe()
+    tiny_run(Deterministic(warn_only=True, fill_uninitialized_memory=False), observe)
+    assert observe.seen["step"] == (True, True, False, False, ":4096:8")
 
 
 @plugin
@@ -116,7 +116,7 @@ class Fails:
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("early", [True, False])
-def test_it_is_off_again_after_a_run_that_failed(
+def test_the_switches_are_restored_after_a_failed_run(
     tiny_run: TinyRun, early: bool, order: int
 ) -> None:
     with pytest.raises(PluginError):
@@ -142,16 +142,18 @@ class Puts:
         return Model()
 
 
-def test_an_operation_without_such_an_algorithm_ends_the_run_and_says_what_to_do(
+def test_an_operation_without_a_deterministic_algorithm_ends_the_run_with_advice(
     tiny_run: TinyRun, caplog: Any
 ) -> None:
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
         tiny_run(Puts(), Deterministic())
-    assert "let it pass with deterministic.warn_only = true" in caplog.messages[-1]
+    assert "or allow it with deterministic.warn_only = true" in caplog.messages[-1]
     assert _switches() == OFF
 
 
-def test_with_warn_only_it_is_a_warning(tiny_run: TinyRun, caplog: Any) -> None:
+def test_an_operation_without_a_deterministic_algorithm_is_a_warning_with_warn_only(
+    tiny_run: TinyRun, caplog: Any
+) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = tiny_run(Puts(), Deterministic(warn_only=True))
@@ -162,7 +164,7 @@ def test_with_warn_only_it_is_a_warning(tiny_run: TinyRun, caplog: Any) -> None:
 
 @plugin
 class Careless:
-    """Reads memory that nobody has written."""
+    """Reads uninitialized memory."""
 
     def __attrs_post_init__(self) -> None:
         self.read: list[Tensor] = []
@@ -172,16 +174,16 @@ class Careless:
         self.read.append(torch.empty(5))
 
 
-def test_memory_that_nobody_has_written_is_nan(tiny_run: TinyRun) -> None:
+def test_uninitialized_memory_is_nan(tiny_run: TinyRun) -> None:
     careless = Careless()
     tiny_run(careless, Deterministic())
     assert all(read.isnan().all() for read in careless.read)
 
 
-def test_two_runs_are_the_same_and_the_same_as_without_it(
+def test_two_deterministic_runs_are_equal_and_equal_to_one_without_the_plugin(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    """What a tiny model does on a CPU is deterministic anyway, so nothing may change."""
+    """A tiny model on a CPU is deterministic anyway, so no bit may change."""
     runs = [
         tiny_run(*parts, run_dir=tmp_path / str(index))
         for index, parts in enumerate([[Deterministic()], [Deterministic()], []])
@@ -191,25 +193,25 @@ def test_two_runs_are_the_same_and_the_same_as_without_it(
         assert run.history == runs[0].history
 
 
-def test_it_says_in_one_line_what_is_not_covered(tiny_run: TinyRun, caplog: Any) -> None:
+def test_one_log_line_states_what_is_not_covered(tiny_run: TinyRun, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "fundamentallm")
     tiny_run(Deterministic(warn_only=True))
-    (told,) = [text for text in caplog.messages if text.startswith("deterministic: ")]
-    for words in (f"{torch.get_num_threads()} CPU threads", "not covered", "atomics", "only warn"):
-        assert words in told
+    (line,) = [text for text in caplog.messages if text.startswith("deterministic: ")]
+    for words in (f"{torch.get_num_threads()} CPU threads", "not covered", "atomic", "only warn"):
+        assert words in line
 
 
-def test_a_second_instance_is_a_contradiction(tiny_run: TinyRun) -> None:
+def test_a_second_instance_is_an_error(tiny_run: TinyRun) -> None:
     again = {"again": {"plugin": "deterministic", "warn_only": True}}
-    with pytest.raises(SettingsError, match="deterministic and again are both instances"):
+    with pytest.raises(SettingsError, match="deterministic and again are all instances"):
         tiny_run("deterministic", "again", settings=again)
     assert _switches() == OFF
 
 
 def test_one_instance_can_serve_two_runs(tiny_run: TinyRun, tmp_path: Path) -> None:
-    one, looks = Deterministic(), Looks()
+    one, observe = Deterministic(), Observe()
     for name in ("first", "second"):
-        looks.seen.clear()
-        tiny_run(one, looks, run_dir=tmp_path / name)
-        assert looks.seen["step"][0] is True
+        observe.seen.clear()
+        tiny_run(one, observe, run_dir=tmp_path / name)
+        assert observe.seen["step"][0] is True
         assert _switches() == OFF
