@@ -1,4 +1,4 @@
-"""Survive what ends long runs: NaN, loss spikes, a lack of memory."""
+"""Handle what ends long runs: NaN, loss spikes, out of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fundamentallm import (
     state_fields,
 )
 from fundamentallm_guard import spikes
-from fundamentallm_guard.faults import PREFIX, Fault, find_fault
+from fundamentallm_guard.rejection import PREFIX, Fault, find_fault
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,9 @@ log = logging.getLogger("fundamentallm")
 
 @plugin
 class Guard:
-    """Reject steps with NaN, loss spikes or too little memory; skip them, rewind or split.
+    """Reject steps with NaN, loss spikes or out of memory; skip them, rewind or split batches.
 
-    A skipped step leaves no trace but in the counts of attempted steps and of data: weights,
+    A skipped step changes the counts of attempted steps and of data, and nothing else: weights,
     random state and running statistics are as if the data had lacked it. To judge a step, the host
     waits for the device once.
     """
@@ -43,29 +43,29 @@ class Guard:
 
     nonfinite: Literal["skip", "rewind", "stop", "off"] = "skip"
     """What to do about a loss or a gradient that is NaN or infinite: `skip` the step, `rewind` to
-    a checkpoint from before it, `stop` the run with an error, or do not look."""
+    a checkpoint from before it, `stop` the run with an error, or `off`: do not check."""
     spike: Literal["off", "skip", "rewind", "stop"] = "off"
     """What to do about a loss above the median + `spike_threshold` * MAD of those before it."""
     spike_window: int = field(default=100, validator=ge(5))
-    """How many losses of updates a loss is compared with; until there are so many, none is."""
+    """Number of losses of earlier updates to compare with; with fewer, no loss is a spike."""
     spike_threshold: float = field(default=10.0, validator=gt(0))
-    """How many times the median absolute deviation (MAD) a loss may be above the median."""
+    """Largest distance of a loss from the median, in median absolute deviations (MAD)."""
     max_skips: int = field(default=10, validator=ge(1))
-    """How many steps in a row may be skipped before the run ends with an error."""
+    """Largest number of consecutive skipped steps; one more ends the run with an error."""
     max_rewinds: int = field(default=10, validator=ge(1))
-    """How often a run may be rewound before it ends with an error."""
+    """Largest number of rewinds of a run; one more ends the run with an error."""
     oom: Literal["stop", "skip", "split"] = "stop"
     """What to do when a micro-batch does not fit into memory: `stop` with a memory report, `skip`
     the step, or `split` every micro-batch in two from then on."""
 
     skipped: int = state(0)
     rewinds: int = state(0)
-    halvings: int = state(0)  # how often micro-batches are cut in two
+    halvings: int = state(0)  # how often each micro-batch is split in two
     in_a_row: int = state(0)  # steps skipped since the last update
     steps: list[int] = state(factory=list)  # the last updates, and
     losses: list[float] = state(factory=list)  # their losses
 
-    _origin: Any = field(init=False, repr=False)
+    _before: Any = field(init=False, repr=False)  # the StepState
     _parameters: list[Any] = field(init=False, repr=False)
     _check: Any = field(init=False, default=None, repr=False)
     _fault: Fault | None = field(init=False, default=None)
@@ -73,11 +73,11 @@ class Guard:
     _judges: bool = field(init=False, default=True)
     _keeps_losses: bool = field(init=False, default=False)
     _warned: bool = field(init=False, default=False)
-    _told: str = field(init=False, default="")
-    _homes: set[Any] = field(init=False, factory=set, repr=False)
+    _memory_text: str = field(init=False, default="")
+    _folders: set[Any] = field(init=False, factory=set, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        # A wrapper costs some ten calls each time; a name without a method is no hook.
+        # A wrapper costs about ten calls a step; None in place of the method removes the hook.
         if self.oom != "split":
             self.collect_batches = None  # type: ignore[assignment,method-assign]
         if self.oom == "stop":
@@ -85,62 +85,62 @@ class Guard:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Make ready to judge; refuse what cannot be done with several processes."""
-        from fundamentallm_guard.origin import Origin
+        """Prepare the checks; refuse `oom` settings that need a single process."""
+        from fundamentallm_guard.step_state import StepState
 
         if self.oom != "stop" and run.world_size > 1:
             raise SettingsError(
-                f"{self._name(run)}.oom: {self.oom!r} works with one process only: the others "
-                f"would wait for the one that ran out of memory; set oom = 'stop'"
+                f"{run.name_of(self)}.oom: {self.oom!r} works with one process only: the other "
+                f"processes would wait for the one that ran out of memory; set oom = 'stop'"
             )
         self._judges = (self.nonfinite, self.spike) != ("off", "off")
         self._keeps_losses = self.spike != "off" or self.nonfinite == "rewind"
-        self._origin = Origin(run)
+        self._before = StepState(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
-        self._homes.add(run.folder / "checkpoints")
+        self._folders.add(run.folder / "checkpoints")
         if not self._keeps_losses and run.world_size == 1:
-            from fundamentallm_guard.readings import Check
+            from fundamentallm_guard.nonfinite_check import NonfiniteCheck
 
-            self._check = Check(run.device)
+            self._check = NonfiniteCheck()
 
     @hookimpl
     def on_step_start(self) -> None:
-        """Keep the random state, should the step be rejected."""
+        """Copy random state and running statistics, which a rejected step must not change."""
         if self._judges or self.oom != "stop":
-            self._origin.keep()
+            self._before.save()
 
     @hookimpl(wrapper=True)
     def collect_batches(self) -> Generator[None, list[Batch], list[Batch]]:
-        """Cut the micro-batches in two as often as was necessary so far."""
+        """Split the micro-batches as often as memory has required so far."""
         window = yield
         if not self.halvings:
             return window
-        from fundamentallm_guard.halves import cut
+        from fundamentallm_guard.split_batch import split
 
-        return cut(window, self.halvings)
+        return split(window, self.halvings)
 
     @hookimpl(wrapper=True)
     def train_microbatch(self, run: Run, batch: Batch) -> Generator[None, None, None]:
-        """Where memory does not suffice, reject the step or make it again in smaller parts."""
+        """When memory runs out, reject the step or repeat it with smaller micro-batches."""
         try:
             return (yield)
         except Exception as error:
-            from fundamentallm_guard import halves, memory
+            from fundamentallm_guard import memory, split_batch
 
             if not memory.ran_out(error):
                 raise
-            self._told = text = memory.told(run, batch, error)
-            if self.oom == "split" and halves.count_rows(batch) < 2:
+            self._memory_text = text = memory.described(run, batch, error)
+            if self.oom == "split" and split_batch.count_rows(batch) < 2:
                 raise OutOfMemoryError(f"{text}\n{memory.advice(self.oom)}") from error
-            memory.let_go(error)
-        # Not within the except clause, which would keep what the failed attempt holds.
+            memory.release(error)
+        # After the except clause, which keeps the tensors of the failed attempt alive.
         if self.oom == "skip":
-            halves.abandon(run)
+            split_batch.abandon(run)
             self._fault = Fault("memory", text)
         else:
             self.halvings += 1
-            log.warning("%s\nfrom now on micro-batches are cut into %d", text, 2**self.halvings)
-            halves.redo(run, self._origin)
+            log.warning("%s\nfrom now on micro-batches are split into %d", text, 2**self.halvings)
+            split_batch.train_again(run, self._before)
 
     @hookimpl
     def judge_step(self, run: Run) -> str | None:
@@ -148,16 +148,16 @@ class Guard:
         if self._fault is None and self._judges:
             if self._check is not None and self._check.passes(run, self._parameters):
                 return None
-            from fundamentallm_guard.readings import of_step
+            from fundamentallm_guard.nonfinite_check import loss_and_gradient
 
-            self._loss, gradient = of_step(run, self._parameters)
+            self._loss, gradient = loss_and_gradient(run, self._parameters)
             if self.spike != "off" or not math.isfinite(self._loss + gradient):
                 self._fault = find_fault(self, self._loss, gradient)
         return None if self._fault is None else PREFIX + self._fault.kind
 
     @hookimpl
     def settle_step(self, run: Run, applied: bool) -> None:
-        """After an update remember its loss; do what is to be done about a rejected step."""
+        """Record the loss of an update; skip, rewind or stop after a rejected step."""
         fault, self._fault = self._fault, None
         if applied:
             self.in_a_row = 0
@@ -176,7 +176,9 @@ class Guard:
     def on_train_end(self, run: Run) -> None:
         """Add a memory report to the error of a run that ran out of memory."""
         error = run.error
-        if isinstance(error, OutOfMemoryError) and not (self._told and self._told in str(error)):
+        if isinstance(error, OutOfMemoryError) and not (
+            self._memory_text and self._memory_text in str(error)
+        ):
             from fundamentallm_guard import memory
 
             text = f"after step {run.progress.step}: {error}\n{memory.report(run.device)}"
@@ -184,16 +186,17 @@ class Guard:
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Log how often the run was rewound."""
+        """Log the number of rewinds."""
         run.log("guard/rewinds", self.rewinds)
 
     @hookimpl
     def on_checkpoint_saved(self, folder: Path) -> None:
-        """Remember where checkpoints are."""
-        self._homes.add(folder.parent)
+        """Record the folder of the checkpoints."""
+        self._folders.add(folder.parent)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. A rewind does not undo what bounds it, or memory that lacks."""
+        """Restore the state. `skipped`, `rewinds` and `halvings` never decrease, also in a rewind,
+        so that their limits still apply."""
         for name in {*state_fields(type(self))} & state.keys():
             mine, kept = getattr(self, name), state[name]
             if name in ("skipped", "rewinds", "halvings"):
@@ -202,15 +205,15 @@ class Guard:
                 setattr(self, name, list(kept) if isinstance(kept, list) else kept)
 
     def _react(self, run: Run, fault: Fault) -> None:
-        """Skip, rewind or end the run, with a message that says what happened and where."""
-        from fundamentallm_guard.culprit import describe
+        """Skip, rewind or end the run, with a message about the fault and where it began."""
+        from fundamentallm_guard.diagnose import describe
 
         how = {"memory": "skip", "spike": self.spike}.get(fault.kind, self.nonfinite)
-        text = describe(run, fault, self._origin)
-        self._origin.put_back()
+        text = describe(run, fault, self._before)
+        self._before.restore()
         if how == "stop":
-            setting = f"{self._name(run)}.{'spike' if fault.kind == 'spike' else 'nonfinite'}"
-            raise NotFiniteError(f"{text}; {setting} = 'skip' passes such data by")
+            setting = f"{run.name_of(self)}.{'spike' if fault.kind == 'spike' else 'nonfinite'}"
+            raise NotFiniteError(f"{text}; {setting} = 'skip' skips such steps")
         if how == "rewind" and self._rewind(run, text):
             return
         self.in_a_row += 1
@@ -218,39 +221,37 @@ class Guard:
             kind = OutOfMemoryError if fault.kind == "memory" else NotFiniteError
             raise kind(
                 f"{text}; the {self.max_skips} steps before it were skipped already, as many as "
-                f"{self._name(run)}.max_skips allows"
+                f"{run.name_of(self)}.max_skips allows"
             )
         self.skipped += 1
         log.warning("%s; the step is skipped", text)
 
     def _rewind(self, run: Run, text: str) -> bool:
-        """Ask for the way back; False if there is no checkpoint to go back to."""
+        """Request a rewind; return False if there is no checkpoint to rewind to."""
         from fundamentallm_guard import checkpoints
 
-        name = self._name(run)
+        name = run.name_of(self)
         if self.rewinds >= self.max_rewinds:
             raise NotFiniteError(
                 f"{text}; the run was rewound {self.rewinds} times already, as"
                 f" often as {name}.max_rewinds allows"
             )
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
-        # The update before it may be what began it, and must be undone as well.
-        target = checkpoints.newest_sound(run, self._homes, began - 1)
+        # The update before the onset may be its cause, so undo it as well.
+        target = checkpoints.newest_sound(run, self._folders, began - 1)
         if target is None:
             if not self._warned:
                 log.warning(
-                    "%s: there is no checkpoint to go back to from step %d: steps are"
-                    " skipped instead; is 'checkpoint' listed, and does it save and keep"
-                    " enough?",
+                    "%s: there is no sound checkpoint from before step %d to rewind to: steps are"
+                    " skipped instead; list 'checkpoint', and let it save more often and keep more",
                     name,
                     began,
                 )
             self._warned = True
             return False
         self.rewinds += 1
-        log.warning("%s; the run goes back to %s and on behind these data", text, target)
+        log.warning(
+            "%s; the run goes back to %s and continues with the data after these", text, target
+        )
         run.rewind(target)
         return True
-
-    def _name(self, run: Run) -> str:
-        return next(name for name, listed in run.plugins.items() if listed is self)

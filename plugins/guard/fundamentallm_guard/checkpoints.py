@@ -1,4 +1,4 @@
-"""Which checkpoint to go back to: one that is sound, finite and old enough."""
+"""Choose the checkpoint to rewind to: sound, finite and old enough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import StorageError
-from fundamentallm_guard.culprit import tensors
+from fundamentallm_guard.diagnose import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("fundamentallm")
 
 
-def newest_sound(run: Run, homes: Iterable[Path], before: int) -> str | None:
-    """Return the name of the newest checkpoint from before a step that can be gone back to, or
-    None.
+def newest_sound(run: Run, folders: Iterable[Path], before: int) -> str | None:
+    """Return the name of the newest checkpoint from before a step to rewind to, or None.
 
-    It is there, sound and without NaN and infinity in its weights and the optimizer's state: each
-    is read until one is. ``homes`` are folders that hold checkpoints, or folders of them.
+    It is sound, and its weights and optimizer state are finite: checkpoints are read, newest first,
+    until one fits. ``folders`` contain checkpoints, or folders of checkpoints.
     """
     tried: list[int] = []
-    # First of all, since whoever saves beside the steps then ends that first: which checkpoints
-    # there are must not depend on how fast a disk is.
+    # "latest" first: the saver then waits for the save under way, so that which checkpoints exist
+    # does not depend on the speed of the disk.
     step = _read(run, "latest", tried)
-    left = _steps(homes)
+    left = _steps(folders)
     while step is None or step >= before:
         left = [one for one in left if one < before and one not in tried]
         if not left:
@@ -43,20 +42,22 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _steps(homes: Iterable[Path]) -> list[int]:
-    """Return the steps of all that is named like a checkpoint, whether or not it is one."""
-    paths = [path for home in homes for form in ("step-*", "*/step-*") for path in home.glob(form)]
+def _steps(folders: Iterable[Path]) -> list[int]:
+    """Return the steps of all folders that are named like a checkpoint, sound or not."""
+    paths = [
+        path for folder in folders for form in ("step-*", "*/step-*") for path in folder.glob(form)
+    ]
     found = [re.fullmatch(r"step-(\d+)", path.name) for path in paths]
     return [int(name[1]) for name in found if name]
 
 
 def _read(run: Run, name: str, tried: list[int]) -> int | None:
-    """Return the step of a checkpoint that is sound and finite, and note it in ``tried``."""
+    """Return the step of a checkpoint if it is sound and finite; add what was read to ``tried``."""
     wanted, run.wanted_checkpoint = run.wanted_checkpoint, name
     try:
         snapshot = run.hook.read_checkpoint(run=run)
     except StorageError as error:
-        log.debug("%s cannot be gone back to: %s", name, error)
+        log.debug("cannot rewind to %s: %s", name, error)
         return None
     finally:
         run.wanted_checkpoint = wanted
@@ -66,7 +67,7 @@ def _read(run: Run, name: str, tried: list[int]) -> int | None:
     tried.append(step)
     if _finite([snapshot["model"], snapshot["optimizer"]]):
         return step
-    log.warning("the checkpoint of step %d holds NaN or infinity: looking for an older one", step)
+    log.warning("the checkpoint of step %d contains NaN or infinity: trying an older one", step)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Running out of memory: how it is told from other errors, what to report, how to go on."""
+"""Out of memory: recognize the error, report memory use, release memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 if TYPE_CHECKING:
     from fundamentallm import Batch, Run
 
-# How torch says it on a CPU and on Apple's GPUs, where the error has no type of its own.
-_SAID = ("can't allocate memory", "not enough memory", "out of memory")
+# Texts of torch's errors on CPUs and on Apple's GPUs, which have no type of their own.
+_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 _MIB = 2**20
 
 
 def ran_out(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out."""
+    """Return whether an error means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
-def told(run: Run, batch: Batch, error: BaseException) -> str:
-    """Say where memory ran out, and what it is used for at this moment."""
+def described(run: Run, batch: Batch, error: BaseException) -> str:
+    """Return where memory ran out, and a report of the memory in use."""
     return (
         f"step {run.progress.step + 1}: out of memory in a micro-batch of {batch.samples} samples "
         f"from index {batch.first}: {error or type(error).__name__}\n{report(run.device)}"
@@ -34,14 +34,14 @@ def told(run: Run, batch: Batch, error: BaseException) -> str:
 
 
 def advice(oom: str) -> str:
-    """Say what to do when the setting ``oom`` is not enough, or not set."""
+    """Return what the user can do, given the setting ``oom``."""
     if oom == "split":
         return "nothing is left to split: make the samples shorter or the model smaller"
-    return "make the micro-batches smaller, or let the guard do that: oom = 'split'"
+    return "use smaller micro-batches, or set guard.oom = 'split'"
 
 
 def report(device: str) -> str:
-    """Return how much memory is in use: torch's table on CUDA, else numbers in a line."""
+    """Return the memory in use: torch's table on CUDA, else one line of numbers."""
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info()
         line = f"device memory: {free // _MIB} MiB free of {total // _MIB} MiB"
@@ -59,12 +59,12 @@ def _of_process() -> str:
     if not pages.exists():
         return f"process memory: {peak} MiB at its peak"
     resident = int(pages.read_text().split()[1]) * resource.getpagesize() // _MIB
-    # Linux brings the peak up to date a little later.
+    # Linux updates the peak with a delay.
     return f"process memory: {resident} MiB resident, {max(peak, resident)} MiB at its peak"
 
 
-def let_go(error: BaseException) -> None:
-    """Free what the failed attempt still holds: the frames of its error keep their tensors."""
+def release(error: BaseException) -> None:
+    """Release the tensors of a failed attempt, which the frames of its error still refer to."""
     seen: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in seen:

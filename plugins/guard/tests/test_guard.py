@@ -94,13 +94,15 @@ def test_a_skipped_step_leaves_the_weights_of_a_run_whose_data_lacked_it(
     assert (skipped.progress.step, skipped.progress.applied) == (8, 6)
 
 
-def test_and_so_it_does_to_running_statistics(tiny_run: TinyRun, tmp_path: Any) -> None:
+def test_a_skipped_step_leaves_running_statistics_unchanged(
+    tiny_run: TinyRun, tmp_path: Any
+) -> None:
     skipped = tiny_run(Guard(), Normed(), Poisoned(at=[12]), length=6)
     lacking = tiny_run(Normed(), Poisoned(at=[12], lacking=True), length=5, run_dir=tmp_path / "o")
     assert_same_weights(skipped, lacking)
 
 
-def test_and_so_it_does_with_accumulation_clipping_and_a_schedule(
+def test_a_skipped_step_leaves_no_trace_with_accumulation_clipping_and_a_schedule(
     tiny_run: TinyRun, tmp_path: Any
 ) -> None:
     names = ["accumulate", "grad_clip", "lr_schedule", "adamw"]
@@ -130,7 +132,7 @@ def test_the_message_names_step_data_and_the_first_module(
     (record,) = [r for r in caplog.records if "guard" not in r.name and "nan" in r.getMessage()]
     assert record.getMessage() == (
         "step 4: the loss is nan (4 samples from index 12 in the order of the data); first module "
-        "with a non-finite output: hidden (Linear), whose input is not finite already; the step "
+        "with a non-finite output: hidden (Linear), whose input is already not finite; the step "
         "is skipped"
     )
 
@@ -163,10 +165,10 @@ def test_the_first_module_is_that_in_which_the_numbers_become_infinite(tiny_run:
         tiny_run(Guard(nonfinite="stop"), Overflowing(), Poisoned(at=[8], by=1e30))
     assert str(caught.value).startswith("step 3: the loss is ")
     assert "first module with a non-finite output: middle.1 (Squared); " in str(caught.value)
-    assert str(caught.value).endswith("; guard.nonfinite = 'skip' passes such data by")
+    assert str(caught.value).endswith("; guard.nonfinite = 'skip' skips such steps")
 
 
-def test_what_chance_has_brought_is_found_again(
+def test_a_nonfinite_value_that_a_model_draws_at_random_is_found_when_the_window_is_repeated(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     @plugin
@@ -195,7 +197,7 @@ def test_what_chance_has_brought_is_found_again(
         tiny_run(Guard(max_skips=3), Unlucky(), length=40)
     assert caplog.text.count("the step is skipped") >= 3
     assert "draw (Draw)" in caplog.text
-    assert "when the window is run again" not in caplog.text
+    assert "when the window is repeated" not in caplog.text
 
 
 def test_of_several_microbatches_the_message_names_the_one_to_blame(tiny_run: TinyRun) -> None:
@@ -236,11 +238,11 @@ def test_a_gradient_is_judged_even_if_the_loss_is_finite(tiny_run: TinyRun) -> N
     assert "but a gradient is nan (4 samples from index 4 in the order of the data); " in text
     assert text.endswith(
         "is finite; first parameter with a non-finite gradient: root; guard.nonfinite = 'skip' "
-        "passes such data by"
+        "skips such steps"
     )
 
 
-def test_weights_that_are_not_finite_are_told(tiny_run: TinyRun) -> None:
+def test_the_message_names_weights_that_are_not_finite(tiny_run: TinyRun) -> None:
     @plugin
     class Breaks:
         """Breaks a weight."""
@@ -262,14 +264,16 @@ def test_the_search_for_the_module_leaves_no_trace(tiny_run: TinyRun) -> None:
     assert all(math.isfinite(row["train/loss"]) for row in run.history)
 
 
-def test_only_so_many_steps_in_a_row_are_skipped(tiny_run: TinyRun, tmp_path: Any) -> None:
+def test_more_than_max_skips_consecutive_steps_end_the_run(
+    tiny_run: TinyRun, tmp_path: Any
+) -> None:
     bad = [4, 8, 16, 20]
     assert tiny_run(Guard(max_skips=2), Poisoned(at=bad), length=8).progress.applied == 4
     with pytest.raises(NotFiniteError, match=r"^step 4: .*index 12.*; the 2 steps before it were"):
         tiny_run(Guard(max_skips=2), Poisoned(at=[4, 8, 12]), run_dir=tmp_path / "other")
 
 
-def test_a_resumed_run_counts_on(tiny_run: TinyRun) -> None:
+def test_a_resumed_run_continues_the_count_of_skipped_steps(tiny_run: TinyRun) -> None:
     @plugin
     class Stops:
         """Stops the run after step 3."""
@@ -311,7 +315,7 @@ class Scales:
         return "overflow" if run.progress.step % self.every == 0 else None
 
 
-def test_an_overflow_that_somebody_else_handles_is_no_fault_of_the_data(
+def test_an_overflow_that_another_plugin_handles_is_not_counted_as_a_skip(
     tiny_run: TinyRun, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = tiny_run(Scales(every=2), length=8, run_dir=tmp_path / "plain")
@@ -323,7 +327,9 @@ def test_an_overflow_that_somebody_else_handles_is_no_fault_of_the_data(
     assert not [r for r in caplog.records if "is skipped" in r.getMessage()]
 
 
-def test_but_a_loss_that_is_not_finite_is(tiny_run: TinyRun) -> None:
+def test_a_nonfinite_loss_is_the_guards_even_if_another_plugin_rejects_the_step(
+    tiny_run: TinyRun,
+) -> None:
     with pytest.raises(NotFiniteError, match="step 3: the loss is nan"):
         tiny_run(Guard(nonfinite="stop"), Scales(), Poisoned(at=[8]))
 
@@ -337,9 +343,7 @@ def test_fp16_backs_off_as_it_does_without_a_guard(tiny_run: TinyRun, tmp_path: 
     assert_same_weights(plain, guarded)
 
 
-def test_data_that_are_skipped_say_nothing_of_the_loss_scale(
-    tiny_run: TinyRun, tmp_path: Any
-) -> None:
+def test_skipped_data_do_not_change_the_loss_scale(tiny_run: TinyRun, tmp_path: Any) -> None:
     table = {"amp": {"dtype": "fp16", "init_scale": 2.0**40, "growth_interval": 4}}
     bad = [8 * n for n in range(10, 20)]  # every second window from the 21st on
     skipped = tiny_run("amp", Guard(), Poisoned(at=bad), settings=table, length=60)
@@ -351,7 +355,7 @@ def test_data_that_are_skipped_say_nothing_of_the_loss_scale(
     assert states[0]["overflows"] > 0
 
 
-def test_two_guards_do_not_take_each_other_for_somebody_who_scales(tiny_run: TinyRun) -> None:
+def test_two_guards_do_not_leave_a_bad_gradient_to_each_other(tiny_run: TinyRun) -> None:
     @plugin
     class Second(Guard):
         """Another."""
@@ -388,9 +392,7 @@ def test_one_bad_value_in_any_gradient_is_found(tiny_run: TinyRun, bad: float) -
 
 
 @pytest.mark.parametrize("bad", [0.0, math.nan])
-def test_gradients_that_are_no_plain_numbers_are_judged_as_well(
-    tiny_run: TinyRun, bad: float
-) -> None:
+def test_complex_gradients_are_judged(tiny_run: TinyRun, bad: float) -> None:
     @plugin
     class Turns:
         """Trains a complex number besides, whose gradient may be spoilt in the third step."""
@@ -413,7 +415,7 @@ def test_gradients_that_are_no_plain_numbers_are_judged_as_well(
     assert tiny_run(Guard(), Turns(), length=4).progress.applied == (3 if bad != bad else 4)
 
 
-def test_what_one_process_finds_all_processes_reject(tiny_run: TinyRun) -> None:
+def test_all_processes_reject_a_step_that_is_bad_in_one_of_them(tiny_run: TinyRun) -> None:
     @plugin
     class Second:
         """Stands for another process, whose loss in step 3 is NaN."""
@@ -476,7 +478,7 @@ def test_a_step_reads_the_device_once_or_not_at_all(
     assert counted + mode.count == reads
 
 
-def test_a_step_behind_a_bad_one_is_looked_at_as_briefly_as_any(
+def test_the_step_after_a_bad_one_takes_the_quick_check(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = Guard()
@@ -501,7 +503,7 @@ def test_a_step_behind_a_bad_one_is_looked_at_as_briefly_as_any(
         ({"oom": "pray"}, "guard.oom"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_refused_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:

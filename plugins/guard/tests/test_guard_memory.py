@@ -1,4 +1,4 @@
-"""A micro-batch that does not fit into memory is reported, skipped or split to the same result."""
+"""A micro-batch that does not fit into memory is reported, skipped, or split with the same result."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from fundamentallm import (
 )
 from fundamentallm.testing import TinyData, TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_guard import Guard
-from fundamentallm_guard.halves import cut
 from fundamentallm_guard.memory import report
+from fundamentallm_guard.split_batch import split
 
 VOCABULARY, TOKENS, PADDING = 11, 6, -100
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -124,7 +124,9 @@ def test_split_microbatches_train_as_whole_ones(
     assert split.progress.tokens == whole.progress.tokens
 
 
-def test_once_split_they_stay_split(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_micro_batches_stay_split_for_the_rest_of_the_run(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
     small = Small(rows=2)
     run = tiny_run(Guard(oom="split"), small, length=3)
     assert small.seen == [4, 2, 2, 2, 2, 2, 2]
@@ -134,10 +136,10 @@ def test_once_split_they_stay_split(tiny_run: TinyRun, caplog: pytest.LogCapture
         "step 1: out of memory in a micro-batch of 4 samples from index 0: CUDA out of memory."
     )
     assert "process memory: " in said
-    assert said.endswith("from now on micro-batches are cut into 2")
+    assert said.endswith("from now on micro-batches are split into 2")
 
 
-def test_memory_that_lacks_in_the_middle_of_a_window_voids_what_was_done_of_it(
+def test_out_of_memory_in_the_middle_of_a_window_discards_the_gradients_so_far(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin
@@ -161,7 +163,7 @@ def test_memory_that_lacks_in_the_middle_of_a_window_voids_what_was_done_of_it(
     assert small.seen == [4, 4, 4, 4, 4] + 3 * 6 * [2]
 
 
-def test_a_step_that_is_redone_is_the_step_of_a_run_that_was_split_already(
+def test_a_repeated_step_equals_the_step_of_a_run_that_was_split_before(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin
@@ -181,7 +183,9 @@ def test_a_step_that_is_redone_is_the_step_of_a_run_that_was_split_already(
     assert one.history == other.history
 
 
-def test_nothing_of_the_failed_attempt_is_held_while_it_is_redone(tiny_run: TinyRun) -> None:
+def test_the_tensors_of_the_failed_attempt_are_released_before_it_is_repeated(
+    tiny_run: TinyRun,
+) -> None:
     small = Small(rows=1)
     tiny_run(Guard(oom="split"), small, length=1)
     assert small.seen == [4, 2, 1, 1, 1, 1]
@@ -275,13 +279,13 @@ def test_a_window_that_begins_with_a_large_sample_can_be_skipped(tiny_run: TinyR
     assert (len(run.window), len(run.losses), run.progress.microbatches) == (3, 3, 12)
 
 
-def test_only_so_many_steps_in_a_row_are_skipped_for_memory(tiny_run: TinyRun) -> None:
+def test_more_than_max_skips_consecutive_steps_out_of_memory_end_the_run(tiny_run: TinyRun) -> None:
     with pytest.raises(OutOfMemoryError, match=r"^step 3: out of memory [\s\S]*the 2 steps before"):
         tiny_run(Guard(oom="skip", max_skips=2), Small())
 
 
 @pytest.mark.parametrize("error", sorted(ERRORS))
-def test_every_way_of_saying_so_is_understood(tiny_run: TinyRun, error: str) -> None:
+def test_every_form_of_an_out_of_memory_error_is_recognized(tiny_run: TinyRun, error: str) -> None:
     guard = Guard(oom="split")
     assert tiny_run(guard, Small(error=error), length=1).progress.applied == 1
     assert guard.halvings == 1
@@ -298,7 +302,7 @@ def test_by_default_the_run_ends_with_a_report(tiny_run: TinyRun, error: str) ->
     assert text.endswith("oom = 'split'")
 
 
-def test_so_it_does_where_the_update_runs_out_of_memory(tiny_run: TinyRun) -> None:
+def test_out_of_memory_in_the_update_ends_the_run_with_a_report(tiny_run: TinyRun) -> None:
     @plugin
     class Hoards:
         """Has no room for the optimizer's state."""
@@ -345,7 +349,7 @@ def test_several_processes_cannot_skip_or_split_one_by_one(tiny_run: TinyRun, oo
         tiny_run(Guard(oom=oom), Two())
 
 
-def test_the_report_of_a_cpu_tells_the_memory_of_the_process() -> None:
+def test_the_report_on_a_cpu_states_the_memory_of_the_process() -> None:
     words = report("cpu").split()
     assert words[:2] == ["process", "memory:"]
     resident, peak = int(words[2]), int(words[5])
@@ -418,10 +422,10 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("form", sorted(FORMS))
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, TOKENS), min_size=1, max_size=9), times=st.integers(1, 4))
-def test_parts_weigh_what_they_hold(form: str, lengths: list[int], times: int) -> None:
+def test_each_part_has_the_weight_of_its_targets(form: str, lengths: list[int], times: int) -> None:
     data = FORMS[form](lengths)
     whole = Batch(data, float(sum(lengths)), len(lengths), 7 * len(lengths), first=40)
-    parts = cut([whole], times)
+    parts = split([whole], times)
     rows = 0
     for part in parts:
         first = next(iter(part.data.values() if isinstance(part.data, dict) else part.data))
@@ -433,8 +437,8 @@ def test_parts_weigh_what_they_hold(form: str, lengths: list[int], times: int) -
     assert max(len(part.data) for part in parts) == len(data)
 
 
-def test_only_what_has_the_rows_of_the_batch_is_cut() -> None:
-    (head, tail) = cut([Batch(FORMS["masked"]([3, 1, 2]), 6.0, 3, 18)], 1)
+def test_only_tensors_with_the_rows_of_the_batch_are_split() -> None:
+    (head, tail) = split([Batch(FORMS["masked"]([3, 1, 2]), 6.0, 3, 18)], 1)
     for part, rows in ((head, 1), (tail, 2)):
         assert part.data["inputs"].shape == part.data["mask"].shape == (rows, TOKENS)
         assert part.data["positions"].shape == (TOKENS + 99,)
@@ -521,7 +525,7 @@ def test_padded_sentences_split_anyhow_have_the_gradient_of_the_whole(
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_a_weight_that_cannot_be_told_is_shared_by_rows_with_a_warning(
+def test_an_unknown_weight_is_shared_by_rows_with_a_warning(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Sentences(lengths=[6, 1, 3, 2], tells=False)
@@ -537,4 +541,4 @@ def test_a_weight_that_cannot_be_told_is_shared_by_rows_with_a_warning(
 
     tiny_run(Guard(oom="split"), data, Bigram(rows=2), Looks(), length=2, validate_every=None)
     assert weights == [[6.25, 6.25]] * 2
-    assert caplog.text.count("cannot be told from their data: all rows are taken to weigh") == 1
+    assert caplog.text.count("does not show how many targets each row has: all rows get") == 1

@@ -1,4 +1,4 @@
-"""A loss spike sends the run back to a sound checkpoint, and on behind the data that brought it."""
+"""A loss spike rewinds the run to a sound checkpoint; it continues after the data of the spike."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_a_rewound_run_ends_as_if_all_data_since_the_checkpoint_had_been_left_ou
     (said,) = [r.getMessage() for r in caplog.records if "goes back" in r.getMessage()]
     assert said.startswith("step 13: the loss ")
     assert "(4 samples from index 48 in the order of the data); the run goes back to" in said
-    assert "goes back to step-00000010 and on behind these data" in said
+    assert "goes back to step-00000010 and continues with the data after these" in said
 
 
-def test_nan_can_send_the_run_back_as_well(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_run_can_rewind_because_of_nan(tiny_run: TinyRun, tmp_path: Path) -> None:
     guard, data = Guard(nonfinite="rewind"), Spiky(at=[13], by=math.nan)
     run = tiny_run("checkpoint", guard, data, settings=saving(), length=20)
     lacking = tiny_run(Spiky(lacking=[11, 12, 13]), length=20, run_dir=tmp_path / "lacking")
@@ -119,7 +119,7 @@ def test_a_spike_whose_gradients_overflow_in_fp16_is_a_spike(
 
 
 def test_a_spike_can_end_the_run(tiny_run: TinyRun) -> None:
-    with pytest.raises(NotFiniteError, match=r"^step 9: the loss .* is a spike, .*index 32 in"):
+    with pytest.raises(NotFiniteError, match=r"^step 9: the loss .* is a spike: .*index 32 in"):
         tiny_run(Guard(spike="stop", **SPIKE), Spiky(at=[9]), length=20)
 
 
@@ -127,7 +127,7 @@ def test_no_loss_is_a_spike_until_the_window_is_full(tiny_run: TinyRun) -> None:
     assert tiny_run(Guard(spike="stop", **SPIKE), Spiky(at=[5]), length=5).progress.applied == 5
 
 
-def test_what_led_to_the_spike_is_undone_too(
+def test_the_updates_that_led_to_a_spike_are_undone(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The loss of step 10 is raised, but no spike yet: what shows at 11 began with the update of 9.
@@ -138,14 +138,14 @@ def test_what_led_to_the_spike_is_undone_too(
     assert "goes back to step-00000008 " in caplog.text
 
 
-def test_a_spike_that_came_out_of_nothing_leaves_all_but_the_last_update(
+def test_a_sudden_spike_undoes_one_update_only(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_run("checkpoint", rewinding(), Spiky(at=[12]), settings=saving(every=1), length=13)
     assert "goes back to step-00000010 " in caplog.text
 
 
-def test_a_run_is_rewound_only_so_often(tiny_run: TinyRun) -> None:
+def test_more_than_max_rewinds_end_the_run(tiny_run: TinyRun) -> None:
     guard, data = rewinding(max_rewinds=2), Spiky(at=[13, 17, 21, 25])
     with pytest.raises(NotFiniteError, match=r"^step \d+: .*rewound 2 times already, as often as "):
         tiny_run("checkpoint", guard, data, settings=saving(), length=30)
@@ -159,7 +159,7 @@ def test_without_a_checkpoint_steps_are_skipped_with_one_warning(
     run = tiny_run(guard, data, length=20)
     lacking = tiny_run(Spiky(lacking=[9, 13]), length=18, run_dir=tmp_path / "lacking")
     assert_same_weights(run, lacking)
-    assert caplog.text.count("there is no checkpoint to go back to") == 1
+    assert caplog.text.count("there is no sound checkpoint from before step") == 1
 
 
 def test_a_loss_that_stays_high_ends_the_run(tiny_run: TinyRun) -> None:
@@ -182,7 +182,7 @@ def test_checkpoints_are_found_where_they_are(
     assert f"goes back to step-000000{'10' if place == 'second' else '11'} " in caplog.text
 
 
-def test_losses_that_are_no_numbers_do_not_blind_the_guard(tiny_run: TinyRun) -> None:
+def test_spikes_are_found_after_losses_that_are_nan(tiny_run: TinyRun) -> None:
     @plugin
     class Odd:
         """Tells a loss that is not finite where the gradients are."""
@@ -251,7 +251,7 @@ def test_a_checkpoint_with_an_infinity_in_it_is_passed_over(
     parts = ["checkpoint", rewinding(), BreaksAWeight(), Spiky(at=[spike])]
     tiny_run(*parts, settings=saving(), length=16, log_every=1)
     assert "goes back to step-00000005 " in caplog.text
-    assert ("step 10 holds NaN or infinity: looking for" in caplog.text) == (spike == 16)
+    assert ("step 10 contains NaN or infinity: trying" in caplog.text) == (spike == 16)
 
 
 @plugin
@@ -344,7 +344,7 @@ def test_a_run_killed_after_a_rewind_and_resumed_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_its_place_in_the_list_does_not_matter_for_a_rewind(
+def test_a_rewind_is_the_same_wherever_the_guard_is_listed(
     tiny_run: TinyRun, tmp_path: Path, first: bool
 ) -> None:
     names = ["guard", "checkpoint", "jsonl", "adamw", "grad_clip", "lr_schedule", "accumulate"]
@@ -370,7 +370,9 @@ finite = st.floats(-1e6, 1e6)
 
 
 @given(st.lists(finite, min_size=1, max_size=40), st.floats(0.1, 100))
-def test_the_limit_is_the_median_and_so_many_mads(losses: list[float], threshold: float) -> None:
+def test_the_limit_is_the_median_plus_threshold_times_mad(
+    losses: list[float], threshold: float
+) -> None:
     center = statistics.median(losses)
     mad = statistics.median(abs(loss - center) for loss in losses)
     assert limit(losses, threshold) == center + threshold * max(mad, FLAT * abs(center))

@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity comes from: which data, which module, which parameter."""
+"""Find where a NaN or an infinity comes from: which data, which module, which parameter."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fundamentallm import Run
-    from fundamentallm_guard.faults import Fault
-    from fundamentallm_guard.origin import Origin
+    from fundamentallm_guard.rejection import Fault
+    from fundamentallm_guard.step_state import StepState
 
 
-def describe(run: Run, fault: Fault, origin: Origin) -> str:
-    """Say what a rejected step's fault is: the step, the data and, unless all is finite, where it
-    ceases to be."""
+def describe(run: Run, fault: Fault, before: StepState) -> str:
+    """Return the message about a rejected step: its number, its data, and where a value that is not
+    finite appears first. ``before`` is the state at the beginning of the step."""
     if fault.kind == "memory":
         return fault.text
     text = f"step {run.progress.step}: {fault.text} ({samples(run)})"
-    return text if fault.kind == "spike" else f"{text}; {find(run, origin)}"
+    return text if fault.kind == "spike" else f"{text}; {first_nonfinite(run, before)}"
 
 
 def samples(run: Run) -> str:
-    """Say which samples the window holds; of several micro-batches only those that are to blame,
-    if their losses tell. Reads the device."""
+    """Name the samples of the window; of several micro-batches, the first one with a loss that is
+    not finite, if there is one. Reads the device."""
     window = run.window
     losses = [float(loss) for loss in run.losses]
-    blamed = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-    if len(window) == 1 or not blamed:
+    bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    if len(window) == 1 or not bad:
         count = sum(batch.samples for batch in window)
         return f"{count} samples from index {window[0].first} in the order of the data"
-    batch = window[blamed[0]]
+    batch = window[bad[0]]
     return (
-        f"micro-batch {blamed[0] + 1} of {len(window)}: {batch.samples} samples from index "
+        f"micro-batch {bad[0] + 1} of {len(window)}: {batch.samples} samples from index "
         f"{batch.first} in the order of the data"
     )
 
 
-def find(run: Run, origin: Origin) -> str:
-    """Say where the window at hand stops being finite: run its forward passes again as they were.
+def first_nonfinite(run: Run, before: StepState) -> str:
+    """Repeat the window's forward passes; return the first module with a non-finite output.
 
-    Tells the first module with an output that is not finite; if all are finite, the parameter.
-    Leaves random state and buffers as they were at the beginning of the step.
+    If all outputs are finite, return the first parameter with a non-finite gradient. Random state
+    and buffers are afterwards as they were at the beginning of the step.
     """
-    origin.put_back()
+    before.restore()
     module = _first_module(run)
-    origin.put_back()
+    before.restore()
     if module is not None:
         return f"first module with a non-finite output: {module}"
     names = [
@@ -66,8 +66,8 @@ def find(run: Run, origin: Origin) -> str:
             f"{names[0]}{more}"
         )
     return (
-        "every module's output is finite when the window is run again: either what makes the loss "
-        "of them is not, or the device does not compute the same twice"
+        "every module's output is finite when the window is repeated: either the loss is computed "
+        "outside of the modules, or the device does not compute the same twice"
     )
 
 
@@ -85,7 +85,7 @@ def _first_module(run: Run) -> str | None:
     ]
     logged = run.swap_logged()
     try:
-        # What is compiled would run without the hooks.
+        # Compiled code runs without the hooks of modules.
         with torch.compiler.set_stance("force_eager"):
             for batch in run.window:
                 run.weight = batch.weight
@@ -101,7 +101,7 @@ def _first_module(run: Run) -> str | None:
 def _described(name: str, module: nn.Module, given: Any) -> str:
     text = f"{name or 'the model itself'} ({type(module).__name__})"
     if not _finite(given):
-        return f"{text}, whose input is not finite already"
+        return f"{text}, whose input is already not finite"
     if not _finite(list(module.parameters(recurse=False))):
         return f"{text}, whose weights are not finite"
     return text
@@ -120,5 +120,5 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(one)
     elif isinstance(value, dict):
         yield from tensors(list(value.values()))
-    elif hasattr(value, "__dataclass_fields__"):  # what models of some libraries return
+    elif hasattr(value, "__dataclass_fields__"):  # models of some libraries return dataclasses
         yield from tensors(list(vars(value).values()))

@@ -1,4 +1,4 @@
-"""The state that an attempt changes although it is rejected, as it was before the attempt."""
+"""State that an attempted step changes even if it is rejected: save it before, restore it after."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 
-class Origin:
+class StepState:
     """Random state and running statistics at the beginning of a step.
 
-    Dropout draws from torch's generators, and normalization over batches keeps its statistics in
-    buffers: without putting both back, a step that was skipped would still show in those after it.
+    Dropout draws from torch's generators, and batch normalization keeps its statistics in buffers.
+    If neither were restored, a skipped step would change later ones.
     """
 
     def __init__(self, run: Run) -> None:
@@ -27,8 +27,8 @@ class Origin:
         self._states: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def keep(self) -> None:
-        """Remember the state at hand. Nothing waits for the device."""
+    def save(self) -> None:
+        """Copy the state; without a device read."""
         self._states.clear()
         for get, _ in self._generators:
             self._states.append(get())
@@ -36,8 +36,8 @@ class Origin:
         for module, name in self._buffers:
             self._values.append(getattr(module, name).clone())
 
-    def put_back(self) -> None:
-        """Put back what was kept."""
+    def restore(self) -> None:
+        """Restore what ``save`` copied."""
         for (_, put), state in zip(self._generators, self._states, strict=True):
             put(state)
         with torch.no_grad():
@@ -46,7 +46,7 @@ class Origin:
 
 
 def _generators(device: str) -> Iterator[tuple[Callable[[], Tensor], Callable[[Tensor], Any]]]:
-    """Yield how to get and how to put the state of each generator that a model may draw from."""
+    """Yield the getter and the setter of the state of each generator that a model may draw from."""
     yield torch.default_generator.get_state, torch.default_generator.set_state
     if device.startswith("cuda"):
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -56,8 +56,11 @@ def _generators(device: str) -> Iterator[tuple[Callable[[], Tensor], Callable[[T
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the buffers that a checkpoint holds and that may be statistics: floating-point ones
-    and counters. Packed weights, which may be large, are of other types."""
+    """Yield the buffers that a checkpoint contains and that may be statistics.
+
+    These are floating-point buffers and counters. Packed weights, which may be large, have other
+    types.
+    """
     saved = model.state_dict()
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

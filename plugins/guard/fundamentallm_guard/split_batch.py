@@ -1,4 +1,4 @@
-"""Micro-batches cut in two, so that each part is held to its own number of targets."""
+"""Split micro-batches in two by rows; each part gets the weight of its own targets."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fundamentallm import Run
-    from fundamentallm_guard.origin import Origin
+    from fundamentallm_guard.step_state import StepState
 
 log = logging.getLogger("fundamentallm")
 
 
-def cut(window: list[Batch], times: int) -> list[Batch]:
-    """Return the micro-batches of a window, each halved ``times`` times as far as it has rows."""
+def split(window: list[Batch], times: int) -> list[Batch]:
+    """Return the micro-batches of a window, each halved ``times`` times, down to single rows."""
     for _ in range(times):
         window = [part for batch in window for part in halves(batch)]
     return window
 
 
-def redo(run: Run, origin: Origin) -> None:
-    """Train the window at hand once more from its beginning, with its micro-batches halved.
+def train_again(run: Run, before: StepState) -> None:
+    """Train the current window again from its start, with its micro-batches halved.
 
-    What the failed attempt left is void: a backward that broke off has added a part of its
-    gradients. In the end the window is one of the halves, with a loss for each.
+    Discards the failed attempt: an interrupted backward has added a part of its gradients. The
+    window afterwards consists of the halves, with one loss each.
     """
-    origin.put_back()
+    before.restore()
     run.forget_attempt()
     for parameter in run.parameters:
         parameter.grad = None
-    if not all(map(_tells_weights, run.window)):
+    if not all(map(_has_known_weights, run.window)):
         log.warning(
-            "the weights of halved micro-batches cannot be told from their data: all rows"
-            " are taken to weigh the same"
+            "the data of the micro-batches does not show how many targets each row has: all rows"
+            " get the same weight"
         )
-    halved = [part for part in cut(run.window, 1) if part.weight]
-    # Whoever goes over the old window finds nothing left in it to do.
+    halved = [part for part in split(run.window, 1) if part.weight]
+    # The loop that trains the old window finds it empty, and ends.
     run.window.clear()
     run.window, run.losses = halved, []
     total, last = run.hook.weigh_window(run=run, window=halved), halved[-1]
@@ -53,22 +53,23 @@ def redo(run: Run, origin: Origin) -> None:
 
 
 def abandon(run: Run) -> None:
-    """Leave the window at hand as it is: it will be rejected."""
+    """End the training of the current window, whose step will be rejected: the losses that are
+    missing become NaN."""
     for parameter in run.parameters:
         parameter.grad = None
     window = list(run.window)
-    run.window.clear()  # as above
+    run.window.clear()  # as in train_again
     unknown = torch.full((), torch.nan, device=run.device)
     run.losses += [unknown] * (len(window) - len(run.losses))
     run.window = window
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """Cut a micro-batch in two along its rows; one of fewer than two rows stays as it is.
+    """Split a micro-batch in two by rows; one with fewer than two rows is returned whole.
 
-    ``data`` is a tuple or dict. Its rows are those of its first tensor; every tensor with as many
-    is cut, and all else goes into both parts. The parts are views: nothing is copied. Samples,
-    tokens and weight of the parts add up to the batch's.
+    ``data`` is a tuple or dict. The number of rows is that of its first tensor; every tensor with
+    that many rows is split, and all other values go into both parts. The parts are views: nothing
+    is copied. Samples, tokens and weights of the parts add up to those of the batch.
     """
     rows = count_rows(batch)
     if rows < 2:
@@ -110,18 +111,17 @@ def _rows(data: Any, rows: int, which: slice) -> Any:
     return tuple(part(value) for value in data)
 
 
-def _tells_weights(batch: Batch) -> bool:
+def _has_known_weights(batch: Batch) -> bool:
     rows = count_rows(batch)
     return rows < 2 or _weight_before(batch, rows, rows // 2) is not None
 
 
 def _weight_before(batch: Batch, rows: int, middle: int) -> float | None:
-    """Return how much of a micro-batch's weight is in its first ``middle`` rows; None if that
-    cannot be told.
+    """Return the weight of the first ``middle`` rows of a micro-batch; None if it is unknown.
 
-    Where every entry of a tensor of integers is a target, or where there is no such tensor and one
-    target a row, all rows weigh the same. Otherwise rows weigh what they hold of whatever there is
-    as much of in the whole batch as its weight says. To count that, the host waits for the device.
+    If every entry of a tensor of integers is a target, or if each row is one target, all rows have
+    the same weight. Otherwise the function looks for a tensor whose marks (see ``_marks``) add up
+    to the batch's weight, and counts those of the rows. That reads the device.
     """
     tensors = [t for t in _values(batch.data) if t.ndim and t.shape[0] == rows]
     tokens = [t for t in tensors if t.ndim > 1 and not t.is_floating_point()]
@@ -138,10 +138,11 @@ def _weight_before(batch: Batch, rows: int, middle: int) -> float | None:
 
 
 def _marks(tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Yield what may mark the targets of a batch with 1 and all else with 0, the usual first.
+    """Yield tensors that may be 1 at the targets of a batch and 0 elsewhere, the usual ones first.
 
-    Ids of targets are not negative where there is one, as the usual ``ignore_index`` is; or there
-    is a mask. A model that shifts its targets by itself has none for the first of a row.
+    They are ``t >= 0`` for ids, because the usual ``ignore_index`` is negative, and the tensors
+    themselves, which may be masks. The first column is left out in a second round: a model that
+    shifts its targets itself has no target there.
     """
     for start in (0, 1):
         there = [t[:, 1:] if start else t for t in tensors if t.ndim > 1 or not start]

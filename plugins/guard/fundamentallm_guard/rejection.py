@@ -1,4 +1,4 @@
-"""What the guard has against a step."""
+"""Decide whether to reject a step, from its loss and its gradients."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ PREFIX = "guard: "
 
 @attrs.frozen
 class Fault:
-    """A reason to reject a step: its kind, and what happened."""
+    """Why the guard rejects a step: a kind to decide by, and a text to print."""
 
     kind: Literal["memory", "loss", "gradient", "spike"]
     text: str
 
     def is_anothers(self, reasons: list[str]) -> bool:
-        """Tell whether the fault is one that somebody else has rejected the step for.
+        """Return whether another plugin has rejected the step for the same fault.
 
-        Gradients that overflow because a loss scale was too large are the business of whoever
-        scales; a loss that is not finite is not.
+        Gradients that overflow because the loss scale was too large belong to the plugin that
+        scales the loss. A loss that is not finite belongs to the guard.
         """
         return self.kind == "gradient" and any(not why.startswith(PREFIX) for why in reasons)
 
 
 def find_fault(guard: Guard, loss: float, gradient: float) -> Fault | None:
-    """Return what a guard has against a step with this mean loss and largest gradient."""
+    """Return the fault of a step with this mean loss and largest gradient, or None."""
     if guard.nonfinite != "off" and not math.isfinite(loss):
         return Fault("loss", f"the loss is {loss}")
-    # Before the gradients: those of a spike may well overflow, in fp16 above all.
+    # Before the gradients: those of a spike may well overflow, above all in fp16.
     if guard.spike != "off" and len(guard.losses) >= guard.spike_window:
         limit = spikes.limit(guard.losses, guard.spike_threshold)
         if loss > limit:
-            return Fault("spike", f"the loss {loss:.6g} is a spike, which begins at {limit:.6g}")
+            return Fault("spike", f"the loss {loss:.6g} is a spike: the limit is {limit:.6g}")
     if guard.nonfinite != "off" and not math.isfinite(gradient):
         return Fault("gradient", f"the loss is {loss:.6g}, but a gradient is {gradient}")
     return None
