@@ -23,6 +23,7 @@ from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
 from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order
 from fundamentallm.run import Run, Snapshot
+from fundamentallm.loop import train_window
 from fundamentallm.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ __all__ = [
     "sync_folder",
     "table",
     "train",
+    "train_window",
     "unmatched",
     "write_durably",
 ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from operator import attrgetter
 from typing import TYPE_CHECKING
-
-import torch
 
 from fundamentallm.hookspecs import HOOKS, hookimpl
 
@@ -70,30 +67,12 @@ def evaluation_weights() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-@torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    modes = {module: module.training for module in run.module.modules()}
-    logged = run.swap_logged()
-    devices = [torch.cuda.current_device()] if run.device.startswith("cuda") else []
-    run.module.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), run.hook.evaluation_weights(run=run):
-            for split, batches in run.data.validation().items():
-                run.phase = split
-                total = len(batches) if isinstance(batches, Sized) else None
-                for index, batch in enumerate(batches):
-                    if run.signal is not None:
-                        return {}
-                    if batch.weight:  # the mean over no target at all would be no number
-                        run.weight = batch.weight
-                        run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
-                    run.report("validation", index + 1, total)
-        return run.take_logged()
-    finally:
-        run.swap_logged(logged)
-        run.phase, run.weight = "train", 1.0
-        for module, mode in modes.items():
-            module.training = mode
+    # Closed also where an error keeps its frame: the loaders of the splits may have workers.
+    with run.evaluating(), closing(run.held_out()) as batches:
+        for split, batch in batches:
+            run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
+        return {} if run.signal is not None else run.take_logged()
 
 
 def reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:

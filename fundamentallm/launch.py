@@ -26,7 +26,6 @@ from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_s
 from fundamentallm.folder import settings as recorded_settings
 from fundamentallm.host import blame, freeze, register
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
-from fundamentallm.rng import seed_random
 from fundamentallm.run import Run
 from fundamentallm.settings import HOST, Composed, compose, find_plugins
 
@@ -144,7 +143,7 @@ def build(run: Run) -> None:
     hook = run.hook
     run.data = _built_data(run)
     run.tokenizer = hook.build_tokenizer(run=run)
-    seed_random(run.seed_for("model"))
+    run.generators.seed(run.seed_for("model"))
     run.model = run.module = hook.build_model(run=run).to(run.device)
     hook.adapt_model(run=run)
     if run.training:
@@ -154,7 +153,7 @@ def build(run: Run) -> None:
     run.parameters = list(run.model.parameters())
     if run.training:
         _build_optimizer(run)
-    seed_random(run.seed_for("train"))
+    run.generators.seed(run.seed_for("start"))
     _restore(run)
 
 

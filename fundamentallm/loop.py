@@ -74,8 +74,14 @@ def train_step(run: Run, started: float) -> None:
 
 
 def train_window(run: Run, window: list[Batch]) -> None:
-    """Add up the gradients of a window's mean loss, weighing each micro-batch by what it holds."""
+    """Add the gradients of a window's mean loss to ``.grad``, each micro-batch by its weight.
+
+    A plugin that trains a window again, in other micro-batches say, calls this, too: it seeds the
+    random generators for the step and begins ``run.window`` and ``run.losses``.
+    """
     hook = run.hook
+    # After the window was collected: what the data source drew must not change the step.
+    run.generators.seed(run.step_seed, run.progress.applied)
     run.losses, run.window = [], list(filter(WEIGHT, window))
     if not run.window:
         why = "no micro-batch of the window has a target" if window else "the data has ended"

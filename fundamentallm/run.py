@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Sized
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
@@ -12,10 +15,10 @@ import attrs
 from fundamentallm.data import Batch, Progress
 from fundamentallm.errors import SettingsError, StorageError
 from fundamentallm.host import get_state, set_state
-from fundamentallm.rng import random_state, set_random_state
+from fundamentallm.rng import Generators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     import torch
@@ -124,9 +127,74 @@ class Run:
         for in ``on_step_start`` when it has changed how the data is cut."""
         self.stream = iter(self.data.batches(self.progress))
 
+    @contextmanager
+    def evaluating(self, split: str | None = None) -> Iterator[None]:
+        """Evaluate in this context: evaluation weights, evaluation mode, no gradients.
+
+        ``phase`` is ``split`` if one is given. What is logged is kept apart: ``take_logged``
+        returns it, or it is dropped. The random generators have a seed of their own, the same in
+        every evaluation of a split. At the end all is put back, also after an error.
+        """
+        import torch
+
+        modules = [*self.model.modules(), *self.module.modules()]
+        modes = [(module, module.training) for module in modules]
+        phase, weight, logged = self.phase, self.weight, self.swap_logged()
+        self.phase, self.weight = split or phase, 1.0
+        try:
+            seed = self.seed_for(f"evaluation/{self.phase}")
+            self.model.eval()
+            self.module.eval()
+            with (
+                torch.no_grad(),
+                self.generators.aside(seed),
+                self.hook.evaluation_weights(run=self),
+            ):
+                yield
+        finally:
+            self.phase, self.weight = phase, weight
+            self.swap_logged(logged)
+            for module, mode in modes:
+                module.training = mode
+
+    def held_out(self, task: str = "validation") -> Generator[tuple[str, Batch]]:
+        """Yield every micro-batch that has a target of the held-out splits, with its split.
+
+        To be used within ``evaluating``. Sets ``phase`` and ``weight``, seeds the random generators
+        for each split, reports the progress of ``task``. Ends early once there is a signal.
+        """
+        for split, batches in self.data.validation().items():
+            self.phase = split
+            self.generators.seed(self.seed_for(f"evaluation/{split}"))
+            total = len(batches) if isinstance(batches, Sized) else None
+            for index, batch in enumerate(batches):
+                if self.signal is not None:
+                    return
+                if batch.weight:  # a mean over no target would not be a number
+                    self.weight = batch.weight
+                    yield split, batch
+                self.report(task, index + 1, total)
+
     def report(self, task: str, done: int, total: int | None = None) -> None:
         """Tell whoever shows progress how far a long task is."""
         self.hook.on_progress(run=self, task=task, done=done, total=total)
+
+    @cached_property
+    def generators(self) -> Generators:
+        """The global random number generators of this process."""
+        return Generators(self.device)
+
+    @cached_property
+    def step_seed(self) -> int:
+        """The seed that those of this process's steps follow from."""
+        return self.seed_for(f"step/{self.rank}")
+
+    def seed_step(self) -> None:
+        """Seed the random generators for the step at hand, from the number of applied updates.
+
+        The loop does it before a window; what re-runs a part of a step does it again.
+        """
+        self.generators.seed(self.step_seed, self.progress.applied)
 
     def seed_for(self, purpose: str) -> int:
         """Return a 63-bit seed of its own for every purpose, the same at every start."""
@@ -174,7 +242,6 @@ class Run:
             "optimizer_class": str(type(self.optimizer)),
             "plugins": {name: kept for name, kept in states.items() if kept},
             "progress": attrs.asdict(self.progress) | {"before": list(self.progress.before)},
-            "random": random_state(),
             "logged": {name: [list(e) for e in rows] for name, rows in self._settled().items()},
         }
 
@@ -203,7 +270,6 @@ class Run:
         self.optimizer.load_state_dict(packed)
         rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}
         self._logged = defaultdict(list, rows)
-        set_random_state(snapshot["random"])
 
 
 def _to_floats(tensors: list[Tensor]) -> list[float]:

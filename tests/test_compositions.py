@@ -84,7 +84,7 @@ def ended(plugins: list[str], folder, cache, variants=()):
     tables["text"] = {**TABLES["text"], "cache_dir": str(cache)}
     run = train({"plugins": plugins, **tables}, run_dir=folder / str(next(folders)))
     state = run.snapshot()
-    kept = {name: state[name] for name in ("progress", "plugins", "random", "logged")}
+    kept = {name: state[name] for name in ("progress", "plugins", "logged")}
     for name in ("seconds", "before"):
         del kept["progress"][name]
     kept["plugins"].pop("throughput", None)

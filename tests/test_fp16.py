@@ -157,7 +157,7 @@ class ByHand:
 
     def __init__(self, model: Any, device: str, dtype: torch.dtype, params: torch.dtype) -> None:
         empty = Run(RunSettings(length=STEPS), {}, Path())
-        torch.manual_seed(empty.seed_for("model"))
+        empty.generators.seed(empty.seed_for("model"))
         self.model = model().to(params).to(device)
         self.diary, self.scales = Diary(), []
         optimizer = self.optimizer = make_optimizer(self.model)
@@ -169,10 +169,10 @@ class ByHand:
             enabled=dtype is torch.float16,
         )
         batches = Letters(device).batches(Progress())
-        torch.manual_seed(empty.seed_for("train"))
         self.model.train()
         for step in range(STEPS):
             optimizer.zero_grad()
+            empty.generators.seed(empty.step_seed, step - len(self.diary.rejected))
             for _ in range(MICROBATCHES):
                 with torch.autocast(device, dtype):
                     loss = self.model(*next(batches).data)

