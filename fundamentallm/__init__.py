@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
-from fundamentallm.host import Found, attribute_docs, described, field, kind, plugin, plugin_name
+from fundamentallm.host import Found, attribute_docs, described, field, plugin, plugin_name
 from fundamentallm.host import setting_fields, settings_options, state, state_fields, suggest, table
 
 from fundamentallm import folder
-from fundamentallm.data import Batch, Data, Loaded, Progress, Tokenizer
+from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
 from fundamentallm.errors import PluginError, SettingsError, StorageError
 from fundamentallm.files import durable_file, sync_folder, write_durably
-from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, hookimpl
+from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
 from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HOOKS",
     "Batch",
+    "Cause",
     "Composed",
     "Data",
     "DataError",
@@ -45,12 +46,14 @@ __all__ = [
     "Period",
     "PluginError",
     "Progress",
+    "Rejection",
     "Run",
     "RunSettings",
     "SettingsError",
     "Snapshot",
     "StorageError",
     "Tokenizer",
+    "about_hook",
     "and_",
     "attribute_docs",
     "compose",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+Cause: TypeAlias = Literal[
+    "overflow", "nonfinite_loss", "nonfinite_gradient", "spike", "memory", "other"
+]
 
 
 @attrs.define
@@ -70,6 +74,19 @@ class Loaded:
     """A hash of the whole checkpoint."""
 
 
+@attrs.frozen
+class Rejection:
+    """Why a step must not change the weights.
+
+    Other plugins decide by ``cause``: ``"overflow"`` is a gradient that a loss scale made too large
+    for fp16, ``"nonfinite_loss"`` and ``"nonfinite_gradient"`` are NaN or infinity, ``"spike"`` is
+    a loss far above the usual, ``"memory"`` a batch that did not fit.
+    """
+
+    cause: Cause
+    text: str
+
+
 @attrs.define
 class Progress:
     """How far the run is. Everything that follows a schedule is a function of this."""
@@ -86,10 +103,16 @@ class Progress:
     lr: float = 0.0
     """The learning rate of the last update, in the first parameter group."""
     closed: bool = True
-    """Whether the last step was validated and logged as far as was due; a signal may prevent it."""
+    """Whether the last step has the validation and the row that were due; a signal may prevent it,
+    and a resumed run then begins with them."""
     epoch_samples: int | None = None
     before: tuple[int, int, float] = (0, 0, 0.0)
     """Samples, tokens and seconds as they stood before the last step."""
+
+    @property
+    def logged_step(self) -> int:
+        """The last step whose validation and row of metrics, where due, are complete."""
+        return self.step - (not self.closed)
 
     @property
     def epoch(self) -> float:

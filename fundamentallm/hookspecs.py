@@ -32,20 +32,24 @@ A run in pseudocode::
         if rewinding: on_rewind(), on to the next step
         if due: on_validation_end(metrics=validate())   validate is exclusive; by default:
             with evaluation_weights(): forward(batch)...    exclusive
-        if due: on_log(metrics=reduce_metrics())        reduce_metrics is exclusive
+        if due: on_log(reduce_metrics(), validated)     reduce_metrics is exclusive
         stop_agreed()                                   exclusive
         on_safe_point()                                 -> on_checkpoint_saved(folder)
     on_train_end(outcome)
-    any time, for whoever shows it: on_progress(task, done, total)
+    at any time: on_progress(task, done, total), on_histogram(name, step, edges, counts)
+    in a command that exports or samples: finish_model()    edit
 
-Four kinds of hooks, told apart by their names and kept by start-up checks:
+The marker of a specification states the kind of the hook; start-up checks keep to it:
 
-- **exclusive** (``build_…`` and plain verbs): exactly one plugin answers, or the core's default.
-  ``hookimpl(wrapper=True)`` may surround it; wrappers of one action must commute.
-- **vote** (``judge_…``, ``…_factor``): everyone answers; a commutative rule combines the answers.
-- **event** (``on_…``, ``settle_step``): everyone hears; answers are ignored.
-- **edit** (``adapt_…``, ``edit_…``, ``finish_…``): everyone changes the thing in place, in an order
-  that the ``before``/``after`` names of the classes declare.
+- **exclusive**: exactly one plugin answers, or the core's default does. A wrapper,
+  ``hookimpl(wrapper=True)``, may surround it; the wrappers of one action must commute.
+- **vote**: every plugin may answer; a commutative rule combines the answers.
+- **event**: every plugin is called; what it returns is ignored.
+- **edit**: every plugin changes the same thing in place, in an order that the ``before`` and
+  ``after`` names of the classes declare.
+
+A **stable** hook changes only by deprecation: for two minor versions it warns and names its
+replacement, then it is an error. A **provisional** hook may change in any version.
 """
 
 from __future__ import annotations
@@ -54,20 +58,22 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import pluggy
 
+from fundamentallm.host import HookFacts, hook_facts, markers
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from fundamentallm.data import Batch, Data, Tokenizer
+    from fundamentallm.data import Batch, Data, Rejection, Tokenizer
+    from fundamentallm.host import Kind
     from fundamentallm.run import Run
 
-hookspec = pluggy.HookspecMarker("fundamentallm")
 hookimpl = pluggy.HookimplMarker("fundamentallm")
-exclusive = hookspec(firstresult=True)
+exclusive, vote, event, edit = markers("fundamentallm")
 
 Outcome: TypeAlias = Literal["finished", "stopped", "interrupted", "failed"]
 
@@ -79,160 +85,173 @@ class Hooks(Protocol):
     by keyword. Unless a hook says otherwise it is called on every process of a distributed run.
     """
 
-    @hookspec
+    @event(since="0.1")
     def on_run_start(self, run: Run) -> None:
         """A run begins, or goes on: ``run.folder`` is there, locked, and nothing is built yet."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def build_data(self, run: Run) -> Data:
         """Make the data source. Nothing of the model exists yet. Has no default."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def build_tokenizer(self, run: Run) -> Tokenizer | None:
         """Make the tokenizer. Default: ``run.data.tokenizer`` if there is one, else None."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def build_model(self, run: Run) -> nn.Module:
         """Make the model and its initial weights, torch being seeded; the core moves the result to
         ``run.device``. Has no default."""
 
-    @hookspec
+    @edit(since="0.1")
     def adapt_model(self, run: Run) -> None:
         """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize. All of it
         is put into training mode before ``on_train_start``, where a module may be taken out."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
         """Return ``model`` with activation checkpointing. Default: as it is."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
         """Return ``model`` compiled; the state-dict keys must not change. Default: as it is."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def distribute_model(self, run: Run, model: nn.Module) -> nn.Module:
         """Return what ``forward`` calls as ``run.module``: DDP, FSDP… Default: as it is."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def build_optimizer(self, run: Run) -> Optimizer:
         """Make the optimizer for the parameters of ``run.model``; the ``lr`` of each group is the
         base that ``lr_factor`` multiplies. Has no default."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def read_checkpoint(self, run: Run) -> dict[str, Any] | None:
         """Return the newest sound snapshot (see ``Run.snapshot``) of the run folder, or None to
         start at step 0; the one that ``run.wanted_checkpoint`` names, if it names one."""
 
-    @hookspec
+    @event(since="0.1")
     def on_train_start(self, run: Run) -> None:
         """Everything is built and restored; the next thing is a step (or the end, if done)."""
 
-    @hookspec
+    @event(since="0.1")
     def on_step_start(self, run: Run) -> None:
         """A step begins: ``run.progress`` still holds the counts before it; gradients are None."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def collect_batches(self, run: Run, stream: Iterator[Batch]) -> list[Batch]:
         """Take this step's micro-batches from the endless ``stream``. Default: one."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def weigh_window(self, run: Run, window: list[Batch]) -> float:
         """Return what the window's losses are divided by: so much weight is in it, in all its
         micro-batches and processes. Default: the sum of this process's weights."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
         """Add the gradients of ``share`` (the batch's weight over the window's) times the loss to
         ``.grad``, and the detached loss to ``run.losses``. Default: ``forward``, ``backward``."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def forward(self, run: Run, batch: Batch) -> Tensor:
         """Return the batch's mean loss, a 0-d tensor with a graph in training. ``run.phase`` tells
         ``"train"`` from the name of a validation split. Default: ``run.module(*batch.data)``."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def backward(self, run: Run, loss: Tensor) -> None:
         """Backpropagate. ``loss`` already holds the batch's share. Default: ``loss.backward()``."""
 
-    @hookspec
+    @edit(since="0.1")
     def finish_gradients(self, run: Run) -> None:
         """All micro-batches are done: make the gradients what they mean (unscale, reduce)."""
 
-    @hookspec
-    def judge_step(self, run: Run) -> str | None:
-        """Return a reason to reject this step (overflow, NaN, spike), or None. Rejected by anyone,
-        it leaves the weights as they are and counts as attempted only."""
+    @vote(since="0.1")
+    def judge_step(self, run: Run) -> Rejection | None:
+        """Return a ``Rejection`` of this step (overflow, NaN, spike), or None to accept it. One is
+        enough: the weights stay as they are, and the step counts as attempted only. They are in
+        ``run.rejected`` until the next step."""
 
-    @hookspec
+    @edit(since="0.1")
     def edit_gradients(self, run: Run) -> None:
         """Change ``.grad`` of an accepted step in place: clip, add noise."""
 
-    @hookspec
+    @vote(since="0.1")
     def lr_factor(self, run: Run) -> float:
         """Return a factor of the learning rate of the coming update: a pure function of
         ``run.progress``, so that nothing of it needs a checkpoint."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def optimizer_step(self, run: Run) -> None:
         """Update the weights of an accepted step. Default: ``run.optimizer.step()``."""
 
-    @hookspec
+    @event(since="0.1")
     def settle_step(self, run: Run, applied: bool) -> None:
         """The update was made (``applied``) or rejected: follow it (scaler, averaged weights).
         ``run.progress`` counts the step already."""
 
-    @hookspec
+    @event(since="0.1")
     def on_step_end(self, run: Run) -> None:
         """The step is over; its gradients are still there. ``run.log`` what you see: reading a
         device value here would make the host wait at every step."""
 
-    @hookspec
+    @event(since="0.1")
     def on_rewind(self, run: Run, left: int) -> None:
         """The run has gone back from step ``left`` to an earlier checkpoint (``Run.rewind``), which
         is now its state; the data goes on behind what was read. The steps between are void."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
         """Return a context in which ``run.model`` holds the weights to validate and to sample with.
         Whoever evaluates enters it. Default: the weights that are trained."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def validate(self, run: Run) -> dict[str, float]:
         """Return the metrics of the held-out splits, and leave model and random state as they
         were. Default: the weighted mean loss of every split, and what ``forward`` logs."""
 
-    @hookspec
+    @event(since="0.1")
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
         """A validation is done; ``metrics`` are plain floats such as ``val/loss``."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
         """Combine the metrics of all processes. Default: as they are."""
 
-    @hookspec
-    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """A row for the loggers, as plain floats: means since the last one, and what a validation
-        has just found. The only place where device values become numbers."""
+    @event(since="0.1")
+    def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:
+        """Receive a row of metrics as plain floats: the means since the last row, and the metrics
+        of a validation of this step if ``validated``. Device values become numbers only here."""
 
-    @exclusive
+    @exclusive(since="0.1")
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
         """Tell whether any process wants to stop, so that all stop together; where one has heard a
         signal, set ``run.signal`` in all. Default: ``stopping``, this process's own wish."""
 
-    @hookspec
+    @event(since="0.1")
     def on_safe_point(self, run: Run) -> None:
         """All state is settled; savers save here. ``run.ending`` is true at the last one."""
 
-    @hookspec
+    @event(since="0.1")
     def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
         """A checkpoint is durable under ``folder``. Emitted by the plugin that saved it."""
 
-    @hookspec
+    @event(since="0.1")
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
         """Something long besides the steps moved on: validation, tokenizing, saving. ``total`` is
         None while unknown; ``done == total`` ends the task."""
 
-    @hookspec
+    @event(since="0.1", stability="provisional")
+    def on_histogram(
+        self, run: Run, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Receive a histogram under a metric's name: ``counts[i]`` values lie from ``edges[i]`` up
+        to ``edges[i + 1]``. Emitted by the plugin that counted, in its ``on_log``."""
+
+    @edit(since="0.1", stability="provisional")
+    def finish_model(self, run: Run) -> None:
+        """Turn ``run.model`` in place into the model that is exported or sampled from (merge LoRA).
+        Commands call it on a loaded run; training never does."""
+
+    @event(since="0.1")
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """The run is over, also after an error or a signal. ``run.error`` holds the exception of
         a failed run. Close what you opened."""
@@ -240,3 +259,13 @@ class Hooks(Protocol):
 
 HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))
 REQUIRED = ("build_data", "build_model", "build_optimizer")
+
+
+def about_hook(hook: str) -> HookFacts:
+    """Return what the specification of a hook states: kind, first version, stability."""
+    return hook_facts(Hooks, hook)
+
+
+def kind(hook: str) -> Kind:
+    """Return the kind of a hook: ``"exclusive"``, ``"vote"``, ``"event"`` or ``"edit"``."""
+    return about_hook(hook).kind

@@ -49,7 +49,7 @@ def train(run: Run) -> None:
 def train_step(run: Run, started: float) -> None:
     """Attempt one update: window, gradients, judgement, update, settlement."""
     hook, progress = run.hook, run.progress
-    run.moment, run.window, run.losses = 2 * progress.step + 1, [], []
+    run.in_step, run.window, run.losses = True, [], []
     for parameter in run.parameters:
         parameter.grad = None
     if hook.on_step_start:
@@ -66,7 +66,7 @@ def train_step(run: Run, started: float) -> None:
     else:
         run.forget_attempt()
     progress.advance(window, applied, time.perf_counter() - started)
-    run.moment = 2 * progress.step
+    run.in_step = False
     if hook.settle_step:
         hook.settle_step(run=run, applied=applied)
     if hook.on_step_end:

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fundamentallm.data import Data, Loaded, Tokenizer
+    from fundamentallm.data import Data, Loaded, Rejection, Tokenizer
     from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
 
 Snapshot: TypeAlias = dict[str, Any]
 _NUMBER = (float, int)  # making a union of types takes longer than asking it
-_Entry: TypeAlias = tuple[Any, float, int]  # value, weight, moment
+# Value, weight, and `progress.step` before the attempt that logged it; None between attempts.
+_Entry: TypeAlias = tuple[Any, float, int | None]
 Logged: TypeAlias = defaultdict[str, list[_Entry]]
 
 
@@ -39,9 +40,10 @@ class Run:
 
     ``model`` is the canonical module whose state dict is saved; ``module`` is what ``forward``
     calls (compiled, distributed). ``window`` and ``losses`` hold the step's micro-batches that have
-    targets and their detached losses, ``rejected`` the reasons against it. ``phase`` is ``"train"``
-    or the split being validated. ``ending`` is true from the moment it is clear that no further
-    step follows. ``tables`` are the settings as TOML states them, ``history`` the last 5,000 rows.
+    targets and their detached losses, ``rejected`` the rejections of the step. ``in_step`` is true
+    from ``on_step_start`` until the step is counted. ``phase`` is ``"train"`` or the split being
+    validated. ``ending`` is true from the moment it is clear that no further step follows.
+    ``tables`` are the settings as TOML states them, ``history`` the last 5,000 rows.
     ``training`` is false in a run that ``load_run`` loaded to use it: it has no optimizer, and its
     training data may be missing. ``begun`` is true once everything is built and recorded.
     ``loaded`` is the checkpoint that the run was restored from, or None.
@@ -64,7 +66,7 @@ class Run:
     begun = False
     loaded: Loaded | None = None
     phase = "train"
-    moment = 0  # twice the step; odd while one is attempted
+    in_step = False
     weight = 1.0
     ending = False
     stop_reason: str | None = None
@@ -83,7 +85,7 @@ class Run:
         self.progress = Progress()
         self.window: list[Batch] = []
         self.losses: list[Tensor] = []
-        self.rejected: list[str] = []
+        self.rejected: list[Rejection] = []
         self.history: list[dict[str, float]] = []
         self._logged: Logged = defaultdict(list)
 
@@ -94,7 +96,8 @@ class Run:
         if not isinstance(value, _NUMBER) and value.requires_grad:
             value = value.detach()
         weighed = self.weight if weight is None else weight
-        self._logged[name].append((value, weighed, self.moment))
+        attempt = self.progress.step if self.in_step else None
+        self._logged[name].append((value, weighed, attempt))
 
     def name_of(self, plugin: object) -> str:
         """Return the instance name of a listed plugin: the name of its TOML table."""
@@ -204,7 +207,7 @@ class Run:
     def forget_attempt(self) -> None:
         """Drop what was logged in the attempt at hand: the step has been rejected."""
         for entries in self._logged.values():
-            while entries and entries[-1][2] == self.moment:
+            while entries and entries[-1][2] == self.progress.step:
                 entries.pop()
 
     def take_logged(self) -> dict[str, float]:

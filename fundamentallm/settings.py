@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -111,6 +112,7 @@ def check_values(source: Source, built: Mapping[str, Any]) -> None:
 
 HOST = Host(
     name="fundamentallm",
+    version=version("fundamentallm"),
     hooks=Hooks,
     table=RunSettings,
     required=REQUIRED,

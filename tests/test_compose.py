@@ -553,11 +553,11 @@ def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
         (hooks("Bad", "zzz(self)"), "there is no hook 'zzz'"),
         (
             hooks("Bad", "on_log(self, run, metric)"),
-            "on_log has no argument 'metric'; known: run, metrics",
+            "on_log has no argument 'metric'; known: run, metrics, validated",
         ),
         (
             hooks("Bad", "on_log(self, **given)"),
-            "on_log has no argument 'given'; known: run, metrics",
+            "on_log has no argument 'given'; known: run, metrics, validated",
         ),
         (
             hooks("Bad", "on_log(self, run=None)"),

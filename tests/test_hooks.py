@@ -10,9 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from fundamentallm import HOOKS, Batch, Hooks, PluginError, field, hookimpl, kind, plugin
+from fundamentallm import (
+    HOOKS,
+    Batch,
+    Hooks,
+    PluginError,
+    Rejection,
+    about_hook,
+    field,
+    hookimpl,
+    kind,
+    plugin,
+)
 from fundamentallm.testing import Recorder, TinyData, TinySamples, assert_same_weights
 
+EMITTED_BY_PLUGINS = {"on_checkpoint_saved", "on_histogram", "on_rewind"}
 STEP = [
     "on_step_start",
     "collect_batches",
@@ -83,6 +95,8 @@ def test_every_hook_has_a_kind_a_docstring_and_a_place_in_the_pseudocode():
 
     for hook in HOOKS:
         assert kind(hook) in ("exclusive", "vote", "event", "edit")
+        assert about_hook(hook).since == "0.1"
+        assert about_hook(hook).stability in ("stable", "provisional")
         assert (getattr(Hooks, hook).__doc__ or "").strip(), hook
         assert hook in (hookspecs.__doc__ or ""), hook
 
@@ -184,11 +198,7 @@ def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
 
 
 def test_every_event_reaches_every_plugin_that_hears_it(tiny_run, tmp_path):
-    events = [
-        hook
-        for hook in HOOKS
-        if kind(hook) == "event" and hook not in ("on_checkpoint_saved", "on_rewind")
-    ]
+    events = [hook for hook in HOOKS if kind(hook) == "event" and hook not in EMITTED_BY_PLUGINS]
     for hook in events:
         one, calls = answering(hook, lambda **_: None)
         other, other_calls = answering(hook, lambda **_: None)
@@ -207,6 +217,78 @@ def test_a_saver_announces_its_checkpoint_to_all(tiny_run, tmp_path):
     heard, calls = answering("on_checkpoint_saved", lambda run, folder: None)
     tiny_run(Saver(), heard)
     assert len(calls) == 4
+
+
+def test_a_plugin_that_counts_emits_a_histogram_to_every_other(tiny_run):
+    @plugin
+    class Counts:
+        @hookimpl
+        def on_log(self, run):
+            given = {"name": "sizes/a", "step": run.progress.step, "edges": (0, 1), "counts": (3,)}
+            run.hook.on_histogram(run=run, **given)
+
+    received = []
+
+    @plugin
+    class Shows:
+        @hookimpl
+        def on_histogram(self, name, step, edges, counts):
+            received.append((name, step, edges, counts))
+
+    tiny_run(Shows(), Counts(), length=4, log_every=2)
+    assert received == [("sizes/a", 2, (0, 1), (3,)), ("sizes/a", 4, (0, 1), (3,))]
+
+
+def test_a_row_states_whether_it_holds_the_metrics_of_a_validation(tiny_run):
+    rows = []
+
+    @plugin
+    class Watches:
+        @hookimpl
+        def on_log(self, run, metrics, validated):
+            assert validated == ("val/loss" in metrics)
+            rows.append((run.progress.step, validated))
+
+    tiny_run(Watches(), length=5, log_every=1, validate_every=2, validate_first=True)
+    assert rows == [(0, True), (1, False), (2, True), (3, False), (4, True), (5, True)]
+
+
+def test_finish_model_is_no_part_of_a_training_run(tiny_run):
+    finishing, calls = answering("finish_model", lambda run: None)
+    run = tiny_run(finishing)
+    assert not calls
+    run.hook.finish_model(run=run)
+    assert calls == [1]
+
+
+def test_a_run_is_in_a_step_until_the_step_is_counted(tiny_run):
+    seen = {}
+
+    @plugin
+    class Watches:
+        @hookimpl
+        def on_train_start(self, run):
+            seen["on_train_start"] = run.in_step
+
+        @hookimpl
+        def on_step_start(self, run):
+            seen["on_step_start"] = run.in_step
+
+        @hookimpl
+        def judge_step(self, run):
+            seen["judge_step"] = run.in_step
+
+        @hookimpl
+        def settle_step(self, run):
+            seen["settle_step"] = run.in_step
+
+        @hookimpl
+        def on_safe_point(self, run):
+            seen["on_safe_point"] = run.in_step
+
+    tiny_run(Watches())
+    assert [hook for hook, in_step in seen.items() if in_step] == ["on_step_start", "judge_step"]
+    assert len(seen) == 5
 
 
 @plugin
@@ -230,7 +312,7 @@ class GoesBack:
         self.seen.append((run.progress.step + 1, run.window[0].first))
         if run.progress.step == 2 and len(self.seen) == 3:
             run.rewind("latest")
-            return "a spike"
+            return Rejection("other", "a spike")
         return None
 
 
@@ -376,7 +458,7 @@ def test_one_reason_against_a_step_rejects_it(tiny_run):
 
         @hookimpl
         def judge_step(self, run):
-            return "odd" if run.progress.step % 2 else None
+            return Rejection("other", "odd") if run.progress.step % 2 else None
 
         @hookimpl
         def settle_step(self, run, applied):
@@ -453,7 +535,7 @@ def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    "hook", [h for h in HOOKS if h not in ("on_checkpoint_saved", "on_rewind", "read_checkpoint")]
+    "hook", [h for h in HOOKS if h not in {*EMITTED_BY_PLUGINS, "finish_model", "read_checkpoint"}]
 )
 def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
     def fail(**_):

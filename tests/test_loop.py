@@ -18,6 +18,7 @@ from fundamentallm import (
     DataError,
     NotFiniteError,
     Period,
+    Rejection,
     SettingsError,
     hookimpl,
     plugin,
@@ -384,7 +385,8 @@ def test_a_rejected_step_leaves_no_trace_in_weights_or_metrics(tiny_run):
 
         @hookimpl
         def judge_step(self, run):
-            return None if torch.isfinite(run.losses[0]) else "NaN"
+            finite = torch.isfinite(run.losses[0])
+            return None if finite else Rejection("nonfinite_loss", "NaN")
 
     run = tiny_run(Poison(), length=4, log_every=4)
     assert math.isfinite(run.history[-1]["train/loss"])
@@ -398,7 +400,7 @@ def test_a_rejected_step_keeps_what_was_logged_after_the_steps_before_it(tiny_ru
     class Picky:
         @hookimpl
         def judge_step(self, run):
-            return "even" if run.progress.step % 2 else None
+            return Rejection("other", "even") if run.progress.step % 2 else None
 
         @hookimpl
         def on_step_end(self, run):

@@ -23,15 +23,18 @@ from fundamentallm.host.declare import (
 from fundamentallm.host.discover import Found, find
 from fundamentallm.host.dispatch import Around, blame, freeze
 from fundamentallm.host.environment import environment
-from fundamentallm.host.host import Host, Kind, class_problems, hook_methods, kind
+from fundamentallm.host.host import Host, class_problems, hook_methods
 from fundamentallm.host.sources import Key, Origin, Source, read
+from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
 from fundamentallm.host.structure import build, plain, structure, suggest, walk, written
 
 __all__ = [
     "Around",
     "Commands",
     "Composed",
+    "Deprecated",
     "Found",
+    "HookFacts",
     "Host",
     "Key",
     "Kind",
@@ -49,8 +52,9 @@ __all__ = [
     "find",
     "freeze",
     "get_state",
+    "hook_facts",
     "hook_methods",
-    "kind",
+    "markers",
     "order",
     "plain",
     "plugin",

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import attrs
 
 from fundamentallm.host.sources import Source
+from fundamentallm.host.specs import HookFacts, Kind, hook_facts
 from fundamentallm.host.structure import suggest
-
-Kind: TypeAlias = Literal["exclusive", "vote", "event", "edit"]
-
-
-def kind(hook: str) -> Kind:
-    """Tell the kind of a hook from its name, as good names do.
-
-    ``on_…`` and ``settle_…`` are events, ``adapt_…``, ``edit_…`` and ``finish_…`` edits,
-    ``judge_…`` and ``…_factor`` votes; all others are exclusive.
-    """
-    if hook.startswith(("on_", "settle_")):
-        return "event"
-    if hook.startswith(("adapt_", "edit_", "finish_")):
-        return "edit"
-    return "vote" if hook.startswith("judge_") or hook.endswith("_factor") else "exclusive"
 
 
 def _nothing_more(_: Source, __: Mapping[str, Any]) -> None:
@@ -38,10 +24,7 @@ class Host:
     name: str
     """Of the application, of its entry-point group and of its pluggy markers."""
     hooks: type
-    """The class whose methods specify the hooks, each marked by a ``HookspecMarker``."""
-    kind: Callable[[str], Kind] = kind
-    """What a hook is: exclusive (one answers; wrappers may surround it), vote (everyone answers),
-    event (everyone hears), edit (everyone changes the same thing, in a declared order)."""
+    """The class whose methods specify the hooks, each with a marker of ``markers(name)``."""
     table: type
     """The class that describes the application's own table."""
     error: Callable[[list[str]], Exception]
@@ -56,6 +39,8 @@ class Host:
     """Events that every plugin hears even if one before it raised; the first error follows."""
     fatal: tuple[type[Exception], ...] = ()
     """What also an observer may raise."""
+    version: str = "0.0"
+    """Of the application: which deprecated hooks it no longer accepts."""
     own: str = "run"
     """The name of the application's own table."""
 
@@ -63,6 +48,18 @@ class Host:
     def hook_names(self) -> tuple[str, ...]:
         """The hooks, in the order in which their class states them."""
         return tuple(name for name in vars(self.hooks) if not name.startswith("_"))
+
+    def facts(self, hook: str) -> HookFacts:
+        """Return what the specification of a hook states about it."""
+        return hook_facts(self.hooks, hook)
+
+    def kind(self, hook: str) -> Kind:
+        """Return how a hook combines its implementations.
+
+        Of an exclusive hook one plugin answers, and wrappers may surround it; votes are combined;
+        an event ignores what is returned; edits change the same thing in a declared order.
+        """
+        return self.facts(hook).kind
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -102,6 +99,8 @@ def class_problems(host: Host, cls: type) -> Iterator[str]:
             known = list(inspect.signature(getattr(host.hooks, name)).parameters)
             yield from _wrapper_problems(name, host.kind(name), options, function)
             yield from _argument_problems(name, function, known)
+            taken = tuple(inspect.signature(function).parameters)
+            yield from host.facts(name).removed(name, taken, host.version)
         else:
             yield f"there is no hook {name!r}{suggest(name, hooks)}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from fundamentallm import HOOKS, Hooks, Run, Snapshot, field, hookimpl, plugin
+from fundamentallm import HOOKS, Hooks, Rejection, Run, Snapshot, field, hookimpl, plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,12 +62,12 @@ class Memory:
         return copy.deepcopy(self.kept)
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
+    def judge_step(self, run: Run) -> Rejection | None:
         if self.gone_back or run.progress.step + 1 != self.later:
             return None
         self.gone_back = True
         run.rewind("latest")
-        return "go back"
+        return Rejection("other", "go back")
 
 
 def weights(run: Run) -> dict[str, Tensor]:

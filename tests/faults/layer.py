@@ -53,7 +53,12 @@ def kill() -> None:
 
 def send(number: int) -> None:
     """Send this process a signal, and note on stdout between which steps."""
-    print(f"signalled in step {running[0].moment / 2}" if running else "signalled", flush=True)
+    print(
+        f"signalled in step {running[0].progress.step + running[0].in_step}"
+        if running
+        else "signalled",
+        flush=True,
+    )
     os.kill(os.getpid(), number)
 
 

@@ -12,19 +12,17 @@ from draws import often
 from hypothesis import strategies as st
 from tiny import EVERY
 
-from fundamentallm import HOOKS, Period, PluginError, compose, hookimpl, plugin, train
+from fundamentallm import HOOKS as CONTRACT
+from fundamentallm import Period, PluginError, compose, hookimpl, kind, plugin, train
 from fundamentallm.testing import assert_same_weights, compose_tiny
 from fundamentallm_checkpoint import Checkpoint
 
+HOOKS = [hook for hook in CONTRACT if hook not in ("on_histogram", "finish_model")]
+"""The hooks that every run emits; of the others one belongs to `grad_stats`, one to commands."""
 BEFORE = HOOKS[: HOOKS.index("on_train_start")]
 """The hooks of a start: whoever fails there, fails before the first step."""
 ONCE = {*BEFORE, "read_checkpoint", "on_train_start", "on_train_end"}
-EXCLUSIVE = {
-    name
-    for name in HOOKS
-    if not name.startswith(("on_", "adapt_", "finish_", "judge_", "edit_", "settle_"))
-    and name != "lr_factor"
-}
+EXCLUSIVE = {name for name in HOOKS if kind(name) == "exclusive"}
 NEUTRAL = {"lr_factor": "1.0"}
 
 FAILING = '''

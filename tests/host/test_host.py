@@ -14,7 +14,8 @@ import pytest
 from fundamentallm import host as hosting
 
 README = Path(__file__).parents[2] / "docs" / "host.md"
-hookspec, hookimpl = pluggy.HookspecMarker("cook"), pluggy.HookimplMarker("cook")
+hookimpl = pluggy.HookimplMarker("cook")
+exclusive, vote, event, edit = hosting.markers("cook")
 
 
 class Burnt(Exception):
@@ -22,15 +23,15 @@ class Burnt(Exception):
 
 
 class Hooks:
-    @hookspec(firstresult=True)
+    @exclusive(since="0.1")
     def taste(self, dish: str) -> str:
         """Exclusive: say what it tastes of."""
 
-    @hookspec
+    @edit(since="0.1")
     def edit_dish(self, dish: list[str]) -> None:
         """Edit: add to it."""
 
-    @hookspec
+    @event(since="0.1")
     def on_served(self, dish: str) -> None:
         """Event: it is on the table."""
 
@@ -295,21 +296,86 @@ def test_an_error_is_blamed_on_the_plugin_that_raised_it():
     assert hosting.blame(KeyError("elsewhere"), registry, made.brought) is None
 
 
-def test_the_kind_of_a_hook_is_in_its_name():
-    kinds = {
-        name: hosting.kind(name)
-        for name in (
-            "on_x",
-            "settle_x",
-            "adapt_x",
-            "edit_x",
-            "finish_x",
-            "judge_x",
-            "x_factor",
-            "x",
-        )
-    }
-    assert list(kinds.values()) == ["event"] * 2 + ["edit"] * 3 + ["vote"] * 2 + ["exclusive"]
+def test_the_marker_of_a_specification_states_the_kind_of_the_hook():
+    cook = host()
+    kinds = {name: cook.kind(name) for name in cook.hook_names}
+    assert kinds == {"taste": "exclusive", "edit_dish": "edit", "on_served": "event"}
+
+
+class OldHooks:
+    @event(since="0.1", deprecated=hosting.Deprecated(since="0.4", use="on_served"))
+    def on_dish(self, dish: str) -> None:
+        """Event: the old name."""
+
+    @event(since="0.1", deprecated_arguments={"plate": hosting.Deprecated(since="0.4", use="dish")})
+    def on_served(self, dish: str, plate: str) -> None:
+        """Event: it is on the table."""
+
+
+@hosting.plugin
+class OldName:
+    """Implements a hook under its old name."""
+
+    @hookimpl
+    def on_dish(self, dish):
+        return dish
+
+
+@hosting.plugin
+class OldArgument:
+    """Takes an argument that has another name now."""
+
+    @hookimpl
+    def on_served(self, plate):
+        return plate
+
+
+def registered(version, *plugins):
+    made = hosting.Host(
+        name="cook",
+        version=version,
+        hooks=OldHooks,
+        table=Kitchen,
+        error=lambda found: Burnt("\n".join(found)),
+        own="kitchen",
+    )
+    found = hosting.compose(made, hosting.read({"plugins": []}), plugins=plugins)
+    return hosting.freeze(made, hosting.register(made, found, {}))
+
+
+@pytest.mark.parametrize("version", ["0.4.0", "0.5.2"])
+def test_a_deprecated_hook_works_for_two_minor_versions_and_warns_of_its_end(version):
+    with pytest.warns(
+        FutureWarning,
+        match="^hook 'on_dish' is deprecated since 0.4 and is an error from 0.6 on: use on_served$",
+    ):
+        hooks = registered(version, OldName())
+    assert hooks.on_dish(dish="soup") == "soup"
+
+
+@pytest.mark.parametrize("version", ["0.4.0", "0.5.2"])
+def test_a_deprecated_argument_works_for_two_minor_versions_and_warns_of_its_end(version):
+    with pytest.warns(
+        FutureWarning,
+        match="^argument 'plate' of on_served is deprecated since 0.4"
+        " and is an error from 0.6 on: use dish$",
+    ):
+        hooks = registered(version, OldArgument())
+    assert hooks.on_served(dish="soup", plate="soup") == "soup"
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.10.1", "1.0"])
+def test_after_two_minor_versions_what_was_deprecated_is_a_start_up_error(version):
+    with pytest.raises(Burnt) as caught:
+        registered(version, OldName(), OldArgument())
+    said = str(caught.value)
+    assert "the hook 'on_dish' was removed in 0.6: use on_served" in said
+    assert "the argument 'plate' of on_served was removed in 0.6: use dish" in said
+
+
+def test_a_hook_that_is_not_deprecated_warns_of_nothing(recwarn):
+    frozen(Salt(), Pepper())
+    assert not recwarn.list
 
 
 def test_the_environment_says_what_a_composition_ran_in():

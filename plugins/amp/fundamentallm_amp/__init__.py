@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fundamentallm import (
     NotFiniteError,
+    Rejection,
     SettingsError,
     field,
     ge,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from fundamentallm import Run
 
-OVERFLOW = "the gradients overflowed in fp16"
+OVERFLOW = Rejection("overflow", "the gradients overflowed in fp16")
 _OF_FP16 = ("init_scale", "growth_factor", "backoff_factor", "growth_interval", "min_scale")
 
 
@@ -152,7 +153,7 @@ class Amp:
             )
 
     @hookimpl
-    def judge_step(self) -> str | None:
+    def judge_step(self) -> Rejection | None:
         """With fp16, reject a step whose gradients overflowed. The host waits for the device."""
         return OVERFLOW if self._scaling.overflows() else None
 
@@ -160,12 +161,12 @@ class Amp:
     def settle_step(self, run: Run) -> None:
         """With fp16, let the scale follow; log it where a row is due; end when it has collapsed.
 
-        A step that another plugin rejects counts only if its reason speaks of gradients.
+        A step that another plugin rejects for something else than its gradients does not count.
         """
         scaling, progress = self._scaling, run.progress
-        # Data that somebody rejects for what they are say nothing of the scale.
-        theirs = [why for why in run.rejected if "gradient" not in why]
-        if scaling.settle(counts=not theirs):
+        # A rejection for the loss, a spike or memory says nothing about the scale.
+        causes = {one.cause for one in run.rejected}
+        if scaling.settle(counts=causes <= {"overflow", "nonfinite_gradient"}):
             self.overflows += 1
             self._insist_on_a_scale(run, scaling.scaler.get_scale())
         if run.settings.log_every.due(progress) or run.settings.length.reached(progress):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fundamentallm import (
     Batch,
     NotFiniteError,
+    Rejection,
     Run,
     RunSettings,
     SettingsError,
@@ -252,7 +253,7 @@ def test_a_step_that_overflows_changes_nothing_and_is_told(tiny_run: TinyRun) ->
 
     boosted = Boosted(boosts=[OVERFLOW, OVERFLOW])
     run = tiny_run(Amp(dtype="fp16"), boosted, Watch(), log_every=1)
-    told = ["the gradients overflowed in fp16"]
+    told = [Rejection("overflow", "the gradients overflowed in fp16")]
     assert reasons == [(False, told), (False, told), (True, []), (True, [])]
     assert (run.progress.step, run.progress.applied) == (4, 2)
     assert column(run, "amp/scale") == [2.0**15, 2.0**14, 2.0**14, 2.0**14]
@@ -326,8 +327,8 @@ def test_a_step_that_another_rejects_leaves_the_scale_and_its_age_alone(tiny_run
         """Rejects every second step."""
 
         @hookimpl
-        def judge_step(self, run: Run) -> str | None:
-            return "every second one" if run.progress.step % 2 else None
+        def judge_step(self, run: Run) -> Rejection | None:
+            return Rejection("other", "every second one") if run.progress.step % 2 else None
 
     amp = Amp(dtype="fp16", init_scale=4.0, growth_interval=2)
     run = tiny_run(amp, Guard(), Boosted(), length=6, log_every=1)

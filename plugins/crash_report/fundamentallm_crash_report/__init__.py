@@ -90,12 +90,12 @@ def report(run: Run, rows: int) -> Iterator[tuple[str, str]]:
         written(
             {
                 "error": f"{type(error).__name__}: {error}",
-                "step": run.progress.step + run.moment % 2,  # odd while a step is being attempted
+                "step": run.progress.step + run.in_step,
                 "doing": doing(run, error),
                 "window": window or "none yet",
                 "seed": run.settings.seed,
                 "progress": {name: getattr(run.progress, name) for name in COUNTS},
-                "rejected": run.rejected,
+                "rejected": [{"cause": one.cause, "text": one.text} for one in run.rejected],
                 "memory": memory(run.device),
             }
         ),
@@ -148,7 +148,7 @@ def doing(run: Run, error: BaseException) -> str:
         error = error.__cause__
     if any(frame.name == "validate" for frame in traceback.extract_tb(error.__traceback__)):
         return "validating"
-    return "in a step" if run.moment % 2 else "between two steps"
+    return "in a step" if run.in_step else "between two steps"
 
 
 def memory(device: str) -> dict[str, Any]:

@@ -35,8 +35,7 @@ class Csv:
             if run.progress.step == 0:
                 begin_anew(path)
             # What a signal kept from being logged is logged as soon as the run goes on.
-            settled = run.progress.step - (not run.progress.closed)
-            self._table = Table(path, settled)
+            self._table = Table(path, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:

@@ -18,6 +18,7 @@ from fundamentallm import (
     Composed,
     Period,
     PluginError,
+    Rejection,
     Run,
     SettingsError,
     Snapshot,
@@ -50,8 +51,10 @@ class Witness:
     seen: dict[int, Any] = field(init=False, factory=dict)
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        return "as it was told" if run.progress.step + 1 in self.rejects else None
+    def judge_step(self, run: Run) -> Rejection | None:
+        return (
+            Rejection("other", "as it was told") if run.progress.step + 1 in self.rejects else None
+        )
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fundamentallm import (
     Period,
     Progress,
+    Rejection,
     Run,
     SettingsError,
     compose,
@@ -218,8 +219,8 @@ class Reject:
     """Rejects the first two steps."""
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        return "no" if run.progress.step < 2 else None
+    def judge_step(self, run: Run) -> Rejection | None:
+        return Rejection("other", "no") if run.progress.step < 2 else None
 
 
 def test_an_unfreeze_period_counts_attempted_steps(tiny_run: TinyRun) -> None:

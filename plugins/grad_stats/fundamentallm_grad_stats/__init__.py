@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fundamentallm_grad_stats.norms import Weights
-    from fundamentallm_grad_stats.takers import Takers
 
 __all__ = ["GradStats"]
 
@@ -50,7 +49,7 @@ class GradStats:
     """The most metrics to log; where there would be more, neighbouring groups are put together."""
     histograms: bool = False
     """Count how many gradient values have which size: in `grad_stats.jsonl` in the run folder, and
-    for every logger that takes histograms."""
+    for every logger that shows histograms."""
 
     pending: list[Any] = state(factory=list)
     """Histograms that are not written yet: step, groups, and counts on the device."""
@@ -66,7 +65,6 @@ class GradStats:
         self._every = 1
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._weights: Weights | None = None
-        self._takers: Takers | None = None
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -78,10 +76,6 @@ class GradStats:
             group: [parameters[name] for name in names]
             for group, names in self._sorted(list(parameters)).items()
         }
-        if self.histograms:
-            from fundamentallm_grad_stats.takers import Takers
-
-            self._takers = Takers(run.plugins)
         self._forget_later(run)
 
     @hookimpl
@@ -112,15 +106,20 @@ class GradStats:
 
     @hookimpl
     def on_log(self, run: Run) -> None:
-        """Write the histograms, and hand their sums to the loggers that take them."""
+        """Write the histograms, and emit their sums since the last row as ``on_histogram``."""
         for group, counts in self._write(run).items():
-            if self._takers is not None:
-                self._takers.hand(f"{self._name(run)}/{group}", run.progress.step, counts)
+            self._emit(run, f"{run.name_of(self)}/{group}", tuple(counts))
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
         """Write what a signal has kept from being logged."""
         self._write(run)
+
+    def _emit(self, run: Run, name: str, counts: tuple[int, ...]) -> None:
+        from fundamentallm_grad_stats.norms import EXPONENTS
+
+        step = run.progress.step
+        run.hook.on_histogram(run=run, name=name, step=step, edges=EXPONENTS, counts=counts)
 
     def _sorted(self, names: list[str]) -> dict[str, list[str]]:
         if self.groups:
@@ -169,7 +168,4 @@ class GradStats:
             lines.drop_after(last, self._path(run))
 
     def _path(self, run: Run) -> Path:
-        return run.folder / f"{self._name(run)}.jsonl"
-
-    def _name(self, run: Run) -> str:
-        return next(name for name, one in run.plugins.items() if one is self)
+        return run.folder / f"{run.name_of(self)}.jsonl"

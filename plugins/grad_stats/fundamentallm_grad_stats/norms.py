@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 EDGES = tuple(10.0**power for power in range(-12, 5))
 """Limits of the histogram's bins: the first is below them all, the last from the greatest on."""
+_EXPONENTS = tuple(float(round(math.log10(edge))) for edge in EDGES)
+EXPONENTS = (_EXPONENTS[0] - 1, *_EXPONENTS, _EXPONENTS[-1] + 1)
+"""The bins' limits as powers of ten; the first and the last bin hold all that is beyond."""
 
 
 class Weights:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fundamentallm import (
     NotFiniteError,
     OutOfMemoryError,
+    Rejection,
     SettingsError,
     field,
     ge,
@@ -20,7 +21,7 @@ from fundamentallm import (
     state_fields,
 )
 from fundamentallm_guard import spikes
-from fundamentallm_guard.rejection import PREFIX, Fault, find_fault
+from fundamentallm_guard.rejection import Fault, find_fault
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,7 +144,7 @@ class Guard:
             split_batch.train_again(run, self._before)
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
+    def judge_step(self, run: Run) -> Rejection | None:
         """Reject a step whose loss or gradients are not finite, or whose loss is a spike."""
         if self._fault is None and self._judges:
             if self._check is not None and self._check.passes(run, self._parameters):
@@ -153,7 +154,8 @@ class Guard:
             self._loss, gradient = loss_and_gradient(run, self._parameters)
             if self.spike != "off" or not math.isfinite(self._loss + gradient):
                 self._fault = find_fault(self, self._loss, gradient)
-        return None if self._fault is None else PREFIX + self._fault.kind
+        fault = self._fault
+        return None if fault is None else Rejection(fault.cause, f"guard: {fault.text}")
 
     @hookimpl
     def settle_step(self, run: Run, applied: bool) -> None:
@@ -165,7 +167,7 @@ class Guard:
                 self.steps.append(run.progress.step)
                 self.losses.append(self._loss)
                 del self.steps[: -self.spike_window], self.losses[: -self.spike_window]
-        elif fault is not None and not fault.is_anothers(run.rejected):
+        elif fault is not None and not fault.is_overflow(run.rejected):
             self._react(run, fault)
         if self.skipped and (
             run.settings.log_every.due(run.progress) or run.settings.length.reached(run.progress)
@@ -208,17 +210,17 @@ class Guard:
         """Skip, rewind or end the run, with a message about the fault and where it began."""
         from fundamentallm_guard.diagnose import describe
 
-        how = {"memory": "skip", "spike": self.spike}.get(fault.kind, self.nonfinite)
+        how = {"memory": "skip", "spike": self.spike}.get(fault.cause, self.nonfinite)
         text = describe(run, fault, self._before)
         self._before.restore()
         if how == "stop":
-            setting = f"{run.name_of(self)}.{'spike' if fault.kind == 'spike' else 'nonfinite'}"
+            setting = f"{run.name_of(self)}.{'spike' if fault.cause == 'spike' else 'nonfinite'}"
             raise NotFiniteError(f"{text}; {setting} = 'skip' skips such steps")
         if how == "rewind" and self._rewind(run, text):
             return
         self.in_a_row += 1
         if self.in_a_row > self.max_skips:
-            kind = OutOfMemoryError if fault.kind == "memory" else NotFiniteError
+            kind = OutOfMemoryError if fault.cause == "memory" else NotFiniteError
             raise kind(
                 f"{text}; the {self.max_skips} steps before it were skipped already, as many as "
                 f"{run.name_of(self)}.max_skips allows"

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def describe(run: Run, fault: Fault, before: StepState) -> str:
     """Return the message about a rejected step: its number, its data, and where a value that is not
     finite appears first. ``before`` is the state at the beginning of the step."""
-    if fault.kind == "memory":
+    if fault.cause == "memory":
         return fault.text
     text = f"step {run.progress.step}: {fault.text} ({samples(run)})"
-    return text if fault.kind == "spike" else f"{text}; {first_nonfinite(run, before)}"
+    return text if fault.cause == "spike" else f"{text}; {first_nonfinite(run, before)}"
 
 
 def samples(run: Run) -> str:

@@ -15,6 +15,7 @@ from fundamentallm import (
     Batch,
     NotFiniteError,
     Progress,
+    Rejection,
     Run,
     SettingsError,
     compose,
@@ -311,8 +312,9 @@ class Scales:
                 parameter.grad *= math.inf
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
-        return "overflow" if run.progress.step % self.every == 0 else None
+    def judge_step(self, run: Run) -> Rejection | None:
+        overflowed = run.progress.step % self.every == 0
+        return Rejection("overflow", "too large") if overflowed else None
 
 
 def test_an_overflow_that_another_plugin_handles_is_not_counted_as_a_skip(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fundamentallm import field, hookimpl, plugin
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fundamentallm import Run
 
 FILE = "metrics.jsonl"
@@ -57,8 +59,11 @@ class Jsonl:
         """Append a row, in one write."""
         self._append(FILE, row(run.progress.step, run.progress.tokens, metrics))
 
-    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
-        """Append a histogram; any plugin of the run may hand one over while a row is logged."""
+    @hookimpl
+    def on_histogram(
+        self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Append a histogram."""
         self._append(HISTOGRAMS, histogram(name, step, edges, counts))
 
     @hookimpl
@@ -69,7 +74,7 @@ class Jsonl:
     def _open(self, run: Run) -> None:
         # A step that a signal left open is closed, and its row written, by whoever resumes it: a
         # process that was killed after that has left the row already.
-        step = run.progress.step - (not run.progress.closed)
+        step = run.progress.logged_step
         for path in (run.folder / FILE, run.folder / HISTOGRAMS):
             if path.exists():
                 drop_rows_after(step, path)
@@ -100,7 +105,7 @@ def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
     return json.dumps(facts, allow_nan=False).encode() + b"\n"
 
 
-def histogram(name: str, step: int, edges: list[float], counts: list[int]) -> bytes:
+def histogram(name: str, step: int, edges: Sequence[float], counts: Sequence[int]) -> bytes:
     """Return one line: ``counts[i]`` values lie from ``edges[i]`` up to ``edges[i + 1]``."""
     facts = {"time": round(time.time(), 3), "step": step, "name": name, "edges": edges}
     return json.dumps(facts | {"counts": counts}, allow_nan=False).encode() + b"\n"

@@ -249,9 +249,9 @@ class Counts:
 
     @hookimpl
     def on_log(self, run: Run) -> None:
-        for one in run.plugins.values():
-            if hasattr(one, "take_histogram"):
-                one.take_histogram("sizes/a", run.progress.step, [-1.0, 0.0, 1.0], [2, run.rank])
+        edges, counts = [-1.0, 0.0, 1.0], [2, run.rank]
+        step = run.progress.step
+        run.hook.on_histogram(run=run, name="sizes/a", step=step, edges=edges, counts=counts)
 
 
 def histograms(folder: Path) -> list[dict[str, Any]]:
@@ -299,4 +299,4 @@ def test_a_run_from_step_0_keeps_the_old_histograms_beside(tiny_run: TinyRun) ->
 
 
 def test_a_histogram_for_a_process_that_writes_nothing_is_no_error(tmp_path: Path) -> None:
-    Jsonl().take_histogram("sizes/a", 1, [0.0, 1.0], [3])
+    Jsonl().on_histogram("sizes/a", 1, [0.0, 1.0], [3])

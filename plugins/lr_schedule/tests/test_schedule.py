@@ -14,6 +14,7 @@ from fundamentallm import (
     Batch,
     Period,
     Progress,
+    Rejection,
     Run,
     RunSettings,
     SettingsError,
@@ -44,8 +45,8 @@ def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
         """Rejects every second step."""
 
         @hookimpl
-        def judge_step(self, run: Run) -> str | None:
-            return "every second one" if run.progress.step % 2 else None
+        def judge_step(self, run: Run) -> Rejection | None:
+            return Rejection("other", "every second one") if run.progress.step % 2 else None
 
     run = tiny_run(RejectSecond(), LrSchedule(shape="linear"), length=8, log_every=1)
     expected = [f for f in (1.0, 0.875, 0.75, 0.625) for _ in range(2)]

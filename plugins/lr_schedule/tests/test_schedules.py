@@ -17,6 +17,7 @@ from fundamentallm import (
     Batch,
     Period,
     Progress,
+    Rejection,
     Run,
     RunSettings,
     SettingsError,
@@ -145,8 +146,8 @@ def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
         """Rejects every second step."""
 
         @hookimpl
-        def judge_step(self, run: Run) -> str | None:
-            return "every second one" if run.progress.step % 2 else None
+        def judge_step(self, run: Run) -> Rejection | None:
+            return Rejection("other", "every second one") if run.progress.step % 2 else None
 
     windows = Windows()
     ramp = schedules(windows={"count": Scheduled(end=5, length=Period(4))})

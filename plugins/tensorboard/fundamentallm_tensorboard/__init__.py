@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from fundamentallm import field, hookimpl, plugin
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fundamentallm import Run
 
 
@@ -38,7 +40,7 @@ class Tensorboard:
                 begin_anew(folder)
             self._events = EventFile(folder)
             # What a signal kept from being logged is logged as soon as the run goes on.
-            self._begin(run, run.progress.step - (not run.progress.closed))
+            self._begin(run, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
@@ -52,8 +54,11 @@ class Tensorboard:
         if self._events is not None:
             self._events.scalars(run.progress.step, metrics)
 
-    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
-        """Append a histogram; any plugin of the run may hand one over while a row is logged."""
+    @hookimpl
+    def on_histogram(
+        self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Append a histogram."""
         if self._events is not None:
             self._events.histogram(name, step, edges, counts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ class EventFile:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
-    def histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
+    def histogram(
+        self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
         """Write how many values lie between which edges, one more than there are counts."""
         bins = list(zip(edges[:-1], edges[1:], counts, strict=True))
         tensor = make_tensor_proto(bins, dtype=np.float64)  # (bins, 3): left, right, count

@@ -238,7 +238,7 @@ def test_a_run_that_goes_back_has_no_histograms_of_the_void_steps(tiny_run: Tiny
 
 
 def test_without_an_open_file_a_histogram_goes_nowhere() -> None:
-    Tensorboard().take_histogram("some/name", 1, [0.0, 1.0], [3])
+    Tensorboard().on_histogram("some/name", 1, [0.0, 1.0], [3])
 
 
 def test_what_is_no_number_and_what_32_bits_cannot_hold_is_no_error(tiny_run: TinyRun) -> None:

@@ -37,7 +37,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("lr_factor", "optimizer_step"),
     "events": ("on_step_start", "settle_step", "on_step_end"),
     "validation": ("validate", "on_validation_end", "evaluation_weights"),
-    "log": ("reduce_metrics", "on_log", "on_progress"),
+    "log": ("reduce_metrics", "on_log", "on_histogram", "on_progress"),
     "safe point": ("on_safe_point", "on_checkpoint_saved"),
 }
 """The hooks of each phase, in the order of a run."""

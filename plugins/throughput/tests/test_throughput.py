@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm import HOOKS, Batch, Run, SettingsError, hookimpl, plugin
+from fundamentallm import HOOKS, Batch, Rejection, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import (
     Memory,
     PluginContract,
@@ -192,7 +192,8 @@ def test_what_lies_between_steps_is_told_from_the_parts_of_a_step_that_is_timed(
 
 
 def test_every_hook_has_a_phase_but_for_the_first_the_last_and_the_question_of_every_step():
-    assert set(HOOKS) - set(PHASE_OF) == {"on_run_start", "on_train_end", "stop_agreed"}
+    untimed = {"on_run_start", "finish_model", "on_train_end", "stop_agreed"}
+    assert set(HOOKS) - set(PHASE_OF) == untimed
     assert set(PHASE_OF) <= set(HOOKS)
 
 
@@ -698,7 +699,7 @@ def test_rejected_steps_and_a_rewind_are_counted_and_change_nothing(
 
         @hookimpl
         def judge_step(self, run: Run):
-            return "picky" if run.progress.step == 2 else None
+            return Rejection("other", "picky") if run.progress.step == 2 else None
 
         @hookimpl
         def on_step_end(self, run: Run):

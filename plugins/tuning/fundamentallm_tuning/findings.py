@@ -101,7 +101,7 @@ def notes(probe: Probe) -> list[str]:
         found.append(f"the optimizer does not have {_some(probe.without_optimizer)}")
     if probe.rejections:
         count = counted(len(probe.rejections), "step")
-        found.append(f"rejected: {count} of {len(probe.losses)}: {probe.rejections[-1]}")
+        found.append(f"rejected: {count} of {len(probe.losses)}: {probe.rejections[-1].text}")
     if not any(probe.rates):
         found.append("the learning rate was 0 in all these steps: a warmup may begin there")
     if _chance(probe).endswith("is worse"):

@@ -10,6 +10,7 @@ from fundamentallm import (
     Composed,
     FundamentalError,
     NotFiniteError,
+    Rejection,
     field,
     hookimpl,
     plugin,
@@ -73,18 +74,18 @@ class OneWindow:
         return kept
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
+    def judge_step(self, run: Run) -> Rejection | None:
         """Look at the loss; reject the step where it is near zero, or no number: it is the last."""
         self.losses.append(window_loss(run))
         if len(self.losses) % max(self.steps // 10, 1) == 1 % max(self.steps // 10, 1):
             self.tell(f"step {len(self.losses):>6}  loss {self.losses[-1]:.4g}")
         if self.learned or not math.isfinite(self.losses[-1]):
             run.stop("the loss is near zero" if self.learned else "the loss is no number")
-            return run.stop_reason
+            return Rejection("other", str(run.stop_reason))
         done = len(self.losses)
         if done >= self.steps and not done % self.steps and not still_falls(self.losses):
             run.stop("the loss no longer falls")
-            return run.stop_reason
+            return Rejection("other", str(run.stop_reason))
         return None
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Period, field, hookimpl, plugin
+from fundamentallm import Period, Rejection, field, hookimpl, plugin
 from fundamentallm_tuning.digests import differences, digests
 from fundamentallm_tuning.trial import OWN, catch_up, peak_memory, window_loss
 
@@ -32,7 +32,7 @@ class Probe:
     """What validations took, in seconds."""
     losses: list[float] = field(init=False, factory=list)
     rates: list[float] = field(init=False, factory=list)
-    rejections: list[str] = field(init=False, factory=list)
+    rejections: list[Rejection] = field(init=False, factory=list)
     sizes: dict[str, int] = field(init=False, factory=dict)
     """Bytes: of parameters, gradients and so on."""
     counts: dict[str, int] = field(init=False, factory=dict)

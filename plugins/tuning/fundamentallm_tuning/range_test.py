@@ -13,6 +13,7 @@ from fundamentallm import (
     Composed,
     FundamentalError,
     NotFiniteError,
+    Rejection,
     SettingsError,
     field,
     hookimpl,
@@ -66,7 +67,7 @@ class RangeTest:
         return rate / self.bases[0]
 
     @hookimpl
-    def judge_step(self, run: Run) -> str | None:
+    def judge_step(self, run: Run) -> Rejection | None:
         """Note the loss; reject the step in which it has diverged, and end the test."""
         loss = window_loss(run)
         self.losses.append(loss)
@@ -75,9 +76,10 @@ class RangeTest:
         self._lowest = min(self._lowest, mean)
         bounds = (RISE * self.losses[0], BOUNCE * self._lowest)
         self.diverged = not math.isfinite(loss) or (loss > 0 and mean > min(bounds))
-        if self.diverged:
-            run.stop("the loss has diverged")
-        return "the loss has diverged" if self.diverged else None
+        if not self.diverged:
+            return None
+        run.stop("the loss has diverged")
+        return Rejection("other", "the loss has diverged")
 
     @hookimpl
     def settle_step(self, run: Run) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from fundamentallm import field, gt, hookimpl, plugin, state
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fundamentallm import Outcome, Run
 
 
@@ -47,7 +49,7 @@ class Wandb:
         """Begin a W&B run, or continue that of the checkpoint from the checkpoint's step on."""
         if run.rank == 0 and self.mode != "disabled":
             # What a signal kept from being logged is logged as soon as the run goes on.
-            self._open(run, run.progress.step - (not run.progress.closed))
+            self._open(run, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
@@ -63,8 +65,11 @@ class Wandb:
         if self._session is not None:
             self._session.log(run.progress.step, metrics)
 
-    def take_histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
-        """Add a histogram to a row; any plugin of the run may hand one over while it is logged."""
+    @hookimpl
+    def on_histogram(
+        self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
+        """Add a histogram to the row of its step."""
         if self._session is not None:
             self._session.histogram(name, step, edges, counts)
 

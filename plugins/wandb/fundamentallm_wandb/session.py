@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import wandb
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fundamentallm import Run
     from fundamentallm_wandb import Wandb
 
@@ -56,10 +58,12 @@ class Session:
         """Hand over a row; it is one step of the W&B run."""
         self._run.log(metrics, step=step)
 
-    def histogram(self, name: str, step: int, edges: list[float], counts: list[int]) -> None:
+    def histogram(
+        self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
+    ) -> None:
         """Add a histogram to the row of the step, whichever of them comes first."""
         # Lists do as well as the arrays that its types ask for.
-        found = wandb.Histogram(np_histogram=(counts, edges))  # type: ignore[arg-type]
+        found = wandb.Histogram(np_histogram=(list(counts), list(edges)))  # type: ignore[arg-type]
         self._run.log({name: found}, step=step)
 
     def close(self, exit_code: int, **summary: str | None) -> None:

@@ -241,7 +241,7 @@ def test_histograms_of_other_plugins_are_in_the_rows_of_their_steps(
 
 
 def test_without_an_open_run_a_histogram_goes_nowhere() -> None:
-    Wandb(mode="disabled").take_histogram("some/name", 1, [0.0, 1.0], [3])
+    Wandb(mode="disabled").on_histogram("some/name", 1, [0.0, 1.0], [3])
 
 
 def test_online_without_a_login_the_run_goes_on_and_the_warning_says_what_to_do(
