@@ -108,7 +108,7 @@ class Watch:
                 tensors |= {f"{key}/{number}": value for key, value in state.items()}
             self.state = sum(tensor.nbytes for tensor in tensors.values())
             self.plain.append(_saved(tensors, run.folder / "plain.safetensors"))
-            import fundamentallm_checkpoint.saving  # noqa: F401 - not to be counted as a copy's
+            import fundamentallm_checkpoint.save  # noqa: F401 - not to be counted as a copy's
 
             if not self.memory:  # before there is any copy
                 self.memory.append(_resident())

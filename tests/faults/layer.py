@@ -1,6 +1,6 @@
 """The file layer of checkpoints with something wrong in it: each function here installs one.
 
-``files.system`` is what every system call of a save goes through. What is installed in a process
+``durable_files.system`` is what every system call of a save goes through. What is installed in a process
 that is about to train, the saves of that process meet. Some act in the loop in its stead: before a
 hook, or when it is told how far a task is.
 """
@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import launch
-from fundamentallm_checkpoint import files, publication, store
+from fundamentallm_checkpoint.storage import directory, durable_files, publish
+from fundamentallm_checkpoint.storage.manifest import folder_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
     from fundamentallm.run import Run
+    from fundamentallm_checkpoint.storage.manifest import Manifest
 
     Act: TypeAlias = Callable[[], object]
 
@@ -36,7 +38,7 @@ class Layer:
         self.numbers = itertools.count(1)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(files.System, name)
+        call = getattr(durable_files.System, name)
 
         def made(*words: Any) -> Any:
             if name != "close":  # what a close tells, fsync has told before
@@ -73,7 +75,7 @@ def act_at(act: Act, number: int) -> None:
         if now == number:
             act()
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def act_in_save(act: Act, step: int, number: int, *, torn: bool = False) -> None:
@@ -87,7 +89,7 @@ def act_in_save(act: Act, step: int, number: int, *, torn: bool = False) -> None
                 os.write(words[0], bytes(words[1])[: len(words[1]) // 2])
             act()
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def act_at_rename(act: Act, count: int, after: int = 0) -> None:
@@ -102,7 +104,7 @@ def act_at_rename(act: Act, count: int, after: int = 0) -> None:
         if now in due:
             act()
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def act_at_hook(act: Act, hook: str, step: int, *, validating: bool = False) -> None:
@@ -187,7 +189,7 @@ def refuse(number: int, errors: dict[int, int]) -> None:
                     os.write(words[0], bytes(words[1])[: len(words[1]) // 2])
                 raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def refuse_at(number: int, error: int) -> None:
@@ -197,7 +199,7 @@ def refuse_at(number: int, error: int) -> None:
         if now == number:
             raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def quota(size: int) -> None:
@@ -214,12 +216,12 @@ def quota(size: int) -> None:
         if name == "unlink":
             left[0] += Path(words[0]).stat().st_size
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 def take_parts() -> None:
     """Be a disk that takes no more than a part of every write."""
-    taking = files.system = Layer(lambda *_: None)
+    taking = durable_files.system = Layer(lambda *_: None)
     taking.write = lambda file, data: os.write(file, data[: len(data) // 2 + 1])  # type: ignore[attr-defined]
 
 
@@ -235,7 +237,7 @@ def gone_at(step: int, error: int, *, call: str) -> None:
         if broken and name == call:
             raise OSError(error, os.strerror(error), *map(str, _paths(words)[:1]))
 
-    files.system = Layer(before)
+    durable_files.system = Layer(before)
 
 
 class Recorder:
@@ -246,7 +248,7 @@ class Recorder:
         self.paths: dict[int, str] = {}
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        call = getattr(files.System, name)
+        call = getattr(durable_files.System, name)
 
         def made(*words: Any) -> Any:
             known = [
@@ -267,19 +269,20 @@ class Recorder:
 def record(target: Path) -> None:
     """Write all system calls of the run's saves to a file, those that delete included, and where a
     save returned."""
-    recorder = files.system = Recorder()
-    publish, prune = publication.publish, store.prune
+    recorder = durable_files.system = Recorder()
+    publishing, prune = publish.publish, directory.prune
 
-    def published(*words: Any, **more: Any) -> Path:
-        folder = publish(*words, **more)
-        recorder.calls.append(("published", str(folder)))
-        return folder
+    def published(home: Path, *words: Any, **more: Any) -> Manifest:
+        written = publishing(home, *words, **more)
+        recorder.calls.append(("published", str(home / folder_name(written.step))))
+        return written
 
-    def pruned(*words: Any, **more: Any) -> None:
-        prune(*words, **more)
+    def pruned(*words: Any, **more: Any) -> list[Manifest]:
+        left = prune(*words, **more)
         target.write_bytes(pickle.dumps(recorder.calls))
+        return left
 
-    publication.publish, store.prune = published, pruned
+    publish.publish, directory.prune = published, pruned
 
 
 def _paths(words: tuple[Any, ...]) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import layer
 
 from fundamentallm import cli
-from fundamentallm_checkpoint import files
+from fundamentallm_checkpoint.storage import durable_files
 
 _NEWNS, _NEWUSER, _PRIVATE = 0x20000, 0x10000000, 0x44000
 _RDONLY, _REMOUNT, _BIND = 0x1, 0x20, 0x1000
@@ -78,7 +78,7 @@ def read_only(place: Path, step: int, call: str) -> None:
             done.append(True)
             print("mounted read-only:", not refused, flush=True)
 
-    files.system = layer.Layer(before)
+    durable_files.system = layer.Layer(before)
 
 
 def obey_permissions() -> None:

@@ -14,7 +14,7 @@ from draws import often
 from hypothesis import strategies as st
 from tiny import EVERY
 
-from fundamentallm_checkpoint import contents, manifest
+from fundamentallm_checkpoint.storage import manifest, snapshot
 
 FILES = (
     "manifest.json",
@@ -157,8 +157,8 @@ def assert_noticed(folder, path, harm):
     sound = path.read_bytes()
     harm(path)
     assert len(tiny.unsound(folder)) == 1, (path, harm)
-    with pytest.raises(manifest.Unsound, match=path.name.replace(".", r"\.")):
-        contents.read(path.parent, manifest.read(path.parent))
+    with pytest.raises(manifest.UnsoundError, match=path.name.replace(".", r"\.")):
+        snapshot.read(path.parent, manifest.read(path.parent))
     path.write_bytes(sound)
     return True
 

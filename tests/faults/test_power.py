@@ -18,10 +18,11 @@ import layer
 import pytest
 import tiny
 
-from fundamentallm_checkpoint import choice, identity, leftovers
-from fundamentallm_checkpoint.choice import Wish
-from fundamentallm_checkpoint.manifest import step_of
-from fundamentallm_checkpoint.retention import Rules
+from fundamentallm_checkpoint import resume, run_id
+from fundamentallm_checkpoint.resume import LoadRequest
+from fundamentallm_checkpoint.storage import directory
+from fundamentallm_checkpoint.storage.manifest import step_of
+from fundamentallm_checkpoint.storage.retention import Rules
 
 RULES = Rules(keep_last=3, monitor="val/loss")
 
@@ -133,9 +134,9 @@ def cuts(calls, root, every=1):
 def survives(disk, announced, place):
     """See that what is on the disk holds a sound checkpoint, none older than the one announced."""
     home = place / "checkpoints"
-    leftovers.recover(home)
-    run = identity.known(place)
-    loaded = choice.load([home], Wish(rules=RULES, run=run)) if home.exists() else None
+    directory.recover(home)
+    run = run_id.read_id(place)
+    loaded = resume.load([home], LoadRequest(rules=RULES, run=run)) if home.exists() else None
     assert (loaded.manifest.step if loaded else 0) >= announced
     assert not announced or run
     return loaded

@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_though_it_said_not_to_be(on_save_error, uninterrupt
     code, said = started.wait(), started.said
     assert code == 5, said
     assert "No space left on device. Earlier checkpoints" in said
-    assert ("It was the run's last" in said) == (on_save_error == "continue")
+    assert ("It was the last of the run" in said) == (on_save_error == "continue")
     assert tiny.unsound(folder) == []
     assert tiny.steps(folder)
     assert not list(folder.glob("checkpoints/.*"))
@@ -278,7 +278,7 @@ def test_a_disk_of_8_mb_that_fills_up(on_save_error, tmp_path):
         "train", settings, *words, before=partial(mounts.small_disk, folder, copied)
     )
     said = tiny.end(started, 5)
-    assert ("It was the run's last" in said) == (on_save_error == "continue")
+    assert ("It was the last of the run" in said) == (on_save_error == "continue")
     assert re.search(r"step \d+ could not be saved: .*No space left on device", said)
     assert tiny.unsound(copied) == []
     assert 0 < tiny.steps(copied)[-1] < tiny.LAST
@@ -339,7 +339,7 @@ def delete_at(folder, target, number):
             shutil.rmtree(TARGETS[target](folder), ignore_errors=True)
             print("deleted it", flush=True)
 
-    layer.files.system = layer.Layer(before)
+    layer.durable_files.system = layer.Layer(before)
 
 
 def test_a_folder_that_was_deleted_between_two_saves_is_made_again(uninterrupted, tmp_path):
@@ -352,14 +352,14 @@ def test_a_folder_that_was_deleted_between_two_saves_is_made_again(uninterrupted
 
 def delete_before(folder, step):
     """Delete the checkpoints as soon as one has been announced."""
-    from fundamentallm_checkpoint import publication
+    from fundamentallm_checkpoint.storage import publish
 
-    publish = publication.publish
+    publishing = publish.publish
 
     def published(home, packed, draft, report=None):
-        made = publish(home, packed, draft, report)
+        made = publishing(home, packed, draft, report)
         if draft.step == step and threading.current_thread().name == "checkpoint":
             shutil.rmtree(folder)
         return made
 
-    publication.publish = published
+    publish.publish = published

@@ -22,7 +22,7 @@ import attrs
 import tomli_w
 from safetensors.numpy import load_file
 
-from fundamentallm_checkpoint import manifest, store
+from fundamentallm_checkpoint.storage import directory, manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,9 +76,9 @@ _context.set_forkserver_preload(
         "fundamentallm.launch",
         "fundamentallm.host.environment",
         "torch._dynamo",
-        "fundamentallm_checkpoint.resumption",
-        "fundamentallm_checkpoint.preparation",
-        "fundamentallm_checkpoint.saving",
+        "fundamentallm_checkpoint.resume",
+        "fundamentallm_checkpoint.storage.publish",
+        "fundamentallm_checkpoint.save",
         "fundamentallm_gpt.model",
         "fundamentallm_text",
         "fundamentallm_optimizers",
@@ -219,10 +219,10 @@ def reached(folder: Path) -> int:
 def unsound(folder: Path) -> list[str]:
     """Return what is wrong with a run's checkpoints, every byte of them being read."""
     problems = []
-    for path in store.folders(folder / "checkpoints"):
+    for path in directory.folders(folder / "checkpoints"):
         try:
             manifest.verify(path, manifest.read(path))
-        except manifest.Unsound as error:
+        except manifest.UnsoundError as error:
             problems.append(f"{path.name}: {error}")
     return problems
 

@@ -16,10 +16,12 @@ import torch
 
 from fundamentallm import Period, StorageError, field, hookimpl, plugin, train
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_checkpoint import Checkpoint, choice, contents, files
-from fundamentallm_checkpoint.choice import Wish
-from fundamentallm_checkpoint.retention import Rules
-from fundamentallm_checkpoint.staging import Arena
+from fundamentallm_checkpoint import Checkpoint, resume
+from fundamentallm_checkpoint.resume import LoadRequest
+from fundamentallm_checkpoint.storage import durable_files
+from fundamentallm_checkpoint.storage import snapshot as snapshots
+from fundamentallm_checkpoint.storage.host_buffer import HostBuffer
+from fundamentallm_checkpoint.storage.retention import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +39,7 @@ def flying() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
-class Gate(files.System):
+class Gate(durable_files.System):
     """System calls of which the writing thread's wait until the gate is open."""
 
     def __init__(self) -> None:
@@ -52,7 +54,7 @@ class Gate(files.System):
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     made = Gate()
-    monkeypatch.setattr(files, "system", made)
+    monkeypatch.setattr(durable_files, "system", made)
     yield made
     made.opened.set()
     for thread in flying():
@@ -112,13 +114,13 @@ def test_only_the_last_save_is_written_by_the_thread_that_trains(
 ) -> None:
     calls: list[tuple[str, bool]] = []
 
-    class Noted(files.System):
+    class Noted(durable_files.System):
         def write(self, number: int, data: memoryview) -> int:
             _, _, place = str(Path(f"/proc/self/fd/{number}").readlink()).rpartition("checkpoints/")
             calls.append((place[:13], threading.current_thread() is threading.main_thread()))
             return super().write(number, data)
 
-    monkeypatch.setattr(files, "system", Noted())
+    monkeypatch.setattr(durable_files, "system", Noted())
     tiny_run(Checkpoint(every=Period(2)), length=5)
     by = {name: {main for place, main in calls if place == name} for name, _ in calls}
     expected = {".tmp-00000002": {False}, ".tmp-00000004": {False}, ".tmp-00000005": {True}}
@@ -148,7 +150,7 @@ def test_the_run_hears_of_a_save_in_its_own_thread_once_it_is_durable(
     assert names == ["on_checkpoint_saved"] * 3 + ["on_train_end"]
 
 
-class Refuses(files.System):
+class Refuses(durable_files.System):
     """A disk that takes nothing of the steps from ``step`` on."""
 
     def __init__(self, step: int) -> None:
@@ -166,7 +168,7 @@ class Refuses(files.System):
 def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
     beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "system", Refuses(4))
+    monkeypatch.setattr(durable_files, "system", Refuses(4))
     with pytest.raises(StorageError) as caught:
         tiny_run(Checkpoint(every=Period(2), asynchronous=beside), length=99)
     assert caught.value.exit_code == 5
@@ -177,7 +179,7 @@ def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
     assert "/model.safetensors: Disk quota exceeded" in str(caught.value)
     assert saved(home) == [2]
     assert not list(home.glob(".tmp-*"))
-    monkeypatch.setattr(files, "system", files.System())
+    monkeypatch.setattr(durable_files, "system", durable_files.System())
     resumed = tiny_run(Checkpoint(every=Period(2)), length=6)
     assert_same_weights(resumed, tiny_run(length=6, run_dir=tmp_path / "whole"))
 
@@ -190,7 +192,7 @@ def test_a_run_that_is_told_to_goes_on_without_the_save(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(files, "system", Refuses(4))
+    monkeypatch.setattr(durable_files, "system", Refuses(4))
     kept = Checkpoint(
         every=Period(2), asynchronous=beside, on_save_error="continue", save_final=False
     )
@@ -213,10 +215,10 @@ def test_a_run_whose_last_save_is_refused_has_failed_whatever_it_is_told(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(files, "system", Refuses(4))
+    monkeypatch.setattr(durable_files, "system", Refuses(4))
     kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
     with pytest.raises(
-        StorageError, match=f"step {length} could not be saved.* untouched. It was the"
+        StorageError, match=f"step {length} could not be saved.* untouched. It was the last"
     ):
         tiny_run(kept, length=length)
     assert saved(tmp_path / "run" / "checkpoints") == [2]
@@ -238,8 +240,8 @@ def test_a_save_that_is_due_while_one_is_written_is_left_out_if_told_so(
     kept = Checkpoint(every=Period(2), keep_last=9, when_busy="skip")
     run = tiny_run(kept, opens(7, gate), length=9)
     assert saved(run.folder / "checkpoints") == [2, 8, 9]
-    told = [r.getMessage() for r in caplog.records if "still being written" in r.getMessage()]
-    assert told == [f"step {step} is not saved: step 2 is still being written" for step in (4, 6)]
+    told = [r.getMessage() for r in caplog.records if "is being written" in r.getMessage()]
+    assert told == [f"step {step} is not saved: step 2 is being written" for step in (4, 6)]
 
 
 def test_a_milestone_is_never_left_out(gate: Gate, tiny_run: TinyRun) -> None:
@@ -326,8 +328,8 @@ def test_going_back_sets_the_void_checkpoints_aside(
     (aside,) = home.glob("superseded-*")
     assert saved(aside) == [4, 6]
     assert saved(home) == [2, 4, 6]
-    plain = choice.load([home], Wish(name="step-4", rules=Rules(keep_last=1)))
-    void = choice.load([aside], Wish(name="step-4", rules=Rules(keep_last=1)))
+    plain = resume.load([home], LoadRequest(name="step-4", rules=Rules(keep_last=1)))
+    void = resume.load([aside], LoadRequest(name="step-4", rules=Rules(keep_last=1)))
     assert plain is not None
     assert void is not None
     samples = [one.snapshot["progress"]["samples"] for one in (void, plain)]
@@ -374,7 +376,7 @@ def test_a_run_killed_after_going_back_resumes_bit_identical(
     assert resumed.progress.samples == whole.progress.samples
 
 
-class Kills(files.System):
+class Kills(durable_files.System):
     """Ends the process at the ``nth`` system call of the thread that writes."""
 
     def __init__(self, nth: int) -> None:
@@ -404,7 +406,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
 
     child = os.fork()
     if child == 0:
-        files.system = Kills(nth)
+        durable_files.system = Kills(nth)
         run = compose_tiny(Checkpoint(every=Period(2)), Tells(), length=9)
         train(run, run_dir=tmp_path / "run")
         os._exit(0)
@@ -426,17 +428,17 @@ def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_sa
         "c": torch.ones(()),
     }
     moments = {"a": {"exp_avg": torch.randn(300, 40).t(), "step": torch.tensor(3.0)}}
-    packed = contents.pack({"model": model, "optimizer": moments})
-    arena = Arena()
+    packed = snapshots.pack({"model": model, "optimizer": moments})
+    arena = HostBuffer()
     copies = [arena.copy(packed), arena.copy(packed)]
     first, second = (
-        [t.data_ptr() for part in c.parts.values() for t in part.values()] for c in copies
+        [t.data_ptr() for part in c.tensors.values() for t in part.values()] for c in copies
     )
     assert first == second
-    weights = copies[0].parts["model.safetensors"]
+    weights = copies[0].tensors["model.safetensors"]
     assert weights["a"] is weights["tied"]
     assert arena.copy(packed).size == packed.size
-    tensors = [t for part in copies[0].parts.values() for t in part.values()]
+    tensors = [t for part in copies[0].tensors.values() for t in part.values()]
     end = max(t.data_ptr() + t.nbytes for t in tensors)
     assert end - min(first) <= packed.size + 64 * len(tensors)
 
@@ -449,14 +451,14 @@ def test_large_tensors_of_every_layout_are_copied_exactly() -> None:
     ] * 2
     odd = [large[0].t(), large[0][:, ::2], large[3].conj(), large[2].expand(2, 700, 701)]
     model = {str(number): tensor for number, tensor in enumerate([*large, *odd])}
-    copied = Arena().copy(contents.pack({"model": model, "optimizer": {}}))
-    parts = copied.parts["model.safetensors"]
+    copied = HostBuffer().copy(snapshots.pack({"model": model, "optimizer": {}}))
+    parts = copied.tensors["model.safetensors"]
     assert [name for name in model if not parts[name].equal(model[name])] == []
     assert len({tensor.data_ptr() for tensor in parts.values()}) == 8
 
 
 def test_a_copy_does_not_change_with_its_original() -> None:
     weight = torch.ones(5)
-    packed = Arena().copy(contents.pack({"model": {"w": weight}, "optimizer": {}}))
+    packed = HostBuffer().copy(snapshots.pack({"model": {"w": weight}, "optimizer": {}}))
     weight.zero_()
-    assert packed.parts["model.safetensors"]["w"].tolist() == [1.0] * 5
+    assert packed.tensors["model.safetensors"]["w"].tolist() == [1.0] * 5

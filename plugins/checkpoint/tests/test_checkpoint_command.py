@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from fundamentallm import SettingsError, StorageError, train
-from fundamentallm_checkpoint.command import checkpoints
+from fundamentallm_checkpoint.cli import checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,7 +144,7 @@ def test_says_what_is_no_run_folder_and_where_there_is_none(tmp_path: Path) -> N
 def test_needs_no_torch(trained: Path) -> None:
     code = (
         "import sys\n"
-        "from fundamentallm_checkpoint.command import checkpoints\n"
+        "from fundamentallm_checkpoint.cli import checkpoints\n"
         f"checkpoints(['{trained}', '--verify'], standalone_mode=False)\n"
         "print(*sys.modules)"
     )
@@ -156,11 +156,11 @@ def test_needs_no_torch(trained: Path) -> None:
 
 def test_one_of_a_newer_version_is_not_called_damaged(run: Path) -> None:
     path = run / "checkpoints" / "step-00000004" / "manifest.json"
-    head = path.read_text().rpartition(',\n "seal"')[0].replace('"format": 2', '"format": 3')
+    head = path.read_text().rpartition(',\n "seal"')[0].replace('"format": 1', '"format": 2')
     seal = hashlib.sha256(head.encode()).hexdigest()
     path.write_text(f'{head},\n "seal": "{seal}"\n}}\n')
     (line,) = [line for line in listed(run, "--verify") if line.startswith("step-00000004")]
-    assert "  needs a newer version: it has format 3" in line
+    assert "  needs a newer version: it has format 2" in line
     assert "damaged" not in line
 
 

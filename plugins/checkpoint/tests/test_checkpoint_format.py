@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fundamentallm import StorageError
-from fundamentallm_checkpoint import contents, files, jsontext, tensors, trees
-from fundamentallm_checkpoint.manifest import Manifest
-from fundamentallm_checkpoint.staging import Arena
-from fundamentallm_checkpoint.tensors import Written
+from fundamentallm_checkpoint.storage import durable_files, json_tree, safetensors, strict_json
+from fundamentallm_checkpoint.storage import snapshot as snapshot_files
+from fundamentallm_checkpoint.storage.host_buffer import HostBuffer
+from fundamentallm_checkpoint.storage.manifest import Manifest
+from fundamentallm_checkpoint.storage.safetensors import WrittenTensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,8 +50,8 @@ DTYPES = [
 
 def saved(folder: Path, snapshot: dict[str, Any]) -> Manifest:
     """Write a snapshot, as a run does that saves beside its steps, and return its manifest."""
-    staged = Arena().copy(contents.pack(snapshot))
-    written = contents.write(folder, staged)
+    staged = HostBuffer().copy(snapshot_files.pack(snapshot))
+    written = snapshot_files.write(folder, staged)
     return Manifest(
         step=1, run="it", created=0.0, settings="", data="", metrics={}, files=written.files
     )
@@ -141,19 +142,19 @@ def test_any_snapshot_comes_back_exactly(snapshot: dict[str, Any]) -> None:
 
         folder = Path(name)
         manifest = saved(folder, snapshot)
-        assert same(contents.read(folder, manifest), snapshot)
+        assert same(snapshot_files.read(folder, manifest), snapshot)
 
 
 @settings(max_examples=80, deadline=None)
 @given(trees_of)
 def test_any_tree_comes_back_exactly_from_strict_json(tree: Any) -> None:
     kept: dict[str, Tensor] = {}
-    text = jsontext.dump(trees.split(tree, kept))
+    text = strict_json.dump(json_tree.split(tree, kept))
 
     def refuse(_: str) -> None:
         raise AssertionError(f"not JSON: {text!r}")
 
-    assert same(trees.join(json.loads(text, parse_constant=refuse), kept), tree)
+    assert same(json_tree.join(json.loads(text, parse_constant=refuse), kept), tree)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,7 +162,7 @@ def test_every_kind_of_number_is_readable_by_safetensors(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     tensor = torch.arange(6).reshape(2, 3).to(dtype)
-    tensors.write(tmp_path / "it", {"odd": tensor[:, :1], "even": tensor.t()})
+    safetensors.write(tmp_path / "it", {"odd": tensor[:, :1], "even": tensor.t()})
     found = load_file(tmp_path / "it")
     assert {k: bits(v) for k, v in found.items()} == {
         "odd": bits(tensor[:, :1]),
@@ -172,19 +173,19 @@ def test_every_kind_of_number_is_readable_by_safetensors(
 def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path: Path) -> None:
     shared = torch.randn(3, 3)
     given = {"out": shared, "embedding": shared, "view": shared.t(), "half": shared[:2]}
-    tensors.write(tmp_path / "it", given)
+    safetensors.write(tmp_path / "it", given)
     with safe_open(tmp_path / "it", "pt") as file:
         assert json.loads(file.metadata()["aliases"]) == {"out": "embedding"}
         assert sorted(file.keys()) == ["embedding", "half", "view"]
-    found = tensors.read(tmp_path / "it")
+    found = safetensors.read(tmp_path / "it")
     assert found["out"] is found["embedding"]
     assert same(found, given)
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     one = {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.bool), "c": torch.ones(())}
-    first = tensors.write(tmp_path / "one", one)
-    again = tensors.write(tmp_path / "other", dict(reversed(one.items())))
+    first = safetensors.write(tmp_path / "one", one)
+    again = safetensors.write(tmp_path / "other", dict(reversed(one.items())))
     assert first == again
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
@@ -193,9 +194,9 @@ def test_what_is_not_finite_is_found_in_every_kind_of_float(tmp_path: Path) -> N
     for index, dtype in enumerate(kind for kind in DTYPES if kind.is_floating_point):
         poison = torch.tensor([1.0, float("nan")]).to(dtype)
         tensors_ = {"sound": torch.ones(2, dtype=dtype), "poison": poison}
-        written = tensors.write(tmp_path / str(index), tensors_)
-        assert isinstance(written, Written)
-        assert written.poisoned == ["poison"], dtype
+        written = safetensors.write(tmp_path / str(index), tensors_)
+        assert isinstance(written, WrittenTensors)
+        assert written.nonfinite == ["poison"], dtype
 
 
 @pytest.mark.parametrize(
@@ -203,14 +204,14 @@ def test_what_is_not_finite_is_found_in_every_kind_of_float(tmp_path: Path) -> N
     [
         (torch.eye(2).to_sparse(), "dense tensors only, not torch.sparse_coo"),
         (torch.empty(2, device="meta"), "dense tensors only, not torch.strided on meta"),
-        (torch.zeros(2, dtype=torch.complex128), "cannot hold torch.complex128"),
+        (torch.zeros(2, dtype=torch.complex128), "cannot store torch.complex128"),
     ],
 )
 def test_a_tensor_that_the_format_cannot_hold_is_named(
     tensor: Tensor, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(StorageError, match=f"layer.weight: .*{said}"):
-        tensors.write(tmp_path / "it", {"layer.weight": tensor})
+        safetensors.write(tmp_path / "it", {"layer.weight": tensor})
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
@@ -232,8 +233,8 @@ def test_optimizer_state_is_kept_by_parameter_name(tmp_path: Path) -> None:
 
 
 def test_what_was_read_is_no_part_of_the_file_any_more(tmp_path: Path) -> None:
-    tensors.write(tmp_path / "it", {"w": torch.ones(1000)})
-    found = tensors.read(tmp_path / "it")
+    safetensors.write(tmp_path / "it", {"w": torch.ones(1000)})
+    found = safetensors.read(tmp_path / "it")
     (tmp_path / "it").write_bytes(bytes((tmp_path / "it").stat().st_size))
     assert bool(found["w"].eq(1).all())
 
@@ -244,7 +245,7 @@ def test_what_was_read_is_no_part_of_the_file_any_more(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
         ('{"a": NaN}', "holds NaN"),
         ('{"a": 1e999}', "holds 1e999"),
-        ('{"a": 1, "a": 2}', "holds a key twice"),
+        ('{"a": 1, "a": 2}', "has a key twice"),
         ('{"a": "' + "x" * 2000 + '"}', "larger than 1,000 bytes"),
     ],
     ids=["deep", "nan", "huge number", "twice", "long"],
@@ -253,4 +254,4 @@ def test_json_that_is_not_plain_and_small_is_refused(text: str, said: str, tmp_p
     (tmp_path / "it").write_text(text)
     limit = 1000 if "x" in text else 10**6
     with pytest.raises(ValueError, match=said):
-        jsontext.parse(files.read(tmp_path / "it", limit))
+        strict_json.parse(durable_files.read(tmp_path / "it", limit))

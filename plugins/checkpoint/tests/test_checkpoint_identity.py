@@ -11,12 +11,14 @@ import torch
 
 from fundamentallm import FundamentalError, Period, StorageError, hookimpl, plugin
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights
-from fundamentallm_checkpoint import Checkpoint, choice, publication, store
-from fundamentallm_checkpoint import contents as files_of
-from fundamentallm_checkpoint.choice import Wish
-from fundamentallm_checkpoint.listing import rows
-from fundamentallm_checkpoint.manifest import Manifest
-from fundamentallm_checkpoint.retention import Rules
+from fundamentallm_checkpoint import Checkpoint, resume
+from fundamentallm_checkpoint.cli import rows
+from fundamentallm_checkpoint.resume import LoadRequest
+from fundamentallm_checkpoint.storage import directory
+from fundamentallm_checkpoint.storage import publish as publishing
+from fundamentallm_checkpoint.storage import snapshot as snapshots
+from fundamentallm_checkpoint.storage.manifest import Manifest
+from fundamentallm_checkpoint.storage.retention import Rules
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -25,8 +27,8 @@ KEPT = {"every": 2, "keep_last": 9}
 RULES = Rules(keep_last=3, monitor="val/loss")
 
 
-def load(home: Path, name: str | None, run: str) -> choice.Loaded | None:
-    return choice.load([home], Wish(name=name, rules=RULES, run=run))
+def load(home: Path, name: str | None, run: str) -> resume.Loaded | None:
+    return resume.load([home], LoadRequest(name=name, rules=RULES, run=run))
 
 
 def shared(tmp_path: Path) -> Checkpoint:
@@ -55,7 +57,7 @@ def test_runs_of_one_name_share_a_folder_and_nothing_else(
     assert steps(home) == [2, 4]
     before = contents(home)
     other = tiny_run(shared(tmp_path), length=4, seed=7, run_dir=tmp_path / "y" / "r")
-    assert f"the checkpoints in {home} are another run's and are ignored" in caplog.text
+    assert f"the checkpoints in {home} belong to another run and are ignored" in caplog.text
     assert_same_weights(other, tiny_run(length=4, seed=7, run_dir=tmp_path / "alone"))
     assert steps(tmp_path / "store" / "r" / run_id(other)) == [2, 4]
     assert contents(home) == before
@@ -88,7 +90,7 @@ def test_the_id_is_made_once_and_is_that_of_every_checkpoint(
     first = run_id(run)
     tiny_run(Checkpoint(every=Period(2)), length=6)
     assert run_id(run) == first
-    assert {m.run for m in store.sound(run.folder / "checkpoints")} == {first}
+    assert {m.run for m in directory.sound(run.folder / "checkpoints")} == {first}
     again = tiny_run(Checkpoint(every=Period(2)), length=4, run_dir=tmp_path / "again")
     assert run_id(again) != first
 
@@ -138,11 +140,11 @@ def test_every_process_comes_to_know_the_id(tiny_run: TinyRun, tmp_path: Path) -
 MINE, THEIRS = "a" * 12, "b" * 12
 
 
-def publish(home: Path, step: int, run: str) -> Path:
+def publish(home: Path, step: int, run: str) -> Manifest:
     snapshot = {"model": {"w": torch.full((2,), float(step))}, "optimizer": {}, "progress": {}}
     metrics = {"val/loss": float(step)}
     facts = Manifest(step=step, run=run, created=0.0, settings="", data="", metrics=metrics)
-    return publication.publish(home, files_of.pack(snapshot), facts)
+    return publishing.publish(home, snapshots.pack(snapshot), facts)
 
 
 @pytest.fixture
@@ -176,7 +178,8 @@ def test_if_all_are_those_of_another_run_there_is_none(tmp_path: Path) -> None:
 
 
 def test_retention_neither_counts_nor_deletes_those_of_another_run(mixed: Path) -> None:
-    store.prune(mixed, Rules(keep_last=2, keep_best=1, monitor="val/loss"), MINE)
+    rules = Rules(keep_last=2, keep_best=1, monitor="val/loss")
+    directory.prune(mixed, directory.sound(mixed, MINE), rules)
     assert steps(mixed) == [1, 2, 3, 6, 7, 8]
 
 
@@ -198,7 +201,7 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
     with pytest.raises(
         StorageError, match=r"step-00000008 is a checkpoint of another run than ccc"
     ):
-        store.abandon(run / "checkpoints", 4, "c" * 12)
+        directory.supersede(run / "checkpoints", 4, "c" * 12)
     with pytest.raises(FundamentalError, match="checkpoint"):
         tiny_run(Checkpoint(every=Period(2)), length=4, trace=trace)
     assert "on_step_start" not in trace.names
@@ -207,10 +210,10 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
 
 def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
     before = contents(mixed)
-    store.abandon(mixed, 8, MINE)
+    directory.supersede(mixed, 8, MINE)
     assert contents(mixed) == before
     shutil.rmtree(mixed / "step-00000008")
-    store.abandon(mixed, 5, MINE)
+    directory.supersede(mixed, 5, MINE)
     assert steps(mixed) == [1, 2, 3, 4, 5]
 
 

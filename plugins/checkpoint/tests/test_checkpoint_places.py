@@ -18,7 +18,8 @@ import torch
 
 from fundamentallm import Period, StorageError, hookimpl, plugin, state, train
 from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
-from fundamentallm_checkpoint import Checkpoint, files, staging
+from fundamentallm_checkpoint import Checkpoint
+from fundamentallm_checkpoint.storage import durable_files, host_buffer
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -37,7 +38,7 @@ def settle() -> None:
             thread.join()
 
 
-class Disk(files.System):
+class Disk(durable_files.System):
     """A disk with so many bytes free, or one that does not tell."""
 
     def __init__(self, free: int, blocks: int = 10**9) -> None:
@@ -50,7 +51,7 @@ class Disk(files.System):
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "system", Disk(free=300))
+    monkeypatch.setattr(durable_files, "system", Disk(free=300))
     trace = Recorder()
     with pytest.raises(
         StorageError, match=r"no checkpoint can be saved: .*/run/checkpoints: No space"
@@ -63,7 +64,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
 def test_a_disk_that_may_be_too_small_for_the_moments_is_a_warning(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "system", Disk(free=2**16 + 1500))
+    monkeypatch.setattr(durable_files, "system", Disk(free=2**16 + 1500))
     tiny_run(Checkpoint(every=Period(9), save_final=False), length=1)
     assert "with the optimizer's state, a checkpoint may not fit" in caplog.text
 
@@ -71,7 +72,7 @@ def test_a_disk_that_may_be_too_small_for_the_moments_is_a_warning(
 def test_a_disk_that_does_not_tell_its_room_is_tried(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "system", Disk(free=0, blocks=0))
+    monkeypatch.setattr(durable_files, "system", Disk(free=0, blocks=0))
     assert saved(tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints") == [2, 4]
 
 
@@ -85,7 +86,7 @@ def test_a_save_without_room_is_not_begun(
         def on_step_end(self, run: Run) -> None:
             if run.progress.step == 3:
                 settle()
-                monkeypatch.setattr(files, "system", Full())
+                monkeypatch.setattr(durable_files, "system", Full())
 
     class Full(Disk):
         def __init__(self) -> None:
@@ -104,13 +105,13 @@ def test_a_save_without_room_is_not_begun(
 def test_a_folder_that_takes_no_files_is_told_before_the_first_step(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class ReadOnly(files.System):
+    class ReadOnly(durable_files.System):
         def mkdir(self, path: Path) -> None:
             if ".tmp-" in path.name:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
             super().mkdir(path)
 
-    monkeypatch.setattr(files, "system", ReadOnly())
+    monkeypatch.setattr(durable_files, "system", ReadOnly())
     trace = Recorder()
     with pytest.raises(StorageError, match=r"checkpoints/\.tmp-probe-.*: Read-only file system"):
         tiny_run(Checkpoint(every=TWO), length=4, trace=trace)
@@ -119,7 +120,7 @@ def test_a_folder_that_takes_no_files_is_told_before_the_first_step(
 
 def test_a_finished_run_needs_no_room(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_run(Checkpoint(every=TWO), length=4)
-    monkeypatch.setattr(files, "system", Disk(free=0))
+    monkeypatch.setattr(durable_files, "system", Disk(free=0))
     assert tiny_run(Checkpoint(every=TWO), length=4).outcome == "finished"
 
 
@@ -138,7 +139,7 @@ def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
                 shutil.rmtree(run.folder)
 
     tiny_run(Checkpoint(every=TWO), Deletes(), length=7)
-    assert "run-id was deleted while the run went on; it is made again" in caplog.text
+    assert "run-id was deleted while the run went on; it is written again" in caplog.text
     assert (tmp_path / "run" / "run-id").read_text() == ids[0]
     settings = tomllib.loads((tmp_path / "run" / "settings.toml").read_text())
     assert settings["run"]["length"] == "7 steps"
@@ -150,7 +151,7 @@ def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
 def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_again(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    class Kills(files.System):
+    class Kills(durable_files.System):
         def rename(self, path: Path, target: Path) -> None:
             super().rename(path, target)
             if target.name.startswith(".old-"):
@@ -169,7 +170,7 @@ def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_aga
     torch.set_num_threads(1)  # what other threads hold is lost to a child
     child = os.fork()
     if child == 0:
-        files.system = Kills()
+        durable_files.system = Kills()
         train(compose_tiny(Checkpoint(every=TWO), **how), run_dir=tmp_path / "run")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -220,7 +221,7 @@ class Averages:
 def test_what_plugins_keep_counts_as_soon_as_it_is_there(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "system", Disk(free=2**22))
+    monkeypatch.setattr(durable_files, "system", Disk(free=2**22))
     trace = Recorder()
     with pytest.raises(StorageError, match=r"no checkpoint can be saved: .*No space left"):
         tiny_run(Checkpoint(every=Period(9)), Averages(), length=9, trace=trace)
@@ -230,7 +231,7 @@ def test_what_plugins_keep_counts_as_soon_as_it_is_there(
 def test_what_plugins_keep_is_only_warned_of_where_the_run_is_to_go_on(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "system", Disk(free=2**22))
+    monkeypatch.setattr(durable_files, "system", Disk(free=2**22))
     kept = Checkpoint(every=Period(9), on_save_error="continue", save_final=False)
     assert tiny_run(kept, Averages(), length=3).outcome == "finished"
     assert "no checkpoint can be saved: " in caplog.text
@@ -240,7 +241,7 @@ def test_memory_for_the_copy_is_made_for_what_plugins_keep_too(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
-    monkeypatch.setattr(staging.Arena, "reserve", lambda _, size: reserved.append(size))
+    monkeypatch.setattr(host_buffer.HostBuffer, "reserve", lambda _, size: reserved.append(size))
     tiny_run(Checkpoint(every=TWO), Averages(), length=4)
     assert len(reserved) == 1
     assert reserved[0] > 2**22
@@ -260,7 +261,7 @@ def test_weights_that_no_checkpoint_can_hold_are_told_before_the_first_step(
             run.model.register_buffer("waves", buffer, persistent=persistent)
 
     trace = Recorder()
-    told = pytest.raises(StorageError, match=r"waves: .* cannot hold torch\.complex128")
+    told = pytest.raises(StorageError, match=r"waves: .* cannot store torch\.complex128")
     with told if persistent else contextlib.nullcontext():
         tiny_run(Checkpoint(every=Period(9)), Adds(), length=4, trace=trace)
     assert trace.names.count("on_step_start") == length
@@ -271,12 +272,12 @@ def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
 ) -> None:
     synced: list[str] = []
 
-    class Notes(files.System):
+    class Notes(durable_files.System):
         def fsync(self, file: int) -> None:
             synced.append(str(Path(f"/proc/self/fd/{file}").readlink()))
             super().fsync(file)
 
-    monkeypatch.setattr(files, "system", Notes())
+    monkeypatch.setattr(durable_files, "system", Notes())
     folder = tmp_path / "all" / "runs" / "first"
     tiny_run(Checkpoint(every=TWO), length=2, run_dir=folder)
     for above in (folder.parent, folder.parent.parent, tmp_path):
@@ -289,15 +290,15 @@ def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
 def test_a_run_folder_whose_name_is_not_on_the_disk_has_no_id(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Fails(files.System):
+    class Fails(durable_files.System):
         def fsync(self, file: int) -> None:
             if Path(f"/proc/self/fd/{file}").readlink() == tmp_path:
                 raise OSError(errno.EIO, "Input/output error")
             super().fsync(file)
 
-    monkeypatch.setattr(files, "system", Fails())
+    monkeypatch.setattr(durable_files, "system", Fails())
     for _ in range(2):  # what has failed is not taken for done
-        with pytest.raises(StorageError, match="cannot be made to last"):
+        with pytest.raises(StorageError, match="cannot be made durable"):
             tiny_run(Checkpoint(every=TWO), length=2)
 
 
@@ -305,13 +306,13 @@ def test_a_run_folder_whose_name_is_not_on_the_disk_has_no_id(
 def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    class Plain(files.System):
+    class Plain(durable_files.System):
         def fsync(self, file: int) -> None:
             if Path(f"/proc/self/fd/{file}").readlink().is_dir():
                 raise OSError(number, os.strerror(number))
             super().fsync(file)
 
-    monkeypatch.setattr(files, "system", Plain())
+    monkeypatch.setattr(durable_files, "system", Plain())
     run = tiny_run(Checkpoint(every=TWO), length=2)
     assert saved(run.folder / "checkpoints") == [2]
 

@@ -7,7 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 from fundamentallm import Period, field, hookimpl, plugin
-from fundamentallm_checkpoint import Checkpoint, files
+from fundamentallm_checkpoint import Checkpoint
+from fundamentallm_checkpoint.storage import durable_files
 
 if TYPE_CHECKING:
     import pytest
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
     from fundamentallm.testing import TinyRun
 
 
-class SlowDisk(files.System):
+class SlowDisk(durable_files.System):
     """Takes its time to make durable what a save beside the steps has written."""
 
     @staticmethod
     def fsync(number: int) -> None:
         if threading.current_thread().name == "checkpoint":
             time.sleep(0.15)
-        files.System.fsync(number)
+        durable_files.System.fsync(number)
 
 
 @plugin
@@ -46,7 +47,7 @@ class Hears:
 def test_a_save_that_is_waited_for_ends_what_it_began_to_tell(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "system", SlowDisk())
+    monkeypatch.setattr(durable_files, "system", SlowDisk())
     hears = Hears()
     tiny_run(Checkpoint(every=Period(1)), hears, length=2)
     assert hears.told[0][0] != hears.told[0][1], "the first save is waited for by the second"

@@ -8,8 +8,8 @@ import attrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm_checkpoint.manifest import Manifest
-from fundamentallm_checkpoint.retention import MILESTONE, Rules, plan, ranked
+from fundamentallm_checkpoint.storage.manifest import Manifest
+from fundamentallm_checkpoint.storage.retention import MILESTONE, Rules, plan, ranked
 
 
 def known(

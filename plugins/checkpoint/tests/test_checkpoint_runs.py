@@ -324,7 +324,7 @@ def test_says_which_checkpoints_there_are_if_the_wanted_one_is_not(recorded: Run
     settings.write_text(settings.read_text().replace('"val/loss"', '"train/tokens"'))
     for path in recorded.folder.rglob("manifest.json"):
         path.write_text(path.read_text().replace('"train/tokens"', '"train/token"'))
-    with pytest.raises(StorageError, match="no checkpoint tells its train/tokens"):
+    with pytest.raises(StorageError, match="no checkpoint has the metric train/tokens"):
         load_run(recorded.folder, at="best")
 
 
@@ -372,13 +372,13 @@ def test_files_have_the_permissions_that_the_umask_leaves(tiny_run: TinyRun) -> 
 def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_not(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    from fundamentallm_checkpoint import files
+    from fundamentallm_checkpoint.storage import durable_files
 
     folder = tmp_path / "run" / "checkpoints"
     for name in (".tmp-00000002-dead", ".trash-step-00000001-dead"):
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_bytes(b"half")
-    with files.claimed(folder / ".tmp-00000002-alive"):
+    with durable_files.locked_folder(folder / ".tmp-00000002-alive"):
         tiny_run(Checkpoint(every=TWO), length=2)
         assert [path.name for path in folder.glob(".*")] == [".tmp-00000002-alive"]
 

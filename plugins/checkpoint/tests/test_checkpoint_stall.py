@@ -14,10 +14,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Period, field, hookimpl, plugin
-from fundamentallm_checkpoint import Checkpoint, choice, contents, files, poison, staging
-from fundamentallm_checkpoint.choice import Wish
-from fundamentallm_checkpoint.retention import Rules
-from fundamentallm_checkpoint.staging import Arena, Crew
+from fundamentallm_checkpoint import Checkpoint, resume
+from fundamentallm_checkpoint.resume import LoadRequest
+from fundamentallm_checkpoint.storage import durable_files, host_buffer, nonfinite
+from fundamentallm_checkpoint.storage import snapshot as snapshots
+from fundamentallm_checkpoint.storage.host_buffer import CopyThreads, HostBuffer
+from fundamentallm_checkpoint.storage.retention import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,8 +112,10 @@ class Weighs:
 def test_from_the_second_save_on_a_step_takes_no_memory_for_what_it_saves(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK", 2**14)
-    monkeypatch.setattr(poison, "_CHUNK", 2**12)  # of the thread that writes, which is traced too
+    monkeypatch.setattr(durable_files, "CHUNK", 2**14)
+    monkeypatch.setattr(
+        nonfinite, "_CHUNK", 2**12
+    )  # of the thread that writes, which is traced too
     weighs = Weighs()
     tiny_run(Wide(), Checkpoint(every=Period(1)), weighs, length=4, log_every=99)
     assert len(weighs.tensors) == 2
@@ -142,7 +146,7 @@ class Begun:
 def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
     made = Begun()
 
-    class Noted(files.System):
+    class Noted(durable_files.System):
         def __getattribute__(self, name: str) -> Any:
             made.note(name)
             return object.__getattribute__(self, name)
@@ -152,9 +156,11 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
             real = hashlib.sha256()
             self.update, self.hexdigest = made.noting("hash", real.update), real.hexdigest
 
-    monkeypatch.setattr(files, "system", Noted())
-    monkeypatch.setattr(files, "hashlib", SimpleNamespace(sha256=Hash))
-    monkeypatch.setattr(poison, "found", made.noting("search", poison.found))
+    monkeypatch.setattr(durable_files, "system", Noted())
+    monkeypatch.setattr(durable_files, "hashlib", SimpleNamespace(sha256=Hash))
+    monkeypatch.setattr(
+        nonfinite, "holds_nonfinite", made.noting("search", nonfinite.holds_nonfinite)
+    )
     return made
 
 
@@ -186,16 +192,16 @@ def test_the_step_that_saves_does_not_hash_search_write_or_sync(
     assert {what: names for what, names in looks.seen.items() if names != {"checkpoint"}} == {}
 
 
-def packed(**model: torch.Tensor) -> contents.Packed:
-    return contents.pack({"model": model, "optimizer": {}})
+def packed(**model: torch.Tensor) -> snapshots.PackedSnapshot:
+    return snapshots.pack({"model": model, "optimizer": {}})
 
 
-def weights(arena: Arena, **model: torch.Tensor) -> dict[str, torch.Tensor]:
-    return arena.copy(packed(**model)).parts["model.safetensors"]
+def weights(arena: HostBuffer, **model: torch.Tensor) -> dict[str, torch.Tensor]:
+    return arena.copy(packed(**model)).tensors["model.safetensors"]
 
 
 def test_places_are_found_anew_when_tensors_change_their_form_name_or_company() -> None:
-    arena = Arena()
+    arena = HostBuffer()
     wide, other = torch.randn(1024, 300), torch.randn(300, 1024)
     first = weights(arena, a=wide, b=other)
     again = weights(arena, a=other.clone().view(1024, 300), b=other)
@@ -219,14 +225,14 @@ def test_places_are_found_anew_when_tensors_change_their_form_name_or_company() 
     arena.release()
 
 
-def test_one_tensor_that_is_larger_than_all_others_is_copied_in_pieces(
+def test_one_tensor_that_is_larger_than_all_pool_is_copied_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(staging, "_PIECE", 2**16 + 1)
-    monkeypatch.setattr(staging.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(host_buffer, "_PIECE", 2**16 + 1)
+    monkeypatch.setattr(host_buffer.os, "cpu_count", lambda: 4)
     made = torch.Generator().manual_seed(1)
     large = torch.randn(3, 500_000, generator=made).to(torch.bfloat16)
-    arena = Arena()
+    arena = HostBuffer()
     for _ in range(3):
         large.add_(1)
         assert weights(arena, a=large)["a"].equal(large)
@@ -239,55 +245,57 @@ def test_without_a_thread_to_spare_the_step_copies_alone(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     large = {name: torch.randn(600, 600) for name in "abcd"}
-    copies = weights(Arena(), **large)
+    copies = weights(HostBuffer(), **large)
     assert [name for name in large if not copies[name].equal(large[name])] == []
 
 
-def test_a_thread_that_copies_later_than_all_others_is_not_waited_for() -> None:
+def test_a_thread_that_copies_later_than_all_pool_is_not_waited_for() -> None:
     gate, began = threading.Event(), threading.Event()
-    crew = Crew()
-    crew._others = ThreadPoolExecutor(1)
-    crew._others.submit(lambda: (began.set(), gate.wait(30)))  # type: ignore[func-returns-value]
+    threads = CopyThreads()
+    threads._pool = ThreadPoolExecutor(1)
+    threads._pool.submit(lambda: (began.set(), gate.wait(30)))  # type: ignore[func-returns-value]
     assert began.wait(30)
     originals = [torch.randn(600, 600) for _ in range(5)]
     copies = [torch.empty(600, 600) for _ in range(5)]
-    with crew.copying(list(zip(copies, originals, strict=True))):
+    with threads.copying(list(zip(copies, originals, strict=True))):
         pass
     assert not gate.is_set()
     gate.set()
     assert all(copy.equal(original) for copy, original in zip(copies, originals, strict=True))
-    crew.leave()
+    threads.stop()
 
 
 def test_a_copy_that_fails_in_any_thread_is_no_copy() -> None:
-    crew = Crew()
+    threads = CopyThreads()
     pairs = [(torch.empty(600, 600), torch.randn(600, 600)) for _ in range(9)]
     pairs[5] = (torch.empty(600, 600), torch.randn(600, 601))
-    with pytest.raises(ValueError, match="broadcast"), crew.copying(pairs):
+    with pytest.raises(ValueError, match="broadcast"), threads.copying(pairs):
         pass
-    crew.leave()
+    threads.stop()
 
 
 def test_where_what_is_done_meanwhile_fails_no_thread_copies_any_more() -> None:
-    crew = Crew()
+    threads = CopyThreads()
     originals = [torch.randn(600, 600) for _ in range(9)]
     copies = [torch.empty(600, 600) for _ in range(9)]
-    with pytest.raises(KeyError), crew.copying(list(zip(copies, originals, strict=True))):
+    with pytest.raises(KeyError), threads.copying(list(zip(copies, originals, strict=True))):
         raise KeyError
     assert all(copy.equal(original) for copy, original in zip(copies, originals, strict=True))
-    crew.leave()
+    threads.stop()
 
 
 def test_with_no_memory_for_a_copy_the_step_waits_for_its_save(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(self: Arena, size: int, *, found: bool = False) -> torch.Tensor:
+    def refuse(self: HostBuffer, size: int, *, touch: bool = False) -> torch.Tensor:
         raise RuntimeError(f"you tried to allocate {size} bytes")
 
-    monkeypatch.setattr(Arena, "_made", refuse)
+    monkeypatch.setattr(HostBuffer, "_allocate", refuse)
     run = tiny_run(Wide(), Checkpoint(every=Period(2), keep_last=9), length=5)
     assert names(run.folder / "checkpoints") == [f"step-0000000{step}" for step in (2, 4, 5)]
-    assert choice.load([run.folder / "checkpoints"], Wish(rules=Rules(keep_last=1))) is not None
+    assert (
+        resume.load([run.folder / "checkpoints"], LoadRequest(rules=Rules(keep_last=1))) is not None
+    )
     assert caplog.text.count("no memory for a copy") == 2
 
 

@@ -1,6 +1,6 @@
-"""The files of checkpoints: every system call of a save is made here, through ``system``.
+"""Files that are written once, hashed and fsynced; what changes the disk goes through ``system``.
 
-What a disk can refuse is refused here: every error is an ``OSError`` that names its file.
+Every error is an ``OSError`` that names its file.
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# A chunk is hashed and then written while it is still in the processor's cache.
 CHUNK = 8 * 2**20
-"""Bytes that are hashed, then written: they are still in the processor's cache in between."""
+"""Bytes that are hashed, read or written at a time."""
 
+# O_NOFOLLOW: a link could lead out of the checkpoint. O_NONBLOCK: opening a FIFO would wait.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# 0o666: the umask decides, as for any other file the user's programs write.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+# The umask decides, as for every other file that the user's programs write.
+_MODE = 0o666
 
 
 class System:
-    """The system calls that change what is on the disk, or wait for it, and what asks its space.
+    """The system calls that change the disk, wait for it, or ask for its free space.
 
-    Whoever wants to see, fail or cut them puts another object in the place of ``files.system``.
+    Tests that watch, fail or cut these calls replace ``durable_files.system``. That is why this
+    module does not use ``fundamentallm.durable_file`` and ``sync_folder``: what goes past
+    ``system`` cannot be made to fail, and the model of a power cut would not see it.
     """
 
     open = staticmethod(os.open)
@@ -51,21 +56,21 @@ system: Any = System()
 
 
 @attrs.frozen
-class Seal:
-    """What a file must hold, byte for byte."""
+class FileDigest:
+    """Size and SHA-256 of a file."""
 
     size: int
     sha256: str
 
 
-class Sink:
-    """A new file that counts and hashes what is written to it."""
+class HashingWriter:
+    """A new file that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._size = 0
         self._hash = hashlib.sha256()
-        self._file = system.open(path, _NEW, 0o666)
+        self._file = system.open(path, _NEW, _MODE)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of ``data``."""
@@ -74,26 +79,26 @@ class Sink:
             part = view[start : start + CHUNK]
             self._hash.update(part)
             self._size += len(part)
-            with _naming(self.path):
-                while part:
+            with _with_path(self.path):
+                while part:  # a write may take less than it is given
                     part = part[system.write(self._file, part) :]
 
-    def seal(self) -> Seal:
-        """Wait until the file is on the disk, and tell what it holds."""
-        with _naming(self.path):
+    def sync(self) -> FileDigest:
+        """Fsync the file and return its digest."""
+        with _with_path(self.path):
             system.fsync(self._file)
-        return Seal(self._size, self._hash.hexdigest())
+        return FileDigest(self._size, self._hash.hexdigest())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _naming(self.path):
+        with _with_path(self.path):
             system.close(self._file)
 
 
-class Source:
-    """A regular file that is hashed while it is read; never a link, and nothing that blocks."""
+class HashingReader:
+    """A regular file that is hashed while it is read; links and FIFOs are refused."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, _READ)
@@ -107,9 +112,9 @@ class Source:
         self._hash = hashlib.sha256()
 
     def fill(self, view: memoryview) -> None:
-        """Read as many bytes as ``view`` holds into it; ``ValueError`` if the file ends before."""
+        """Read ``len(view)`` bytes into ``view``; raise ``ValueError`` if the file ends before."""
         while view:
-            with _naming(self.path):
+            with _with_path(self.path):
                 count = os.readv(self._file, [view[:CHUNK]])
             if not count:
                 raise ValueError("ends too early")
@@ -118,21 +123,21 @@ class Source:
             view = view[count:]
 
     def take(self, size: int) -> bytes:
-        """Return the next ``size`` bytes; ``ValueError`` if the file ends before."""
-        if size > self.size - self._read:  # before that much memory is taken
+        """Return the next ``size`` bytes; raise ``ValueError`` if the file ends before."""
+        if size > self.size - self._read:  # checked before the memory is allocated
             raise ValueError("ends too early")
         data = bytearray(size)
         self.fill(memoryview(data))
         return bytes(data)
 
-    def seal(self) -> Seal:
-        """Read what is left, and tell what the file holds."""
+    def digest(self) -> FileDigest:
+        """Read the rest of the file and return the digest of all of it."""
         buffer = memoryview(bytearray(min(CHUNK, max(self.size - self._read, 1))))
-        with _naming(self.path):
+        with _with_path(self.path):
             while count := os.readv(self._file, [buffer]):
                 self._hash.update(buffer[:count])
                 self._read += count
-        return Seal(self._read, self._hash.hexdigest())
+        return FileDigest(self._read, self._hash.hexdigest())
 
     def __enter__(self) -> Self:
         return self
@@ -141,29 +146,38 @@ class Source:
         os.close(self._file)
 
 
-def write(path: Path, data: bytes) -> Seal:
-    """Write a new file and wait until it is on the disk."""
-    with Sink(path) as sink:
-        sink.write(data)
-        return sink.seal()
+def write(path: Path, data: bytes) -> FileDigest:
+    """Write and fsync a new file. Its name is durable once the folder is synced."""
+    with HashingWriter(path) as file:
+        file.write(data)
+        return file.sync()
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a small file durably under ``path``, replacing what is there in one step."""
+    part = path.with_name(f".{path.name}")
+    part.unlink(missing_ok=True)  # left by a process that was killed here
+    write(part, data)
+    rename(part, path)
+    sync_folder(path.parent)
 
 
 def read(path: Path, limit: int) -> bytes:
-    """Return what a regular file holds; raise ``ValueError`` if that is more than ``limit``."""
-    with Source(path) as source:
-        if source.size > limit:
+    """Return the content of a regular file; raise ``ValueError`` if it is larger than ``limit``."""
+    with HashingReader(path) as file:
+        if file.size > limit:
             raise ValueError(f"is larger than {limit:,} bytes")
-        return source.take(source.size)
+        return file.take(file.size)
 
 
-def measure(path: Path) -> Seal:
-    """Read a regular file through."""
-    with Source(path) as source:
-        return source.seal()
+def digest(path: Path) -> FileDigest:
+    """Read a regular file and return its digest."""
+    with HashingReader(path) as file:
+        return file.digest()
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, each one durable."""
+    """Make a folder and its missing parents, each of them durable."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -173,13 +187,13 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Fsync a folder: the names in it are then durable."""
     file = system.open(path, _FOLDER)
     try:
-        with _naming(path):
+        with _with_path(path):
             system.fsync(file)
     except OSError as error:
-        # A file system that syncs no folders does the best it can.
+        # Some file systems cannot sync folders; there is nothing more to do on these.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
@@ -187,12 +201,12 @@ def sync_folder(path: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a folder or file another name; the folder above has yet to be synced."""
+    """Rename a file or folder. The new name is durable once the parent folder is synced."""
     system.rename(path, target)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or link, or a folder and all in it; no link is followed."""
+    """Delete a file, a link, or a folder with its content; links are not followed."""
     if path.is_symlink() or not path.is_dir():
         system.unlink(path)
         return
@@ -201,28 +215,28 @@ def remove(path: Path) -> None:
     system.rmdir(path)
 
 
-def free(path: Path) -> int | None:
-    """Return the bytes that may still be written below a folder; None if nobody can tell."""
-    with _naming(path):
+def free_space(path: Path) -> int | None:
+    """Return the bytes that may still be written below a folder; None if the disk reports none."""
+    with _with_path(path):
         found = system.statvfs(path)
     return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """Hold a new folder as this process's own until the block ends or the process dies."""
+def locked_folder(path: Path) -> Iterator[None]:
+    """Make a folder and lock it until the block ends or the process dies."""
     system.mkdir(path)
     file = system.open(path, _FOLDER)
     try:
-        with _naming(path):
+        with _with_path(path):
             system.flock(file, fcntl.LOCK_EX)
         yield
     finally:
         system.close(file)
 
 
-def is_claimed(path: Path) -> bool:
-    """Whether a living process holds the folder, or nobody can tell."""
+def is_locked(path: Path) -> bool:
+    """Return whether a living process has locked the folder, or it cannot be known."""
     try:
         file = os.open(path, _FOLDER)
     except OSError:
@@ -238,8 +252,8 @@ def is_claimed(path: Path) -> bool:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add to an error of an open file which file it was."""
+def _with_path(path: Path) -> Iterator[None]:
+    """Add the path to errors of calls that know only a file descriptor."""
     try:
         yield
     except OSError as error:
