@@ -69,7 +69,7 @@ def test_plugins_import_from_the_core_its_face_alone_and_never_each_other():
         "testing.py",
     }
     for path in MODULES:
-        own = path.parent.name
+        own = path.relative_to(ROOT / "plugins").parts[1]
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "fundamentallm":
