@@ -21,7 +21,7 @@ from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
-from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order
+from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order, role_of
 from fundamentallm.run import Run, Snapshot
 from fundamentallm.loop import train_window
 from fundamentallm.settings import RunSettings
@@ -81,6 +81,7 @@ __all__ = [
     "plugin",
     "plugin_name",
     "recorded",
+    "role_of",
     "setting_fields",
     "settings_options",
     "state",

@@ -9,17 +9,43 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import tomli
 from attrs.validators import ge, matches_re, optional
 
 from fundamentallm import host
-from fundamentallm.errors import SettingsError
+from fundamentallm.errors import FundamentalError, SettingsError
 from fundamentallm.hookspecs import REQUIRED, Hooks
 from fundamentallm.host import Found, Host, Source, field, plugin, suggest, walk
 from fundamentallm.periods import Period
 
+Role: TypeAlias = Literal["data", "model", "optimizer", "training", "control", "saver", "observer"]
+# A plugin that answers one of these hooks changes the data or the weights of a run.
+ROLES: dict[str, tuple[str, ...]] = {
+    "data": ("build_data", "build_tokenizer"),
+    "model": ("build_model",),
+    "optimizer": ("build_optimizer",),
+    "training": (
+        "adapt_model",
+        "checkpoint_activations",
+        "compile_model",
+        "distribute_model",
+        "collect_batches",
+        "weigh_window",
+        "train_microbatch",
+        "forward",
+        "backward",
+        "finish_gradients",
+        "judge_step",
+        "edit_gradients",
+        "lr_factor",
+        "optimizer_step",
+    ),
+    "control": (),
+    "saver": (),
+    "observer": (),
+}
 CORE_METRICS = ("train/loss", "train/tokens", "optim/lr", "val/loss")
 
 
@@ -96,6 +122,19 @@ def hook_methods(cls: type) -> Iterator[tuple[str, dict[str, Any], Any]]:
     return host.hook_methods(HOST, cls)
 
 
+def role_of(plugin: object) -> Role:
+    """Return the role of a plugin (or of its class): declared as ``role``, else implied by its
+    hooks. See ``plugin``."""
+    return cast("Role", host.role_of(HOST, plugin if isinstance(plugin, type) else type(plugin)))
+
+
+def ends_the_run(hook: str, error: Exception) -> bool:
+    """Return whether an error of an observer ends the run: wrong settings always do, and before
+    the first step also every other error that its user can act on."""
+    kinds = FundamentalError if hook in ("on_run_start", "on_train_start") else SettingsError
+    return isinstance(error, kinds)
+
+
 def check_values(source: Source, built: Mapping[str, Any]) -> None:
     """Note which settings ask for what the plugins do not bring: metrics, epochs."""
     produced = [*CORE_METRICS, *(m for p in built.values() for m in getattr(p, "produces", ()))]
@@ -119,6 +158,7 @@ HOST = Host(
     known=tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8")),
     check=check_values,
     error=SettingsError,
-    fatal=(SettingsError,),
+    fatal=ends_the_run,
+    roles=ROLES,
     to_the_end=("on_train_end",),
 )

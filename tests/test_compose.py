@@ -20,6 +20,7 @@ from fundamentallm import (
     hookimpl,
     order,
     plugin,
+    role_of,
     train,
 )
 
@@ -864,13 +865,15 @@ def test_an_observer_cannot_vote_for_a_factor():
     class Slows:
         """Watches, and has a say."""
 
-        observer = True
+        role = "observer"
 
         @hookimpl
         def lr_factor(self):
             return 0.5
 
-    with pytest.raises(SettingsError, match="lr_factor: an observer may be muted"):
+    with pytest.raises(
+        SettingsError, match="lr_factor: a plugin whose role is 'observer' must not answer it"
+    ):
         compose({"plugins": [], "run": {"length": 1}}, plugins=[Slows()])
 
 
@@ -930,3 +933,27 @@ def test_composed_says_what_it_holds(install: Install) -> None:
     assert isinstance(composed, Composed)
     assert composed.tables["plugins"] == ["parts"]
     assert composed.tables["parts"] == {}
+
+
+def test_every_first_party_plugin_declares_its_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what is installed here is what this looks at
+    ours = [
+        found
+        for offers in find_plugins().values()
+        for found in offers
+        if found.distribution.startswith("fundamentallm-")
+    ]
+    assert len(ours) >= 30
+    for found in ours:
+        cls = found.load()
+        assert vars(cls).get("role") == role_of(cls), found.name
+
+
+@pytest.mark.parametrize("role", ["control", "saver", "observer"])
+@pytest.mark.parametrize("hook", ["build_model", "forward", "judge_step", "lr_factor"])
+def test_a_plugin_that_changes_data_or_weights_cannot_have_a_harmless_role(
+    role: str, hook: str
+) -> None:
+    space = {"role": role, hook: hookimpl(lambda self: None)}
+    with pytest.raises(SettingsError, match=f"{hook}: a plugin whose role is '{role}' must not"):
+        compose({"plugins": [], "run": RUN}, plugins=[plugin(type("Mine", (), space))()])

@@ -16,6 +16,8 @@ from fundamentallm import (
     Hooks,
     PluginError,
     Rejection,
+    SettingsError,
+    StorageError,
     about_hook,
     field,
     hookimpl,
@@ -401,7 +403,7 @@ def test_an_observer_stays_muted_when_the_hooks_are_bound_anew(tiny_run, caplog)
 
     @plugin
     class Broken:
-        observer = True
+        role = "observer"
 
         @hookimpl
         def on_step_end(self, run):
@@ -515,7 +517,7 @@ def test_a_wrapper_surrounds_the_action_and_sees_its_result(tiny_run, tmp_path):
 def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog):
     @plugin
     class Shaky:
-        observer = True
+        role = "observer"
         heard = 0
 
         @hookimpl
@@ -570,3 +572,29 @@ def test_all_plugins_hear_the_end_of_a_run_that_failed(tiny_run, caplog):
     assert "and again" in caplog.text
     assert heard[0][0] == "failed"
     assert "it broke" in heard[0][1]
+
+
+@pytest.mark.parametrize("hook", ["on_run_start", "on_train_start"])
+def test_an_observer_may_end_the_run_before_the_first_step_with_an_error_to_act_on(tiny_run, hook):
+    space = {"role": "observer", hook: hookimpl(lambda self: full())}
+
+    def full():
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError):
+        tiny_run(plugin(type("Logs", (), space))())
+
+
+def test_an_observer_is_muted_by_any_error_in_a_step_except_wrong_settings(tiny_run, tmp_path):
+    @plugin
+    class Logs:
+        role = "observer"
+        error: Any = StorageError
+
+        @hookimpl
+        def on_step_end(self):
+            raise self.error("the disk is full")
+
+    assert tiny_run(Logs(), run_dir=tmp_path / "muted").outcome == "finished"
+    with pytest.raises(SettingsError):
+        tiny_run(Logs(error=SettingsError), run_dir=tmp_path / "ended")

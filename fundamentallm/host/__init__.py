@@ -23,7 +23,7 @@ from fundamentallm.host.declare import (
 from fundamentallm.host.discover import Found, find
 from fundamentallm.host.dispatch import Around, blame, freeze
 from fundamentallm.host.environment import environment
-from fundamentallm.host.host import Host, class_problems, hook_methods
+from fundamentallm.host.host import Host, class_problems, hook_methods, role_of
 from fundamentallm.host.sources import Key, Origin, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
 from fundamentallm.host.structure import build, plain, structure, suggest, walk, written
@@ -61,6 +61,7 @@ __all__ = [
     "plugin_name",
     "read",
     "register",
+    "role_of",
     "set_state",
     "setting_fields",
     "settings_options",

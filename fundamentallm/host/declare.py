@@ -30,7 +30,13 @@ def plugin(cls: C) -> C:
 
     Class attributes the core knows, all optional:
 
-    - ``observer = True``: a failure of this plugin must not end the run (loggers, bars).
+    - ``role``: what the plugin is for. ``"data"``, ``"model"`` and ``"optimizer"`` build these;
+      ``"training"`` changes how the weights are updated (clipping, schedules, mixed precision);
+      ``"control"`` decides about the run but changes no weights (early stopping, validation);
+      ``"saver"`` writes checkpoints; ``"observer"`` shows or records (loggers, bars, profilers).
+      An observer that fails is muted with a warning, and the run goes on. The last three must not
+      answer a hook that changes data or weights: a start-up check refuses it. Without a
+      declaration the hooks imply the role, never ``"saver"`` or ``"observer"``.
     - ``before`` / ``after``: names of plugins that its edits come before or after.
     - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them.
     - ``has_epochs``: whether the data it builds has epochs; a property may answer by the settings.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import attrs
 
+from fundamentallm.host.host import role_of
+
 if TYPE_CHECKING:
     from pluggy import HookImpl, PluginManager
 
@@ -41,8 +43,8 @@ def freeze(
 ) -> Any:
     """Return an object with one callable per hook, which takes what the hook specifies.
 
-    An exclusive hook returns its answer, any other the list of the answers. A plugin that declares
-    ``observer = True`` is muted with a warning once it has raised. ``around(plugin, hook, call)``
+    An exclusive hook returns its answer, any other the list of the answers. A plugin whose role is
+    ``"observer"`` is muted with a warning once it has raised. ``around(plugin, hook, call)``
     may put a call of its own in place of each plugin's, to trace or time it; where wrappers
     surround an answer, also in place of the whole, with ``""`` for the plugin. ``muted`` are the
     observers that have been muted, shared by all that one has frozen with it.
@@ -64,7 +66,7 @@ class _Freezing:
         spec, impls = caller.spec.argnames, caller.get_hookimpls()
         # pluggy calls the last one registered first.
         calls = [
-            self.around(impl.plugin_name, hook, self.bound(impl, spec))
+            self.around(impl.plugin_name, hook, self.bound(impl, hook, spec))
             for impl in reversed(impls)
             if not impl.wrapper
         ]
@@ -75,13 +77,19 @@ class _Freezing:
             return _each(calls, to_the_end=hook in self.host.to_the_end)
         call = calls[0]
         for impl in (impl for impl in impls if impl.wrapper):  # the last one is the outermost
-            observes = getattr(impl.plugin, "observer", False)
-            call = self.observed(call, impl, spec) if observes else _surrounded(call, impl, spec)
+            observes = self.observes(impl)
+            observed = self.observed(call, impl, hook, spec) if observes else None
+            call = observed or _surrounded(call, impl, spec)
         return call if call is calls[0] else self.around("", hook, call)
 
-    def bound(self, impl: HookImpl, spec: tuple[str, ...]) -> Call:
+    def observes(self, impl: HookImpl) -> bool:
+        """Return whether a failure of this implementation only mutes its plugin."""
+        # The object with the host's own answers is no plugin, and has no role.
+        return impl.plugin_name != "core" and role_of(self.host, type(impl.plugin)) == "observer"
+
+    def bound(self, impl: HookImpl, hook: str, spec: tuple[str, ...]) -> Call:
         call, names, plugin = cast("Call", impl.function), impl.argnames, impl.plugin_name
-        observes = getattr(impl.plugin, "observer", False)
+        observes = self.observes(impl)
         unwanted = [name for name in spec if name not in names]
         if not unwanted and not observes:
             return call
@@ -97,11 +105,11 @@ class _Freezing:
             except Exception as error:
                 if not observes:
                     raise
-                self.mute(plugin, error)
+                self.mute(plugin, hook, error)
 
         return select
 
-    def observed(self, call: Call, impl: HookImpl, spec: tuple[str, ...]) -> Call:
+    def observed(self, call: Call, impl: HookImpl, hook: str, spec: tuple[str, ...]) -> Call:
         """Put an observer's wrapper around a call: if it raises, the call is made without it."""
         plugin, function = impl.plugin_name, cast("Call", impl.function)
         wanted = [name for name in spec if name in impl.argnames]
@@ -113,7 +121,7 @@ class _Freezing:
             try:
                 next(steps)
             except Exception as error:  # noqa: BLE001 - what it is, is told
-                self.mute(plugin, error)
+                self.mute(plugin, hook, error)
             answer = call(**given)
             try:
                 steps.send(answer)
@@ -121,14 +129,14 @@ class _Freezing:
                 # Muted before it began, it has nothing to return.
                 return answer if plugin in self.muted else stop.value
             except Exception as error:  # noqa: BLE001 - what it is, is told
-                self.mute(plugin, error)
+                self.mute(plugin, hook, error)
             return answer
 
         return observe
 
-    def mute(self, plugin: str, error: Exception) -> None:
-        """Leave an observer out from now on; raise what even an observer may raise."""
-        if isinstance(error, self.host.fatal):
+    def mute(self, plugin: str, hook: str, error: Exception) -> None:
+        """Call an observer no more; raise an error that the host lets even an observer raise."""
+        if self.host.fatal(hook, error):
             raise error
         self.muted.add(plugin)
         text = "%s failed and is muted from now on: %r"

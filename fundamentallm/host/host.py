@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -15,6 +15,11 @@ from fundamentallm.host.structure import suggest
 
 def _nothing_more(_: Source, __: Mapping[str, Any]) -> None:
     """Check nothing."""
+
+
+def _never(_: str, __: Exception) -> bool:
+    """Let no error of an observer end the application."""
+    return False
 
 
 @attrs.frozen(kw_only=True)
@@ -37,8 +42,14 @@ class Host:
     """Notes in the source what else is wrong with the built plugins and the own table together."""
     to_the_end: tuple[str, ...] = ()
     """Events that every plugin hears even if one before it raised; the first error follows."""
-    fatal: tuple[type[Exception], ...] = ()
-    """What also an observer may raise."""
+    fatal: Callable[[str, Exception], bool] = _never
+    """Whether an error that an observer raised in a hook is raised all the same."""
+    roles: Mapping[str, Collection[str]] = attrs.field(
+        factory=lambda: {"control": (), "observer": ()}
+    )
+    """What a plugin is for (see ``role_of``) -> the hooks whose answers are the work of that role.
+    Roles without hooks are harmless: their plugins must not answer the hooks of another role. A
+    plugin of the role ``"observer"`` is muted when it fails."""
     version: str = "0.0"
     """Of the application: which deprecated hooks it no longer accepts."""
     own: str = "run"
@@ -74,6 +85,34 @@ def hook_methods(host: Host, cls: type) -> Iterator[tuple[str, dict[str, Any], A
             yield options.get("specname") or name, options, function
 
 
+def role_of(host: Host, cls: type) -> str:
+    """Return the role of a plugin class: the one that it declares, else one that its hooks imply.
+
+    A class that answers a hook of a role has the first such role. One that only wraps or edits has
+    the last role with hooks, and one with none of these hooks the first role without hooks.
+    """
+    declared = getattr(cls, "role", None)
+    if isinstance(declared, str):
+        return declared
+    working = [role for role, hooks in host.roles.items() if hooks]
+    for role in working:
+        if _answered(host, cls, host.roles[role]):
+            return role
+    methods = {hook for hook, _, _ in hook_methods(host, cls)}
+    if any(methods & {*host.roles[role]} for role in working):
+        return working[-1]
+    return next(role for role, hooks in host.roles.items() if not hooks)
+
+
+def _answered(host: Host, cls: type, hooks: Collection[str]) -> list[str]:
+    """Return which of some hooks a class answers or votes in: more than wrapping or editing."""
+    return [
+        hook
+        for hook, options, _ in hook_methods(host, cls)
+        if hook in hooks and not options["wrapper"] and host.kind(hook) != "edit"
+    ]
+
+
 def answering(host: Host, plugins: Mapping[str, object]) -> dict[str, list[str]]:
     """Return for each hook the names of the plugins that answer it, wrappers aside."""
     answers: dict[str, list[str]] = {}
@@ -89,12 +128,11 @@ def answering(host: Host, plugins: Mapping[str, object]) -> dict[str, list[str]]
 def class_problems(host: Host, cls: type) -> Iterator[str]:
     """Yield what is wrong with the hooks of one plugin class."""
     hooks = host.hook_names
+    yield from _role_problems(host, cls)
     methods = {name: method for name, *method in hook_methods(host, cls)}
     for name in (hook for hook in hooks if hasattr(cls, hook) and hook not in methods):
         yield f"method {name} is named like a hook but lacks @hookimpl"
     for name, (options, function) in methods.items():
-        if name.endswith("_factor") and getattr(cls, "observer", False):
-            yield f"{name}: an observer may be muted, and its factor would be missing"
         if name in hooks:
             known = list(inspect.signature(getattr(host.hooks, name)).parameters)
             yield from _wrapper_problems(name, host.kind(name), options, function)
@@ -103,6 +141,18 @@ def class_problems(host: Host, cls: type) -> Iterator[str]:
             yield from host.facts(name).removed(name, taken, host.version)
         else:
             yield f"there is no hook {name!r}{suggest(name, hooks)}"
+
+
+def _role_problems(host: Host, cls: type) -> Iterator[str]:
+    role = role_of(host, cls)
+    working = [name for name, hooks in host.roles.items() if hooks]
+    if role not in host.roles:
+        yield f"role: unknown role {role!r}{suggest(role, host.roles)}"
+    elif role not in working:
+        hooks = {hook for name in working for hook in host.roles[name]}
+        for hook in _answered(host, cls, hooks):
+            wanted = " or ".join(map(repr, working))
+            yield f"{hook}: a plugin whose role is {role!r} must not answer it; expected {wanted}"
 
 
 def _wrapper_problems(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import EVERY
 
 from fundamentallm import HOOKS as CONTRACT
-from fundamentallm import Period, PluginError, compose, hookimpl, kind, plugin, train
+from fundamentallm import Period, PluginError, compose, hookimpl, kind, plugin, role_of, train
 from fundamentallm.testing import assert_same_weights, compose_tiny
 from fundamentallm_checkpoint import Checkpoint
 
@@ -35,7 +35,7 @@ class Failing:
     at: int = 1
     """Which call fails."""
 
-    observer = {observer}
+    role = "{role}"
     calls = 0
 
     @hookimpl(wrapper={wrapper})
@@ -51,7 +51,8 @@ def source(hook, observer):
     """Write a plugin that fails in a hook: where one plugin answers, it surrounds the answer."""
     wrapper = hook in EXCLUSIVE
     rest = "return (yield)" if wrapper else f"return {NEUTRAL.get(hook)}"
-    return FAILING.format(hook=hook, observer=observer, wrapper=wrapper, rest=rest)
+    role = "observer" if observer else "training"
+    return FAILING.format(hook=hook, role=role, wrapper=wrapper, rest=rest)
 
 
 def failing(hook, *, observer, at):
@@ -79,7 +80,7 @@ def parts(hook):
 
 
 # Whoever votes on the learning rate has a say in the run and observes nothing.
-OBSERVED = [hook for hook in HOOKS if hook != "lr_factor"]
+OBSERVED = [hook for hook in HOOKS if hook not in ("lr_factor", "judge_step")]
 SETTINGS = {"length": 8, "validate_every": 3, "log_every": 1}
 
 
@@ -171,7 +172,7 @@ def own_plugin_fails(uninterrupted, drawn, folder):
         assert code == 0, said
         return False
     muted = said.count(f"{name} failed and is muted from now on")
-    if getattr(CLASSES[name], "observer", False):
+    if role_of(CLASSES[name]) == "observer":
         assert (code, muted) == (0, 1), said
     else:
         told = rf"plugin '{name}' \(fundamentallm-[a-z-]+ [^)]+\) failed in {hook}: Failing"

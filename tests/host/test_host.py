@@ -146,7 +146,7 @@ def test_the_host_s_own_check_sees_everything_that_was_built():
 def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
     @hosting.plugin
     class Critic:
-        observer = True
+        role = "observer"
         error: type = ValueError
         heard: int = 0
 
@@ -156,13 +156,15 @@ def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
             raise self.error("bland")
 
     critic = Critic()
-    hooks = frozen(critic, fatal=(Burnt,))
+    hooks = frozen(critic, fatal=lambda _, error: isinstance(error, Burnt))
     hooks.on_served(dish="soup")
     hooks.on_served(dish="soup")
     assert critic.heard == 1
     assert "critic failed and is muted from now on" in caplog.text
     with pytest.raises(Burnt):
-        frozen(Critic(error=Burnt), fatal=(Burnt,)).on_served(dish="soup")
+        frozen(Critic(error=Burnt), fatal=lambda _, error: isinstance(error, Burnt)).on_served(
+            dish="soup"
+        )
 
 
 def test_events_named_by_the_host_are_heard_to_the_end():
@@ -204,7 +206,11 @@ def wrapping(name, *, before=None, after=None, observer=False):
             raise after
         return f"{name}({answer})"
 
-    space = {"taste": hookimpl(wrapper=True)(taste), "observer": observer, "seen": seen}
+    space = {
+        "taste": hookimpl(wrapper=True)(taste),
+        "role": "observer" if observer else "control",
+        "seen": seen,
+    }
     return hosting.plugin(type(name, (), space))()
 
 
@@ -429,3 +435,69 @@ def test_a_method_that_an_instance_sets_to_none_is_no_hook_of_that_instance():
     assert frozen(Taster(tastes=False), Gourmet()).taste(dish="soup") == "thyme"
     with pytest.raises(Burnt, match="both answer"):
         composed(Taster(), Gourmet())
+
+
+# ---------------------------------------------------------------------------------------------
+# Roles
+
+ROLES = {"cook": ("taste", "edit_dish"), "guest": (), "observer": ()}
+
+
+def role(**space):
+    """Return the role of a plugin class made of these attributes."""
+    made = hosting.plugin(type("Made", (), space))
+    return hosting.role_of(host(roles=ROLES), made)
+
+
+def answer(self):
+    return "fire"
+
+
+def wrap(self):
+    return (yield)
+
+
+def test_a_role_follows_from_the_hooks_where_a_class_declares_none():
+    assert role(taste=hookimpl(answer)) == "cook"
+    assert role(taste=hookimpl(wrapper=True)(wrap)) == "cook"
+    assert role(edit_dish=hookimpl(answer)) == "cook"
+    assert role(on_served=hookimpl(answer)) == "guest"
+
+
+def test_a_declared_role_stands():
+    assert role(role="observer", taste=hookimpl(wrapper=True)(wrap)) == "observer"
+    assert role(role="observer", on_served=hookimpl(answer)) == "observer"
+
+
+def test_an_unknown_role_is_refused_at_the_start():
+    @hosting.plugin
+    class Critic:
+        role = "obsrver"
+
+        @hookimpl
+        def on_served(self): ...
+
+    with pytest.raises(Burnt, match=r"role: unknown role 'obsrver' \(did you mean 'observer'\?\)"):
+        composed(Critic(), roles=ROLES)
+
+
+@pytest.mark.parametrize("harmless", ["guest", "observer"])
+def test_a_plugin_with_a_harmless_role_must_not_answer_what_makes_a_difference(harmless):
+    def made(**space):
+        return hosting.plugin(type("Made", (), {"role": harmless, **space}))()
+
+    with pytest.raises(Burnt, match=f"taste: a plugin whose role is '{harmless}' must not answer"):
+        composed(made(taste=hookimpl(answer)), roles=ROLES)
+    composed(made(taste=hookimpl(wrapper=True)(wrap)), roles=ROLES)
+    composed(made(edit_dish=hookimpl(answer)), roles=ROLES)
+
+
+def test_a_setting_named_role_is_no_role():
+    @hosting.plugin
+    class Guest:
+        role: str = "cook"
+
+        @hookimpl
+        def on_served(self): ...
+
+    assert hosting.role_of(host(roles=ROLES), Guest) == "guest"

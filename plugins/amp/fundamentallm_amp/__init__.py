@@ -37,6 +37,8 @@ class Amp:
     it never does.
     """
 
+    role = "training"
+
     dtype: Literal["bf16", "fp16"] = "bf16"
     """What matrix products and the like are computed in, in training and in validation."""
     params: Literal["bf16"] | None = None

@@ -26,6 +26,8 @@ class Checkpoint:
     save with two periods; each instance has its own folder, and resuming considers all of them.
     """
 
+    role = "saver"
+
     every: Period = Period(10, "minutes")
     """How often to save."""
     keep_last: int = field(default=3, validator=ge(1))

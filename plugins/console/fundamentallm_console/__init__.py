@@ -42,14 +42,14 @@ class Console:
     ``fundamentallm``: what a program does with that one holds here too.
     """
 
+    role = "observer"
+
     metrics: list[str] = field(factory=lambda: ["*"])
     """Which metrics a row shows: names, or patterns such as ``"train/*"``."""
 
     _handlers: list[logging.Handler] = field(init=False, factory=list)
     _level: int = field(init=False, default=logging.NOTSET)
     _validated: frozenset[str] = field(init=False, default=frozenset())
-
-    observer = True
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:

@@ -29,10 +29,10 @@ log = logging.getLogger("fundamentallm")
 class CrashReport:
     """Write a folder ``crash/`` in the run folder when a run fails: what it was doing, and why."""
 
+    role = "observer"
+
     rows: int = field(default=100, validator=ge(0))
     """How many of the last rows of metrics to put in."""
-
-    observer = True
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:

@@ -23,9 +23,9 @@ class Csv:
     them in a file beside.
     """
 
-    _table: Table | None = field(init=False, default=None)
+    role = "observer"
 
-    observer = True
+    _table: Table | None = field(init=False, default=None)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:

@@ -23,6 +23,8 @@ class EarlyStopping:
     say otherwise.
     """
 
+    role = "control"
+
     monitor: str = "val/loss"
     """The metric to watch: of a validation, or of the rows that are logged (`train/loss`)."""
     mode: Literal["min", "max"] = "min"

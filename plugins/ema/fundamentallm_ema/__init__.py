@@ -21,6 +21,8 @@ class Ema(Averaging):
     checkpoint. Updates that were rejected do not count.
     """
 
+    role = "control"
+
     decay: float = field(default=0.999, validator=[ge(0), lt(1)])
     """How much of the average each update keeps; the rest comes from the weights."""
     warmup: bool = True
@@ -55,6 +57,8 @@ class Swa(Averaging):
     Better Generalization" (2018, arXiv:1803.05407). The average is beside the weights that are
     trained, which it never touches, and in every checkpoint. Rejected updates do not count.
     """
+
+    role = "control"
 
     start: Period | float = 0.75
     """When the average begins: after this much training, or after this fraction of the run."""

@@ -32,6 +32,8 @@ class Gpt:
     characters on a CPU. What a preset or a setting does not say is GPT-2's way.
     """
 
+    role = "model"
+
     free = ("dropout", "init_std")  # what a resumed run may set anew: the weights' shapes stay
 
     preset: Preset | None = field(default=None, validator=optional(in_(get_args(Preset))))

@@ -32,7 +32,8 @@ class GradStats:
     the host wait for the device; between the measured steps nothing is done.
     """
 
-    observer = True
+    role = "observer"
+
     after: ClassVar[tuple[str, ...]] = ("freeze",)  # what has just been unfrozen is measured, too
     produces: ClassVar[tuple[str, ...]] = ("grad_norm/*", "weight_norm/*", "update_ratio/*")
 

@@ -321,7 +321,7 @@ def test_without_histograms_there_is_no_file_and_nothing_to_take(tiny_run: TinyR
 class Takes:
     """A logger that takes histograms; it may fail to from some moment on."""
 
-    observer = True
+    role = "observer"
 
     most: int = 1000
 

@@ -40,6 +40,8 @@ class Guard:
     waits for the device once.
     """
 
+    role = "training"
+
     produces: ClassVar[tuple[str, ...]] = ("guard/skipped", "guard/rewinds")
 
     nonfinite: Literal["skip", "rewind", "stop", "off"] = "skip"

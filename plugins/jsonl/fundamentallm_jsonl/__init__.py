@@ -33,10 +33,10 @@ class Jsonl:
     to ``histograms.jsonl`` in the same way, and how the run ended to ``outcome.json``.
     """
 
+    role = "observer"
+
     _folder: Path | None = field(init=False, default=None)
     _files: dict[str, int] = field(init=False, factory=dict)
-
-    observer = True
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:

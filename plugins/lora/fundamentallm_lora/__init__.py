@@ -27,6 +27,8 @@ class Lora:
     exactly what the model computes without adapters.
     """
 
+    role = "training"
+
     targets: list[str] = field(factory=lambda: ["*"])
     """Globs on the names of linear layers (`*` matches dots too) that get adapters, such as
     `["*.attention.qkv"]`. By default all of them."""

@@ -24,6 +24,8 @@ class LrSchedule:
     run's.
     """
 
+    role = "training"
+
     shape: Literal[
         "constant",
         "linear",

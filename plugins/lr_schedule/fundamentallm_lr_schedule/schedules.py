@@ -82,6 +82,8 @@ class Schedules:
     """Let number settings of other plugins follow schedules: a pure function of the progress, so
     that a resumed run goes on exactly."""
 
+    role = "training"
+
     of: dict[str, dict[str, Scheduled]]
     """The schedules by plugin and setting: `[schedules.of.text.batch_size]`."""
 

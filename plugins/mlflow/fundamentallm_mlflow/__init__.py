@@ -33,6 +33,8 @@ class Mlflow:
     journal.
     """
 
+    role = "observer"
+
     tracking_uri: str | None = None
     """The store: ``sqlite:///path.db`` or ``http://host:port``. By default what the environment
     variable MLFLOW_TRACKING_URI says, else ``mlflow.db`` in the folder of the command."""

@@ -8,7 +8,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Period, hook_methods, setting_fields
+from fundamentallm import Period, hook_methods, role_of, setting_fields
 from fundamentallm_mlflow.note import note, program
 from fundamentallm_mlflow.places import noted
 
@@ -55,7 +55,7 @@ def parameters(run: Run, own: object) -> dict[str, str]:
     tables: dict[str, Any] = {"run": run.settings} | {
         name: instance
         for name, instance in run.plugins.items()
-        if instance is not own and not getattr(instance, "observer", False) and not _saves(instance)
+        if instance is not own and role_of(instance) != "observer" and not _saves(instance)
     }
     flat = {key: value for name, table in tables.items() for key, value in _flat(name, table)}
     flat["model.parameters"] = str(sum(parameter.numel() for parameter in run.parameters))

@@ -15,6 +15,8 @@ class Gc:
     process. All processes of a run that wait for each other then wait for each collection of each.
     """
 
+    role = "control"
+
     every: int = field(default=50, validator=ge(1))
     """Steps between two collections; steps, since all processes must agree on them."""
     generation: int = field(default=1, validator=in_((0, 1, 2)))

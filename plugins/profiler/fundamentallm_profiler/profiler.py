@@ -21,7 +21,7 @@ class Profiler:
     The other steps are not touched. Whatever goes wrong here, the run goes on.
     """
 
-    observer = True
+    role = "observer"
 
     start: int = field(default=10, validator=ge(1))
     """The first step that is recorded."""

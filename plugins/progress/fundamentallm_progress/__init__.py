@@ -39,14 +39,14 @@ class Progress:
     costs nothing.
     """
 
+    role = "observer"
+
     metrics: list[str] = field(factory=lambda: ["train/loss", "val/loss", "optim/lr"])
     """The metrics to show, as they were at the last log step."""
     quiet: bool = False
     """Whether to show nothing at all."""
 
     _display: Display | None = field(init=False, default=None)
-
-    observer = True
 
     @hookimpl
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:

@@ -41,7 +41,7 @@ class Sample:
     not notice: weights, modes and random numbers are afterwards what they were before.
     """
 
-    observer = True
+    role = "observer"
 
     every: Period = Period(500)
     """How often to write samples; the end of the run brings some in any case."""

@@ -21,11 +21,12 @@ PATIENCE = 60
 class Slurm:
     """Put the SLURM job of a run back into the queue when the run is stopped before its end."""
 
+    role = "observer"
+
     signals: list[str] = field(factory=lambda: ["SIGUSR1", "SIGTERM"])
     """The signals, by name, after which the job is to be queued again; ``SIGUSR1`` is also what
     ``run.max_time`` ends with."""
 
-    observer = True
     before = ("console",)  # what it says at the end belongs into the log
 
     def __attrs_post_init__(self) -> None:

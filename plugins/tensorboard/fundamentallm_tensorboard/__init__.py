@@ -22,12 +22,12 @@ class Tensorboard:
     are already keeps them in a folder beside.
     """
 
+    role = "observer"
+
     hparams: bool = True
     """Whether the settings also appear in the HParams tab, where runs are compared by them."""
 
     _events: Any = field(init=False, default=None)
-
-    observer = True
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:

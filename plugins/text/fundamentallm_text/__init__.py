@@ -47,6 +47,8 @@ def _check_splits(_: object, __: object, value: dict[str, Path | list[Path]]) ->
 class Text:
     """Read a corpus as windows of tokens: inputs, and as targets the same one token further on."""
 
+    role = "data"
+
     path: Path | list[Path] | None = None
     """Text files, or token files (.npy, .bin): one, several, or a pattern such as "data/*.txt".
     Without it, ``source`` is read."""

@@ -28,7 +28,8 @@ class Throughput:
     timed inside, hook by hook; the others are left alone.
     """
 
-    observer = True
+    role = "observer"
+
     produces: ClassVar[tuple[str, ...]] = ("perf/*", "system/*")
     before: ClassVar[tuple[str, ...]] = ("console",)
     """At the end of the run: what is told after it has closed its log is in no log."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Composed, Period, hook_methods, hookimpl, plugin
+from fundamentallm import Composed, Period, hook_methods, hookimpl, plugin, role_of
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -65,7 +65,7 @@ def answering(composed: Composed, hook: str) -> str | None:
 def follows(instance: object) -> bool:
     """Tell whether a plugin only follows a run: loggers, bars, whoever publishes what it finds."""
     heard = hooks(instance)
-    return getattr(instance, "observer", False) or (heard <= FOLLOWING and bool(heard & TOLD))
+    return role_of(instance) == "observer" or (heard <= FOLLOWING and bool(heard & TOLD))
 
 
 def shapes_steps(instance: object) -> bool:
@@ -75,7 +75,7 @@ def shapes_steps(instance: object) -> bool:
     of others, since a trial wants to see what goes wrong.
     """
     heard = hooks(instance)
-    if getattr(instance, "observer", False):
+    if role_of(instance) == "observer":
         return False
     if heard & SHAPING:
         return "judge_step" not in heard or bool(heard & {"forward", "backward"})

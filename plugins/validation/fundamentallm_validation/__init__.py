@@ -26,6 +26,8 @@ LARGER = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy"
 class Validation:
     """Measure more than the loss on every held-out split, and keep track of the best."""
 
+    role = "control"
+
     perplexity: bool = True
     """Log ``val/perplexity``: e to the power of the loss."""
     bits_per_byte: bool = False

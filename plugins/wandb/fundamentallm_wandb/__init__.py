@@ -20,6 +20,8 @@ class Wandb:
     there: the history behind that step is cut off, so that no step is there twice.
     """
 
+    role = "observer"
+
     mode: Literal["online", "offline", "disabled"] = "offline"
     """Send rows to the server as they come, keep them in ``wandb/`` in the run folder for
     ``wandb sync``, or do nothing. The variable WANDB_MODE does not change it."""
@@ -41,8 +43,6 @@ class Wandb:
     id: str | None = state(None)
 
     _session: Any = field(init=False, default=None)
-
-    observer = True
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
