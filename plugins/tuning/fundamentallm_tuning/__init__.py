@@ -1,4 +1,4 @@
 """Try settings before a run: does it work, which learning rate, which batch size?
 
-``command`` holds the commands, ``trial`` what they share: a short run that leaves nothing behind.
+``cli`` defines the commands. ``trial`` runs the user's settings in small, in a temporary folder.
 """

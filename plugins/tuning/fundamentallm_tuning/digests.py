@@ -1,4 +1,4 @@
-"""What a snapshot holds, in digests: to compare it bit by bit without keeping it."""
+"""Digests of snapshots and batches, to compare them bit by bit without keeping them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fundamentallm import Run, Snapshot
+    from fundamentallm import Batch, Run, Snapshot
 
 
 def digests(snapshot: Snapshot) -> dict[str, str]:
@@ -18,17 +18,22 @@ def digests(snapshot: Snapshot) -> dict[str, str]:
     return dict(_leaves(snapshot, ""))
 
 
+def batch_digests(batch: Batch | None) -> dict[str, str] | None:
+    """Return the digests of a micro-batch; None if there is no batch."""
+    return None if batch is None else dict(_leaves(batch.data, ""))
+
+
 def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Return the paths that are not the same in both."""
+    """Return the paths whose digests differ."""
     return sorted(
         path for path in before.keys() | after.keys() if before.get(path) != after.get(path)
     )
 
 
 def restored_from_memory(run: Run) -> list[str]:
-    """Put a copy of the run's snapshot back in place of zeros; return what is not as it was.
+    """Set the weights to zero, restore a copy of the snapshot; return the paths that differ.
 
-    For runs that save no checkpoint that could be resumed.
+    For runs without a checkpoint to resume from.
     """
     import torch
 
@@ -66,7 +71,7 @@ def _of_tensor(tensor: Tensor) -> str:
 
 
 def _copied(tree: Any) -> Any:
-    """Return a copy in the host's memory, as a checkpoint would be read."""
+    """Return a copy on the CPU, where checkpoints are read to."""
     import torch
 
     if isinstance(tree, torch.Tensor):

@@ -1,4 +1,4 @@
-"""A plugin that looks at a run while it makes its first steps."""
+"""A plugin that measures the first steps of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, Rejection, field, hookimpl, plugin
-from fundamentallm_tuning.digests import differences, digests
+from fundamentallm_tuning.digests import batch_digests, differences, digests
 from fundamentallm_tuning.trial import OWN, catch_up, peak_memory, window_loss
 
 if TYPE_CHECKING:
@@ -20,25 +20,25 @@ TIMED = ("build_data", "build_model", "validate", "on_safe_point")
 
 @plugin
 class Probe:
-    """Measure some steps and what is around them, and note the state they leave."""
+    """Measure some steps, validations and saves, and record the state at the end."""
 
     steps: int
     passed: dict[str, Any] = field(factory=dict)
-    """Counts of the progress that the run is to begin with, as if so much had been trained."""
+    """Counts of the progress to begin with, as if these steps had been trained."""
 
     seconds: dict[str, list[float]] = field(init=False, factory=lambda: defaultdict(list))
-    """What calls of ``TIMED`` hooks and steps (as ``"step"``) took."""
+    """Times of the ``TIMED`` hooks and of the steps (as ``"step"``)."""
     validations: list[float] = field(init=False, factory=list)
-    """What validations took, in seconds."""
+    """Times of the validations, in seconds."""
     losses: list[float] = field(init=False, factory=list)
     rates: list[float] = field(init=False, factory=list)
     rejections: list[Rejection] = field(init=False, factory=list)
     sizes: dict[str, int] = field(init=False, factory=dict)
     """Bytes: of parameters, gradients and so on."""
     counts: dict[str, int] = field(init=False, factory=dict)
-    """Parameters, and what is in one step."""
+    """Counts of parameters, and of the samples, tokens and micro-batches of one step."""
     metrics: dict[str, float] = field(init=False, factory=dict)
-    """What the last validation found."""
+    """Metrics of the last validation."""
     dtypes: list[str] = field(init=False, factory=list)
     without_gradient: list[str] = field(init=False, factory=list)
     without_optimizer: list[str] = field(init=False, factory=list)
@@ -49,12 +49,14 @@ class Probe:
     saved: bool = field(init=False, default=False)
     state: dict[str, str] = field(init=False, factory=dict)
     """Digests of the snapshot at the end."""
+    next_batch: dict[str, str] | None = field(init=False, default=None)
+    """Digests of the micro-batch that would have been trained next."""
     _started: float = field(init=False, default=0.0)
-    _looked: float = field(init=False, default=0.0)  # seconds that are no part of the step
+    _looked: float = field(init=False, default=0.0)  # seconds of the measurements in a step
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        """Put a clock around what is heard from now on."""
+        """Time all later calls of the ``TIMED`` hooks."""
         self.device = run.device
         for name, value in self.passed.items():
             setattr(run.progress, name, value)
@@ -62,7 +64,7 @@ class Probe:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Count and weigh what has been built."""
+        """Count parameters and their bytes."""
         if self.passed:
             self._make_room(run)
         named = dict(run.model.named_parameters())
@@ -82,13 +84,13 @@ class Probe:
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
-        """Start the clock of a step."""
+        """Start the clock of the step."""
         catch_up(run.device)
         self._started = time.perf_counter()
 
     @hookimpl
     def judge_step(self, run: Run) -> None:
-        """Look at the loss and the gradients, which nobody has clipped yet; judge nothing."""
+        """Measure the loss and the gradients before clipping; reject nothing."""
         catch_up(run.device)
         began = time.perf_counter()
         self.losses.append(window_loss(run))
@@ -97,7 +99,7 @@ class Probe:
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:
-        """Note what the step took and what came of it; end the run after the last of them."""
+        """Record the time and the counts of the step; stop the run after the last step."""
         catch_up(run.device)
         self.seconds["step"].append(time.perf_counter() - self._started - self._looked)
         progress = run.progress
@@ -111,26 +113,29 @@ class Probe:
 
     @hookimpl
     def on_validation_end(self, metrics: dict[str, float]) -> None:
-        """Keep what was found, and what it took: whoever surrounds others took the longest."""
+        """Record the metrics and the time of the validation."""
         self.metrics = metrics
+        # The outermost wrapper has the longest time.
         self.validations.append(max(self.seconds.pop("validate", [0.0])))
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
-        """Note the state at the end, as whoever saves it here finds it."""
+        """Record the state at the end, at the safe point at which savers save it."""
         if run.ending and run.signal is None:
             self.sizes["peak"] = peak_memory(run.device)
             states = [s for kept in run.optimizer.state.values() for s in kept.values()]
             self.sizes["optimizer"] = _bytes(s for s in states if hasattr(s, "element_size"))
             self.state = digests(run.snapshot())
+            # Last: a source may draw from the global generators.
+            self.next_batch = batch_digests(next(run.stream, None))
 
     @hookimpl
     def on_checkpoint_saved(self) -> None:
-        """Note that there is one."""
+        """Record that a checkpoint was saved."""
         self.saved = True
 
     def _make_room(self, run: Run) -> None:
-        """Let the run be longer than it is, so that its end can be left after some steps."""
+        """Make the run longer, so that a trial that begins at its end has its steps."""
         length = run.settings.length
         longer = math.ceil(1.1 * length.amount) + self.steps
         run.settings.length, run.ending = Period(longer, length.unit), False
@@ -144,7 +149,7 @@ class Probe:
             for name, p in named
             if p.grad is not None
         }
-        # At the last step: what begins at zero may have none in the first (a LoRA's, say).
+        # Of the last step: weights that begin at zero, as in LoRA, may have none in the first.
         self.without_gradient = [name for name, _ in named if not norms.get(name)]
         self.gradient_norm = sum(norm**2 for norm in norms.values()) ** 0.5
         self.sizes["gradients"] = _bytes(p.grad for _, p in named if p.grad is not None)
@@ -167,15 +172,19 @@ class Probe:
 
 @plugin
 class Comparison:
-    """Compare what a run has been restored to with what it was; end it before a step."""
+    """Compare a restored run with the state that was saved; end it before its first step."""
 
     expected: dict[str, str] = field(init=False, factory=dict)
+    next_batch: dict[str, str] | None = field(init=False, default=None)
     different: list[str] = field(init=False, factory=list)
+    other_data: bool = field(init=False, default=False)
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """All that a resumed run begins with is there."""
+        """Compare the state and the next micro-batch of the resumed run."""
         self.different = differences(self.expected, digests(run.snapshot()))
+        batch = next(iter(run.data.batches(run.progress)), None)
+        self.other_data = batch_digests(batch) != self.next_batch
         run.ending = True
 
 

@@ -1,4 +1,4 @@
-"""Trials: short runs of somebody's settings in a temporary folder, which leave nothing behind."""
+"""Trials: short runs of the user's settings in a temporary folder that is deleted afterwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 OWN = "fundamentallm-tuning"
-"""What a trial's own plugin is called beside those of the settings."""
-# What makes an update what it is: who has a part in one of these belongs to a trial of steps.
+"""Instance name of the plugin that a trial adds to those of the settings."""
+# The hooks that shape an update: a plugin with one of them takes part in a trial of steps.
 SHAPING = frozenset(
     {
         "build_data",
@@ -39,20 +39,20 @@ SHAPING = frozenset(
         "optimizer_step",
     }
 )
-# Who hears nothing but these makes something ready: random state, weights from elsewhere.
+# A plugin with these hooks alone prepares something: initial weights, determinism.
 PREPARING = frozenset({"on_run_start", "on_train_start", "on_train_end"})
-# Who hears these and no more than these follows a run, and may tell others of it.
-TOLD = frozenset({"on_log", "on_validation_end", "on_checkpoint_saved", "on_progress"})
-FOLLOWING = PREPARING | TOLD | {"on_rewind"}
+# A plugin with these hooks alone follows a run, and may publish its results.
+RESULTS = frozenset({"on_log", "on_validation_end", "on_checkpoint_saved", "on_progress"})
+FOLLOWING = PREPARING | RESULTS | {"on_rewind"}
 
 
 def hooks(instance: object) -> set[str]:
-    """Return the names of the hooks that a plugin answers, hears or surrounds."""
+    """Return the names of the hooks that a plugin implements or wraps."""
     return {hook for hook, _, _ in hook_methods(type(instance))}
 
 
 def answers(instance: object, hook: str) -> bool:
-    """Tell whether a plugin answers an exclusive hook, rather than surrounding it."""
+    """Return whether a plugin answers an exclusive hook, as opposed to wrapping it."""
     found = hook_methods(type(instance))
     return any(name == hook and not options["wrapper"] for name, options, _ in found)
 
@@ -62,32 +62,37 @@ def answering(composed: Composed, hook: str) -> str | None:
     return next((name for name, one in composed.plugins.items() if answers(one, hook)), None)
 
 
+def saves(instance: object) -> bool:
+    """Return whether a plugin saves checkpoints."""
+    return role_of(instance) == "saver"
+
+
 def follows(instance: object) -> bool:
-    """Tell whether a plugin only follows a run: loggers, bars, whoever publishes what it finds."""
-    heard = hooks(instance)
-    return role_of(instance) == "observer" or (heard <= FOLLOWING and bool(heard & TOLD))
+    """Return whether a plugin only follows a run, as loggers and progress bars do."""
+    used = hooks(instance)
+    return role_of(instance) == "observer" or (used <= FOLLOWING and bool(used & RESULTS))
 
 
 def shapes_steps(instance: object) -> bool:
-    """Tell whether updates would be others without a plugin.
+    """Return whether a plugin takes part in a trial of updates.
 
-    Schedules do not belong to these, since a trial brings its own; nor does who judges the steps
-    of others, since a trial wants to see what goes wrong.
+    Schedules do not, because a trial has its own. Plugins that judge steps do not, because a trial
+    has to see the faults.
     """
-    heard = hooks(instance)
+    used = hooks(instance)
     if role_of(instance) == "observer":
         return False
-    if heard & SHAPING:
-        return "judge_step" not in heard or bool(heard & {"forward", "backward"})
-    return heard <= PREPARING
+    if used & SHAPING:
+        return "judge_step" not in used or bool(used & {"forward", "backward"})
+    return used <= PREPARING
 
 
 def reduced(composed: Composed, keep: Callable[[object], bool], own: object) -> Composed:
-    """Return the settings with those plugins alone that ``keep`` chooses, and ``own`` besides.
+    """Return the settings with the plugins that ``keep`` chooses, and ``own``.
 
-    What composes stays composed: nothing that a kept plugin refers to is missed.
+    The settings are not checked again: a kept plugin may refer to one that is left out.
     """
-    # The time limit is one for the run, and so is what it would be resumed for.
+    # The time limit is for the run, not for a trial.
     composed.run.max_time = None
     kept = {name: one for name, one in composed.plugins.items() if keep(one)}
     brought = composed.brought | {OWN: OWN}
@@ -95,29 +100,34 @@ def reduced(composed: Composed, keep: Callable[[object], bool], own: object) -> 
 
 
 def lean(composed: Composed, steps: int, own: object) -> Composed:
-    """Return settings for a trial of some steps: nothing but the updates, no validation."""
+    """Return settings for a trial of some steps: updates only, no validation."""
     run = composed.run
     run.length = run.log_every = Period(steps)
     run.validate_every, run.validate_first = None, False
     trial = reduced(composed, shapes_steps, own)
-    if answering(trial, "validate") is None:
-        trial.plugins[f"{OWN}-validation"] = Unvalidated()
+    trial.plugins[f"{OWN}-validation"] = WithoutValidation()
     return trial
 
 
 @plugin
-class Unvalidated:
-    """Finds nothing to validate: the last step of a trial is no reason to."""
+class WithoutValidation:
+    """Leave out the validation that follows the last step of a run."""
 
     @hookimpl
-    def validate(self) -> dict[str, float]:
-        """Return no metrics."""
-        return {}
+    def on_run_start(self, run: Run) -> None:
+        """Replace the validation, its wrappers and the event after it by calls without effect."""
+        run.hook = run.bind(_without_validation)
+
+
+def _without_validation(_: str, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    if hook == "validate":
+        return lambda **_: {}
+    return (lambda **_: None) if hook == "on_validation_end" else call
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Enter a temporary folder, which is gone afterwards, also after Ctrl-C or SIGTERM."""
+    """Make a temporary folder; delete it at the end, also after Ctrl-C or SIGTERM."""
     asks = (signal.SIGINT, signal.SIGTERM)
 
     def leave(number: int, _: object) -> None:
@@ -137,21 +147,21 @@ def scratch() -> Iterator[Path]:
 
 
 def ended(run: Run) -> Run:
-    """Return the run, unless a signal ended it: then leave with the signal's exit code."""
+    """Return the run; if a signal ended it, raise ``SystemExit`` with the signal's exit code."""
     if run.outcome == "interrupted":
         raise SystemExit(128 + (run.signal or signal.SIGINT))
     return run
 
 
 def window_loss(run: Run) -> float:
-    """Return the mean loss of the step's window; reading it makes the host wait."""
+    """Return the mean loss of the step's window; reads the device."""
     weights = [batch.weight for batch in run.window]
     losses = [float(loss) for loss in run.losses]
     return math.fsum(map(math.prod, zip(weights, losses, strict=True))) / math.fsum(weights)
 
 
 def catch_up(device: str) -> None:
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished all queued work."""
     import torch
 
     if device.startswith("cuda"):
@@ -161,7 +171,7 @@ def catch_up(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Return the most bytes that were in use at once: of a GPU's memory, else of the process."""
+    """Return the peak memory in bytes: that of a GPU, else that of the process."""
     import resource
     import sys
 

@@ -1,6 +1,11 @@
-"""Numbers as people read them."""
+"""Numbers and lines as people read them."""
 
 from __future__ import annotations
+
+
+def line(label: str, text: str) -> str:
+    """Return a line of a report: a label in a column, and a text."""
+    return f"{label:<10} {text}"
 
 
 def size(count: float) -> str:
@@ -22,9 +27,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def counted(count: float, noun: str) -> str:
+def counted(count: float, noun: str, plural: str | None = None) -> str:
     """``1, "step"`` -> ``1 step``; ``1200, "step"`` -> ``1,200 steps``."""
-    return f"{count:,.0f} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,.0f} {noun if count == 1 else plural or noun + 's'}"
+
+
+def in_step(samples: int, tokens: int) -> str:
+    """Return how many samples and tokens a step has."""
+    return f"{counted(samples, 'sample')}, {counted(tokens, 'token')}"
 
 
 def toml_float(value: float) -> str:

@@ -23,14 +23,13 @@ from fundamentallm import (
     StorageError,
     compose,
     find_plugins,
-    hook_methods,
     train,
 )
-from fundamentallm_tuning.command import batch_size_finder, check, lr_finder
-from fundamentallm_tuning.measuring import run_trial
+from fundamentallm_tuning.batch_size_worker import run_trial
+from fundamentallm_tuning.cli import batch_size_finder, check, lr_finder
+from fundamentallm_tuning.lr_finder import run_test
 from fundamentallm_tuning.probe import Probe
-from fundamentallm_tuning.range_test import measure
-from fundamentallm_tuning.trial import follows, lean, shapes_steps
+from fundamentallm_tuning.trial import follows, shapes_steps
 
 PARTS = '''
 import os, signal, time
@@ -172,7 +171,7 @@ def test_check_says_what_it_found_and_leaves_nothing_behind(place: Path) -> None
         "1,000 steps of ",
         "10 validations of ",
         "20 saves of ",
-        "from the checkpoint of step 2: weights, optimizer, plugins and random state are bit for",
+        "from the checkpoint of step 2: weights, optimizer, plugins and next micro-batch are bit for",
         "nothing wrong was found\n",
     ):
         assert expected in text
@@ -192,7 +191,7 @@ def test_check_makes_as_many_steps_as_wanted_but_no_more_than_the_run_has(place:
     assert "checkpoint of step 1:" in said(call(check, "--set", "run.length=1"))
 
 
-def test_check_tells_which_parameters_get_no_gradient_or_are_in_no_optimizer(place: Path) -> None:
+def test_check_names_parameters_without_gradient_or_without_optimizer(place: Path) -> None:
     text = said(call(check, flaw="unused"))
     assert "note: no gradient reaches 2 trained tensors: spare.weight, spare.bias" in text
     assert "nothing wrong was found, but see the notes" in text
@@ -261,7 +260,7 @@ context_length = { end = 32.0 }
     )
 
 
-def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
+def test_check_counts_the_gradients_of_parameters_that_are_trained_later(place: Path) -> None:
     words = ["--plugin", "freeze", "--set", 'freeze.patterns=["hidden.*"]']
     frozen = said(call(check, *words))
     assert "gradients 68 bytes;" in frozen
@@ -273,12 +272,13 @@ def test_check_weighs_what_is_trained_only_later(place: Path) -> None:
 def test_a_probe_of_the_end_makes_all_its_steps_though_one_would_be_the_last(place: Path) -> None:
     passed = {"step": 999, "applied": 999, "tokens": 3996, "samples": 3996, "seconds": 1.0}
     probe = Probe(steps=3, passed=passed)
-    run = train(
+    composed = compose(
         "run.toml",
         plugins=[probe],
         overrides=["run.length='4000 tokens'"],
-        run_dir=place / "temporary" / "run",
+        remove=["mlflow"],
     )
+    run = train(composed, run_dir=place / "temporary" / "run")
     assert (len(probe.losses), run.progress.step, run.progress.tokens) == (3, 1002, 4008)
 
 
@@ -288,7 +288,9 @@ def test_check_counts_what_the_first_validation_alone_takes_once(place: Path) ->
     assert " (the first 5" in text
 
 
-def test_memory_that_does_not_hold_a_later_step_is_an_error_that_says_when(place: Path) -> None:
+def test_out_of_memory_in_a_later_step_is_an_error_that_names_its_place_in_the_run(
+    place: Path,
+) -> None:
     result = call(check, "--plugin", "ema", flaw="memory later")
     assert isinstance(result.exception, OutOfMemoryError)
     assert "that was after 100% of the run" in "".join(result.exception.__notes__)
@@ -299,7 +301,7 @@ def test_memory_that_does_not_hold_a_later_step_is_an_error_that_says_when(place
     assert left(place) == set()
 
 
-def test_what_keeps_later_steps_from_a_trial_is_a_note(place: Path) -> None:
+def test_an_error_in_the_trial_of_later_steps_is_a_note(place: Path) -> None:
     text = said(call(check, "--plugin", "ema", flaw="data later"))
     assert (
         "note: time and memory are those of the first steps; later ones fail: no more samp" in text
@@ -328,16 +330,14 @@ def test_check_ends_with_the_error_of_the_run(
     assert left(place) == set()
 
 
-def test_check_tells_what_it_found_before_the_error(place: Path) -> None:
+def test_check_reports_what_it_measured_before_the_error(place: Path) -> None:
     text = call(check, flaw="no number").output
     assert "161 parameters" in text
     assert "loss       nan" in text
 
 
 @pytest.mark.parametrize("command", [check, lr_finder, batch_size_finder])
-def test_settings_that_do_not_compose_are_told_with_all_their_mistakes(
-    place: Path, command: object
-) -> None:
+def test_all_mistakes_of_the_settings_are_reported(place: Path, command: object) -> None:
     result = call(command, "--set", "parts.lrr=1", "--set", "run.lenght=2")
     assert isinstance(result.exception, SettingsError)
     assert "unknown setting (did you mean 'lr'?)" in str(result.exception)
@@ -347,7 +347,7 @@ def test_settings_that_do_not_compose_are_told_with_all_their_mistakes(
     assert left(place) == set()
 
 
-def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place: Path) -> None:
+def test_one_batch_is_memorized_despite_dropout_and_a_schedule(place: Path) -> None:
     words = (
         "--overfit-one-batch",
         "--plugin",
@@ -362,7 +362,7 @@ def test_one_batch_is_learned_by_heart_in_spite_of_dropout_and_a_schedule(place:
     assert left(place) == set()
 
 
-def test_one_batch_is_given_as_long_as_its_loss_falls(place: Path) -> None:
+def test_one_batch_is_trained_for_as_long_as_its_loss_falls(place: Path) -> None:
     text = said(call(check, "--overfit-one-batch", "--set", "parts.lr=0.003"))
     assert 300 < int(text.split(" updates: ")[0].split()[-1]) < 1200
     with pytest.raises(FundamentalError, match="is 1 after 300 steps"):
@@ -383,7 +383,7 @@ def test_one_batch_is_given_as_long_as_its_loss_falls(place: Path) -> None:
         ("x", ["--set", "parts.lr=1e30"], NotFiniteError, "try a smaller learning rate"),
     ],
 )
-def test_a_batch_that_cannot_be_learned_is_told_with_what_to_look_at(
+def test_a_batch_that_cannot_be_learned_is_an_error_with_advice(
     place: Path, flaw: str, words: list[str], kind: type[FundamentalError], complaint: str
 ) -> None:
     result = call(check, "--overfit-one-batch", "--steps", 20, *words, flaw=flaw)
@@ -393,13 +393,15 @@ def test_a_batch_that_cannot_be_learned_is_told_with_what_to_look_at(
     assert left(place) == set()
 
 
-def test_the_rate_grows_by_the_same_factor_whatever_schedules_say(place: Path) -> None:
+def test_the_learning_rate_grows_by_a_constant_factor_whatever_schedules_are_listed(
+    place: Path,
+) -> None:
     composed = compose(
         "run.toml",
         add=["lr_schedule"],
         overrides=["lr_schedule.warmup=500", "run.max_time='1 hour'"],
     )
-    test = measure(composed, 1e-5, 1e-3, 21)
+    test = run_test(composed, 1e-5, 1e-3, 21)
     assert test.rates == pytest.approx([1e-5 * 10 ** (k / 10) for k in range(21)], rel=1e-12)
     assert len(test.losses) == 21
     assert left(place) == set()
@@ -415,7 +417,7 @@ def test_lr_finder_prints_a_setting_to_paste_that_trains(place: Path) -> None:
     assert left(place) == set()
 
 
-def test_the_setting_to_paste_scales_what_the_plugin_makes_of_it(place: Path) -> None:
+def test_the_setting_to_paste_respects_that_a_plugin_scales_its_learning_rate(place: Path) -> None:
     code = PARTS.replace("lr=self.lr)", "lr=self.lr * 100)")
     words = ("--set", "parts.batch_size=64")
     plain = said(call(lr_finder, *words))
@@ -455,7 +457,7 @@ def test_a_range_that_suggests_nothing_is_an_error_that_says_why(
         (check, ["--steps", "0"], "0 is not in the range"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_options_outside_their_range_are_refused(
     place: Path, command: object, words: list[str], complaint: str
 ) -> None:
     result = call(command, *words)
@@ -508,7 +510,7 @@ def test_batch_size_finder_keeps_the_size_of_a_step(place: Path) -> None:
         ("data", DataError, "too few samples"),
     ],
 )
-def test_batch_size_finder_gives_up_where_the_smallest_fails(
+def test_batch_size_finder_fails_if_the_smallest_size_fails(
     place: Path, flaw: str, kind: type[FundamentalError], complaint: str
 ) -> None:
     result = call(batch_size_finder, "--min", 4, "--set", "parts.limit=3", flaw=flaw)
@@ -517,7 +519,7 @@ def test_batch_size_finder_gives_up_where_the_smallest_fails(
     assert left(place) == set()
 
 
-def test_data_without_a_batch_size_is_refused_with_the_settings_that_it_has(place: Path) -> None:
+def test_data_without_a_batch_size_is_refused_with_its_settings(place: Path) -> None:
     (place / "here" / "parts.py").write_text(PARTS.replace("batch_size: int = 4", "batch_size = 4"))
     result = call(batch_size_finder)
     assert isinstance(result.exception, SettingsError)
@@ -572,8 +574,8 @@ def test_a_signal_ends_the_trial_of_a_batch_size_and_its_process(place: Path) ->
 
 def test_help_and_loading_the_commands_import_no_torch(place: Path) -> None:
     code = (
-        "import sys; from fundamentallm_tuning import command, batch_sizes\n"
-        "for one in (command.check, command.lr_finder, command.batch_size_finder):\n"
+        "import sys; from fundamentallm_tuning import cli, batch_size_finder\n"
+        "for one in (cli.check, cli.lr_finder, cli.batch_size_finder):\n"
         "    one(['--help'], standalone_mode=False)\n"
         "print(sorted({'torch', 'numpy', 'mlflow'} & set(sys.modules)))"
     )
@@ -623,14 +625,54 @@ def test_of_the_known_plugins_the_right_ones_take_part() -> None:
     assert not out & {"checkpoint", "guard", "ema", "lr_schedule", "validation", "text", "gpt"}
 
 
-def test_a_lean_trial_answers_validation_only_where_nobody_does(place: Path) -> None:
-    composed = lean(compose("run.toml"), 3, object())
-    validating = [
-        name
-        for name, one in composed.plugins.items()
-        if "validate" in {hook for hook, _, _ in hook_methods(type(one))}
-    ]
-    assert validating == ["fundamentallm-tuning-validation"]
-    own = "\n    @hookimpl\n    def validate(self): return {}\n\n\nclass Net"
-    (place / "here" / "parts.py").write_text(PARTS.replace("\n\n\nclass Net", own))
-    assert "fundamentallm-tuning-validation" not in lean(compose("run.toml"), 3, object()).plugins
+@pytest.mark.parametrize("how", ["wraps", "answers", "wraps and hears the result of"])
+def test_lr_finder_works_with_a_plugin_that(how: str, place: Path) -> None:
+    """It also shapes updates, so it takes part; a validation without metrics would break it."""
+    own = """
+    @hookimpl(wrapper=WRAPS)
+    def validate(self, run):
+        metrics = (yield) if WRAPS else {}
+        return metrics | {"val/bits": metrics["val/loss"] / 0.69}
+
+    @hookimpl
+    def on_validation_end(self, metrics):
+        assert metrics["val/bits"] or not HEARS
+
+
+class Net"""
+    own = own.replace("WRAPS", str(how != "answers")).replace("HEARS", str("hears" in how))
+    if how == "answers":
+        own = own.replace("(yield) if False else {}", "{}")
+    (place / "here" / "parts.py").write_text(PARTS.replace("\n\n\nclass Net", "\n" + own))
+    assert "[parts]\nlr = " in said(call(lr_finder, "--max", 10, "--set", "parts.batch_size=64"))
+
+
+GLOBAL_ORDER = """
+
+    @hookimpl
+    def build_data(self, run):
+        return Shuffled(self.batch_size, run.device)
+
+
+class Shuffled(TinySamples):
+    def batches(self, progress):
+        from torch.utils.data import DataLoader
+        samples = [self.batch(range(i, i + 1)) for i in range(64)]
+        pairs = [tuple(part[0] for part in sample.data) for sample in samples]
+        while True:
+            for data in DataLoader(pairs, batch_size=4, shuffle=True):
+                yield Batch(tuple(data), 4, 4, 4)
+
+
+class Net"""
+
+
+def test_check_names_the_loader_whose_order_comes_from_the_global_generator(place: Path) -> None:
+    code = PARTS.replace("\n\n\nclass Net", GLOBAL_ORDER, 1)
+    code = code.replace("import DataError,", "import Batch, DataError,")
+    (place / "here" / "parts.py").write_text(code)
+    result = call(check)
+    assert isinstance(result.exception, StorageError)
+    assert "the next micro-batch is not that of a run that was not stopped" in str(result.exception)
+    assert "a DataLoader with `shuffle=True` and without `generator=`" in str(result.exception)
+    assert "nothing wrong" not in result.output

@@ -1,4 +1,4 @@
-"""The learning-rate range test: raise the rate step by step, and watch the loss.
+"""The learning-rate range test: raise the learning rate in each step and record the loss.
 
 Smith, "Cyclical Learning Rates for Training Neural Networks" (2017, arXiv:1506.01186), section
 3.3; here the rate grows by the same factor in each step.
@@ -20,7 +20,7 @@ from fundamentallm import (
     plugin,
     train,
 )
-from fundamentallm_tuning.rates import Curve, choose
+from fundamentallm_tuning.lr_curve import Curve, choose
 from fundamentallm_tuning.trial import answering, ended, lean, scratch, window_loss
 from fundamentallm_tuning.units import toml_float
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 RISE = 2.0
-"""A loss of so many times the first one is the end of the test,"""
+"""Multiple of the first loss at which the test ends."""
 BOUNCE = 4.0
-"""and so is one of so many times the lowest."""
+"""Multiple of the lowest loss at which the test ends."""
 MEMORY = 0.8
-"""How much of the running mean stays that is compared with these."""
+"""Decay of the running mean of the loss that is compared with these."""
 
 
 @plugin
 class RangeTest:
-    """Let the learning rate grow from ``low`` to ``high``, and stop when the loss diverges."""
+    """Raise the learning rate from ``low`` to ``high``; stop when the loss diverges."""
 
     low: float
     high: float
     steps: int
 
     rates: list[float] = field(init=False, factory=list)
-    """What updates were made with,"""
+    """The learning rates of the updates."""
     losses: list[float] = field(init=False, factory=list)
-    """and the losses of the steps: the one after an update tells what came of it."""
+    """The losses of the steps; the loss of a step shows the effect of the update before it."""
     bases: list[float] = field(init=False, factory=list)
     diverged: bool = field(init=False, default=False)
     _mean: float = field(init=False, default=0.0)
@@ -54,21 +54,21 @@ class RangeTest:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Refuse what no factor makes a learning rate of."""
+        """Check that the optimizer has a learning rate to scale."""
         self.bases = [float(base) for base in run.base_lrs]
         if not self.bases[0] > 0:
             raise SettingsError("the optimizer's learning rate is 0: the test needs one to scale")
 
     @hookimpl
     def lr_factor(self, run: Run) -> float:
-        """Return what makes the first group's rate that of this step."""
+        """Return the factor that gives the first group the learning rate of this step."""
         x = run.progress.step / max(self.steps - 1, 1)
         rate: float = self.low * (self.high / self.low) ** x
         return rate / self.bases[0]
 
     @hookimpl
     def judge_step(self, run: Run) -> Rejection | None:
-        """Note the loss; reject the step in which it has diverged, and end the test."""
+        """Record the loss; reject the step and end the test if it has diverged."""
         loss = window_loss(run)
         self.losses.append(loss)
         self._mean = MEMORY * self._mean + (1 - MEMORY) * loss
@@ -83,17 +83,17 @@ class RangeTest:
 
     @hookimpl
     def settle_step(self, run: Run) -> None:
-        """Note the rate of the update; a step that others have rejected had that of the last."""
+        """Record the rate of the update; a rejected step has that of the update before it."""
         self.rates.append(run.progress.lr)
 
     def curve(self) -> Curve:
-        """Return the loss after each rate, as far as it is a number."""
+        """Return the finite losses after each rate."""
         pairs = zip(self.rates, self.losses[1:], strict=False)
         kept = [(rate, loss) for rate, loss in pairs if math.isfinite(loss) and rate > 0]
         return Curve([rate for rate, _ in kept], [loss for _, loss in kept])
 
 
-def measure(composed: Composed, low: float, high: float, steps: int) -> RangeTest:
+def run_test(composed: Composed, low: float, high: float, steps: int) -> RangeTest:
     """Run the test in a temporary folder."""
     test = RangeTest(low=low, high=high, steps=steps)
     with scratch() as folder:
@@ -101,28 +101,27 @@ def measure(composed: Composed, low: float, high: float, steps: int) -> RangeTes
     return test
 
 
-def told(composed: Composed, test: RangeTest) -> list[str]:
+def report(composed: Composed, test: RangeTest) -> list[str]:
     """Return the report of a test: curve, suggestion, and the setting to paste.
 
-    Raises ``NotFiniteError`` if there was nothing but divergence, ``FundamentalError`` if the loss
-    never fell.
+    Raises ``NotFiniteError`` if the loss diverged at once, ``FundamentalError`` if it never fell.
     """
     curve = test.curve()
     done, low, high = len(test.losses), toml_float(test.low), toml_float(test.high)
     if test.diverged and len(curve.losses) < 5:
         raise NotFiniteError(
             f"the loss was {', '.join(f'{loss:.4g}' for loss in test.losses)}: it diverges at "
-            f"once. If the first of these is no number, the model or the data has a mistake, which "
-            f"'fundamentallm check' helps to find; else try a smaller --min than {low}"
+            f"once. If the first one is not finite, the model or the data has a mistake: try "
+            f"'fundamentallm check'. Else try a smaller --min than {low}"
         )
     found = choose(curve)
     if found is None:
         raise FundamentalError(
             f"the loss never fell clearly between {low} and {high}, in {done} steps: it began at "
             f"{test.losses[0]:.4g} and was {min(test.losses):.4g} at best. Try a larger --max or "
-            f"more --steps, or 'fundamentallm check --overfit-one-batch' to see if it can fall"
+            f"more --steps, or 'fundamentallm check --overfit-one-batch' to see whether it can fall"
         )
-    lines = [*curve.drawn(found.steepest), "", _end(test, done, high), *found.told(), ""]
+    lines = [*curve.drawn(found.steepest), "", _end(test, done, high), *found.lines(), ""]
     return [*lines, *_setting(composed, test, found.steepest)]
 
 
@@ -141,8 +140,8 @@ def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
         shown = ", ".join(f"{base:.3g}" for base in several)
         factor = f"{rate / test.bases[0]:.3g}"
         lines = [
-            f"# The groups' learning rates ({shown}) were all scaled alike, for this one",
-            f"# by {factor}: scale those that are stated in their own right by it too.",
+            f"# The groups' learning rates ({shown}) were all scaled by {factor}.",
+            "# Scale those that have settings of their own by it, too.",
         ]
     if not isinstance(stated, int | float) or not stated > 0:
         return [
@@ -150,5 +149,5 @@ def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
             f"# {name} has no setting lr; the first parameter group's learning rate:",
             f"# {toml_float(rate)}",
         ]
-    # What the plugin makes of its setting may be another number.
+    # The plugin may derive the learning rate from its setting.
     return [*lines, f"[{name}]", f"lr = {toml_float(rate * stated / test.bases[0])}"]

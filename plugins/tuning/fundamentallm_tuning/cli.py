@@ -17,25 +17,33 @@ RATE = click.FloatRange(min=0, max=1e6, min_open=True)
 @click.command()
 @settings_options
 @click.option("--steps", type=AMOUNT, help="By default 2, or 300 and more on one batch.")
-@click.option("--overfit-one-batch", is_flag=True, help="See if the first batch can be learned.")
+@click.option("--overfit-one-batch", is_flag=True, help="Try to memorize the first batch.")
 def check(settings: Path, steps: int | None, overfit_one_batch: bool, **choice: Any) -> None:
-    """Try what SETTINGS say, and estimate memory and time of the run.
+    """Try SETTINGS in a short run, and estimate memory and time of the whole run.
 
-    Builds everything, makes some steps, validates, saves and restores, all in a temporary folder.
+    Builds everything, trains some steps, validates, saves and restores, all in a temporary folder.
     With --overfit-one-batch: trains on the first batch alone until its loss is near zero. Ends
-    with the exit code of the run's error; with 1 where that batch cannot be learned.
+    with the exit code of the run's error; with 1 if that batch cannot be learned.
     """
     if overfit_one_batch:
         composed = compose(settings, **choice)
-        from fundamentallm_tuning.overfitting import learn
+        from fundamentallm_tuning.overfit import learn
 
         click.echo(learn(composed, steps, click.echo))
         return
-    compose(settings, **choice)  # mistakes are told before torch is imported
-    from fundamentallm_tuning.inspection import inspect
+    composed = compose(settings, **choice)  # reports mistakes before torch is imported
+    from fundamentallm_tuning import check_report
+    from fundamentallm_tuning.check import check_settings
+    from fundamentallm_tuning.trial import follows
 
-    for line in inspect(partial(compose, settings, **choice), steps or 2):
+    left_out = [name for name, one in composed.plugins.items() if follows(one)]
+    for line in check_report.plugins(composed, left_out):
         click.echo(line)
+    result = check_settings(partial(compose, settings, **choice), steps or 2)
+    for line in check_report.lines(result):
+        click.echo(line)
+    if result.error is not None:
+        raise result.error
 
 
 @click.command()
@@ -44,16 +52,16 @@ def check(settings: Path, steps: int | None, overfit_one_batch: bool, **choice: 
 @click.option("--max", "high", type=RATE, default=1.0, show_default=True, help="Last rate.")
 @click.option("--steps", type=click.IntRange(min=10), default=100, show_default=True)
 def lr_finder(settings: Path, low: float, high: float, steps: int, **choice: Any) -> None:
-    """Find a learning rate for SETTINGS: raise it step by step, and watch the loss.
+    """Find a learning rate for SETTINGS: raise it in each step, and record the loss.
 
-    Ends with exit code 1 where the loss never falls, with 3 where it is no number from the start.
+    Ends with exit code 1 if the loss never falls, with 3 if it is not finite from the start.
     """
     if not low < high:
         raise click.BadParameter(f"--min {low:g} is not below --max {high:g}")
     composed = compose(settings, **choice)
-    from fundamentallm_tuning.range_test import measure, told
+    from fundamentallm_tuning.lr_finder import report, run_test
 
-    click.echo("\n".join(told(composed, measure(composed, low, high, steps))))
+    click.echo("\n".join(report(composed, run_test(composed, low, high, steps))))
 
 
 @click.command()
@@ -67,17 +75,17 @@ def lr_finder(settings: Path, low: float, high: float, steps: int, **choice: Any
     show_default=True,
     help="Steps of each trial; the first is not timed.",
 )
-@click.option("--keep-step-size", is_flag=True, help="Keep the samples in a step: accumulate.")
+@click.option("--keep-step-size", is_flag=True, help="Keep the samples of a step: accumulate.")
 def batch_size_finder(
     settings: Path, low: int, high: int, keep_step_size: bool, **choice: Any
 ) -> None:
-    """Find the micro-batches that train SETTINGS fastest, and the largest that fit into memory."""
+    """Find the batch size that trains SETTINGS fastest, and the largest that fits into memory."""
     if low > high:
         raise click.BadParameter(f"--min {low} is above --max {high}")
     steps = choice.pop("steps")
     composed = compose(settings, **choice)
-    from fundamentallm_tuning.batch_sizes import find
-    from fundamentallm_tuning.measuring import Wish
+    from fundamentallm_tuning.batch_size_finder import find
+    from fundamentallm_tuning.batch_size_worker import Request
 
-    wish = Wish(str(settings), choice, low, high, steps)
-    find(composed, wish, click.echo, keeps_step_size=keep_step_size)
+    request = Request(str(settings), choice, low, high, steps)
+    find(composed, request, click.echo, keeps_step_size=keep_step_size)

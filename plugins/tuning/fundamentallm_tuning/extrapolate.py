@@ -1,4 +1,4 @@
-"""What steps are like at some points of a run, and what that makes of the whole of it."""
+"""Extrapolate the totals of a run from steps sampled at several points of it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from fundamentallm_tuning.probe import Probe
 
 PIECES = 200
-"""Into how many pieces a run is cut where its steps change, to add them up."""
+"""Number of pieces of a run whose steps change, for the sum over all steps."""
 ALIKE = 1.25
-"""Times of steps that differ by no more than this factor are taken for the same."""
-# Who hears one of these may do another thing in a later step than in the first.
+"""Largest factor between two step times that count as equal."""
+# A plugin with one of these hooks may do other work in a later step than in the first.
 STEPPING = frozenset({"on_step_start", "settle_step", "on_step_end"})
 
 
-class Point(NamedTuple):
+class StepSample(NamedTuple):
     """A typical step at some point of a run."""
 
     at: float
-    """The part of the run that is behind it."""
+    """Fraction of the run before it."""
     seconds: float
     tokens: int
     samples: int
@@ -34,8 +34,8 @@ class Point(NamedTuple):
     """Seconds of a validation."""
 
     @classmethod
-    def of(cls, probe: Probe, at: float) -> Point:
-        """Read it from a probe that began there; first times are no typical ones."""
+    def of(cls, probe: Probe, at: float) -> StepSample:
+        """Make it from a probe that began there; the first step and validation are left out."""
         taken, validations = probe.seconds["step"], probe.validations
         return cls(
             at,
@@ -45,13 +45,13 @@ class Point(NamedTuple):
             median(validations[1:] or validations or [0.0]),
         )
 
-    def alike(self, other: Point) -> bool:
-        """Tell whether steps are the same at both, but for what clocks always differ by."""
+    def alike(self, other: StepSample) -> bool:
+        """Return whether both steps have the same size and about the same time."""
         low, high = sorted((self.seconds, other.seconds))
         return self[2:4] == other[2:4] and high <= ALIKE * low
 
     def amount(self, period: Period, epoch_samples: int | None) -> float:
-        """Return how much of a period one step is."""
+        """Return which fraction of a period one step is."""
         if period.seconds is not None:
             return self.seconds / period.seconds
         if period.unit == "epochs":
@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
 
 class Total(NamedTuple):
-    """What a run, or a part of it, comes to."""
+    """Totals of a run, or of a part of it."""
 
     steps: float = 0.0
     tokens: float = 0.0
@@ -70,7 +70,7 @@ class Total(NamedTuple):
     """Seconds of a validation, on average."""
 
     def times(self, period: Period, epoch_samples: int | None) -> float:
-        """Return how often a period goes into it."""
+        """Return the number of periods in it."""
         if period.seconds is not None:
             return self.seconds / period.seconds
         if period.unit == "epochs":
@@ -78,17 +78,17 @@ class Total(NamedTuple):
         return (self.tokens if period.unit == "tokens" else self.steps) / period.amount
 
 
-def passed(
-    length: Period, points: Sequence[Point], epoch_samples: int | None, until: float = 1.0
+def total_of(
+    length: Period, samples: Sequence[StepSample], epoch_samples: int | None, until: float = 1.0
 ) -> Total:
-    """Add up the steps of a run of some ``length``, or of the part ``until`` some point of it.
+    """Add up the steps of a run of some ``length``, or of its part before the fraction ``until``.
 
-    Between two ``points`` all numbers are taken to change in a straight line.
+    Between two ``samples``, all numbers are interpolated linearly.
     """
-    pieces = PIECES if len(points) > 1 else 1
+    pieces = PIECES if len(samples) > 1 else 1
     rows = []
     for number in range(pieces):
-        here = _between(points, (number + 0.5) / pieces * until)
+        here = _between(samples, (number + 0.5) / pieces * until)
         steps = until / pieces / here.amount(length, epoch_samples)
         rows.append(
             (
@@ -103,10 +103,10 @@ def passed(
 
 
 def may_change(composed: Composed) -> bool:
-    """Tell whether a later step may be another thing than the first, as far as settings tell.
+    """Return whether a later step may differ from the first, as far as the settings show.
 
-    That is so where somebody acts at every step who neither makes nor judges it, or has a period
-    to do so by.
+    That is so if a plugin acts at every step that neither shapes nor judges it, or that has a
+    period among its settings.
     """
     return any(
         bool(heard & STEPPING) and (not heard & {*SHAPING, "judge_step"} or _has_period(one))
@@ -131,11 +131,11 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _between(points: Sequence[Point], at: float) -> Point:
-    after = bisect_right(points, at, key=lambda point: point.at)
-    if after in (0, len(points)):
-        return points[min(after, len(points) - 1)]
-    left, right = points[after - 1], points[after]
+def _between(samples: Sequence[StepSample], at: float) -> StepSample:
+    after = bisect_right(samples, at, key=lambda sample: sample.at)
+    if after in (0, len(samples)):
+        return samples[min(after, len(samples) - 1)]
+    left, right = samples[after - 1], samples[after]
     part = (at - left.at) / (right.at - left.at)
     mixed: Any = [a + part * (b - a) for a, b in zip(left, right, strict=True)]
-    return Point(*mixed)
+    return StepSample(*mixed)

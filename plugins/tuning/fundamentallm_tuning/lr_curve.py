@@ -1,4 +1,4 @@
-"""What a curve of losses over learning rates says."""
+"""Suggest a learning rate from a curve of losses over learning rates."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import NamedTuple
 from fundamentallm_tuning.units import toml_float
 
 REACH = 1 / 20
-"""With how much of the curve on each side a loss is averaged."""
+"""Fraction of the curve on each side with which a loss is averaged."""
 
 CERTAIN = 6.0
-"""How many standard errors the loss has to fall by: of 1,000 curves of nothing but noise, fewer
-than 1 do if that is normal, and fewer than 25 however skewed or coarse it is."""
+"""Smallest fall of the loss in standard errors. Of 1,000 curves of noise alone, fewer than 1 fall
+that far if the noise is normal, and fewer than 25 however skewed or coarse it is."""
 LEAST = 0.01
-"""What part of the loss it has to fall by, however little noise there is."""
+"""Smallest fall as a fraction of the loss, however little noise there is."""
 
 
 class Choice(NamedTuple):
     """Learning rates that a curve suggests."""
 
     steepest: float
-    """Where the loss falls fastest per factor of the rate."""
+    """Where the loss falls fastest over the logarithm of the rate."""
     lowest: float
-    """Where it is lowest: too much for a whole run, but a tenth of it is a common choice."""
+    """Where the loss is lowest: too large for a whole run; a tenth of it is a common choice."""
     loss: float
-    """The loss there, averaged as all of these are."""
+    """The averaged loss at ``lowest``."""
 
-    def told(self) -> list[str]:
-        """Tell them."""
+    def lines(self) -> list[str]:
+        """Return both as lines of the report."""
         tenth = toml_float(self.lowest / 10)
         return [
             f"it falls fastest at {toml_float(self.steepest)}, which is suggested below",
@@ -46,12 +46,14 @@ class Curve(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """How many neighbours on each side a loss is averaged with."""
+        """Number of neighbours on each side with which a loss is averaged."""
         return max(round(REACH * len(self.losses)), 1)
 
     def smoothed(self) -> list[float]:
-        """Return each loss averaged with its neighbours, the nearer the more: this has no lag,
-        unlike a running mean, which would move all that is read from it to larger rates."""
+        """Return each loss averaged with its neighbours; nearer ones have larger weights.
+
+        A running mean would have a lag, and so suggest larger rates.
+        """
         found, count = list[float](), len(self.losses)
         for at in range(count):
             reach = min(self.reach, at, count - 1 - at)  # symmetric at the ends too
@@ -62,8 +64,8 @@ class Curve(NamedTuple):
         return found
 
     def falls_to(self, bottom: int, lowest: float) -> bool:
-        """Tell whether the averaged loss at ``bottom`` is lower than where the curve begins, by
-        more than noise has it: noise alone has a lowest point too."""
+        """Return whether the averaged loss at ``bottom`` is below the begin of the curve by more
+        than noise explains: noise alone has a lowest point, too."""
         begin = self.losses[: max(bottom // 5, 1)]
         fall = math.fsum(begin) / len(begin) - lowest
         weights = range(1, self.reach + 1)
@@ -73,19 +75,20 @@ class Curve(NamedTuple):
         return fall > max(CERTAIN * error, LEAST * abs(self.losses[0]))
 
     def noise(self, bottom: int) -> float:
-        """Return the standard deviation of a loss around the curve, from how it differs from the
-        middle of its neighbours up to ``bottom``: a steep fall hardly adds to that. A distance from
-        an average would be too small where the loss itself is a part of it.
+        """Return the standard deviation of the losses around the curve.
 
-        It is no less than what most neighbours differ by: before ``bottom`` there may be few.
+        It is estimated from the distance of each loss up to ``bottom`` to the mean of its two
+        neighbours, which a steep fall hardly changes. The distance to an average that contains the
+        loss would be too small. A lower bound is the median difference of neighbours over the
+        whole curve, since there may be few losses before ``bottom``.
         """
         bends = [
             abs(b - (a + c) / 2)
             for a, b, c in zip(self.losses, self.losses[1:], self.losses[2:], strict=False)
         ]
         before = bends[: bottom + self.reach - 1]
-        # Of a normal distribution, half is within 0.6745 standard deviations, and the mean distance
-        # is sqrt(2 / pi) of them; that of the middle of two neighbours adds half of the variance.
+        # In a normal distribution, half of the values are within 0.6745 standard deviations; their
+        # mean distance is sqrt(2 / pi). The mean of two neighbours adds half of the variance.
         mean = math.fsum(before) / len(before) * math.sqrt(math.pi / 3)
         typical = median(abs(b - a) for a, b in pairwise(self.losses)) / (0.6745 * math.sqrt(2))
         return max(mean, typical)
@@ -94,7 +97,7 @@ class Curve(NamedTuple):
         """Draw the averaged curve over the logarithm of the rate, with a column at ``mark``."""
         smooth = self.smoothed()
         low = min(smooth)
-        # What diverges would flatten all the rest.
+        # The losses of a divergence would flatten the rest of the curve.
         high = max(smooth[0], min(max(smooth), smooth[0] + (smooth[0] - low) / 2))
         span, wide = (high - low) or 1.0, math.log(self.rates[-1] / self.rates[0]) or 1.0
         canvas = [[" "] * width for _ in range(height)]
@@ -119,15 +122,17 @@ class Curve(NamedTuple):
 
 
 def choose(curve: Curve) -> Choice | None:
-    """Return the rates that a curve suggests; None where the loss does not fall clearly."""
+    """Return the rates that a curve suggests; None if the loss does not fall clearly."""
     smooth = curve.smoothed()
-    inner = range(curve.reach, len(smooth) - curve.reach)  # beyond are those with less to average
-    if len(inner) < 3:  # no slope to speak of
+    inner = range(
+        curve.reach, len(smooth) - curve.reach
+    )  # the ends have fewer neighbours to average
+    if len(inner) < 3:  # too few for a slope
         return None
     bottom = min(inner, key=smooth.__getitem__)
     if bottom == inner[0] or not curve.falls_to(bottom, smooth[bottom]):
         return None
-    # Where a loss only comes back from a rise, it has not learned.
+    # A loss that only returns from a rise shows no learning.
     lows = list(accumulate(smooth, min))
     slopes = {at: lows[at + 1] - lows[at - 1] for at in range(inner[0], bottom)}
     steepest = min(slopes, key=slopes.__getitem__)

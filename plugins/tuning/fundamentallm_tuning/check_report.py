@@ -1,38 +1,44 @@
-"""What a probe has found, in lines."""
+"""Turn what a check found into the lines of its report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fundamentallm_tuning.units import counted, duration, size
+from fundamentallm_tuning.check import source
+from fundamentallm_tuning.estimate import estimated
+from fundamentallm_tuning.units import counted, duration, in_step, line, size
 
 if TYPE_CHECKING:
     from fundamentallm import Composed
+    from fundamentallm_tuning.check import CheckResult
     from fundamentallm_tuning.probe import Probe
 
 
-def line(label: str, text: str) -> str:
-    """Return a line of the report."""
-    return f"{label:<10} {text}"
-
-
-def in_step(samples: int, tokens: int) -> str:
-    """Tell what a step is made of."""
-    return f"{counted(samples, 'sample')}, {counted(tokens, 'token')}"
-
-
-def taking_part(composed: Composed, left_out: Sequence[str]) -> Iterator[str]:
-    """Tell which plugins run, and which only follow the run and are left out."""
+def plugins(composed: Composed, left_out: Sequence[str]) -> Iterator[str]:
+    """Yield which plugins take part, and which are left out."""
     names = [name for name in composed.plugins if name not in left_out]
     yield line("plugins", ", ".join(names))
     if left_out:
         yield line("", f"left out, since they only follow a run: {', '.join(left_out)}")
 
 
-def all_of(probe: Probe) -> Iterator[str]:
-    """Tell what was measured, as far as the run came."""
+def lines(result: CheckResult) -> Iterator[str]:
+    """Yield the report: measurements, and if nothing failed, estimate, notes and verdict."""
+    yield from _measured(result.probe)
+    if result.error is not None or result.restored is None:
+        return
+    yield from estimated(result.plan, result.probe, result.samples)
+    same = "weights, optimizer, plugins and next micro-batch are bit for bit what they were"
+    yield line("restore", f"{source(result.restored)}: {same}")
+    found = notes(result)
+    yield from (f"note: {note}" for note in found)
+    yield "nothing wrong was found, but see the notes" if found else "nothing wrong was found"
+
+
+def _measured(probe: Probe) -> Iterator[str]:
+    """Yield what was measured, as far as the run came."""
     if probe.counts:
         yield from _model(probe)
     if probe.losses:
@@ -56,25 +62,28 @@ def _model(probe: Probe) -> Iterator[str]:
 def _steps(probe: Probe) -> Iterator[str]:
     counts, losses = probe.counts, probe.losses
     made_of = in_step(counts["samples"], counts["tokens"])
-    yield line(
-        "step",
-        f"{made_of}, in {counted(counts['microbatches'], 'micro-batch')}".replace(
-            "batchs", "batches"
-        ),
-    )
-    yield line("loss", ", ".join(f"{loss:.4g}" for loss in losses[:5]) + _chance(probe))
+    parts = counted(counts["microbatches"], "micro-batch", "micro-batches")
+    yield line("step", f"{made_of}, in {parts}")
+    yield line("loss", ", ".join(f"{loss:.4g}" for loss in losses[:5]) + _guessing(probe))
     rates = ", ".join(f"{rate:.3g}" for rate in probe.rates[:5])
     yield line("", f"learning rate {rates}; gradient norm {probe.gradient_norm:.4g}")
 
 
-def _chance(probe: Probe) -> str:
-    if not probe.vocab_size or probe.vocab_size < 2:
+def first_loss(probe: Probe) -> Literal["high", "low", "usual", "unknown"]:
+    """Compare the first loss with that of guessing among the vocabulary, ln V."""
+    if not probe.losses or not probe.vocab_size or probe.vocab_size < 2:
+        return "unknown"
+    ratio = probe.losses[0] / math.log(probe.vocab_size)
+    return "high" if ratio > 1.2 else "low" if ratio < 0.8 else "usual"
+
+
+def _guessing(probe: Probe) -> str:
+    kind, vocab_size = first_loss(probe), probe.vocab_size
+    if kind == "unknown" or vocab_size is None:
         return ""
-    guess, first = math.log(probe.vocab_size), probe.losses[0]
-    text = f"; guessing among {counted(probe.vocab_size, 'token')} has {guess:.4g}"
-    if first > 1.2 * guess:
-        return f"{text}: the untrained model is worse"
-    return f"{text}: the model knows something already" if first < 0.8 * guess else text
+    end = {"high": ": the untrained model is worse", "low": ": the model is already better"}
+    guess = f"guessing among {counted(vocab_size, 'token')} has {math.log(vocab_size):.4g}"
+    return f"; {guess}{end.get(kind, '')}"
 
 
 def _memory(probe: Probe) -> str:
@@ -92,9 +101,9 @@ def _memory(probe: Probe) -> str:
     return f"{parts}; {what} {size(sizes['peak'])}"
 
 
-def notes(probe: Probe) -> list[str]:
-    """Return what may be meant, or may be a mistake."""
-    found = []
+def notes(result: CheckResult) -> list[str]:
+    """Return what may be intended or may be a mistake."""
+    found, probe = [], result.probe
     if probe.without_gradient:
         found.append(f"no gradient reaches {_some(probe.without_gradient)}")
     if probe.without_optimizer:
@@ -104,15 +113,20 @@ def notes(probe: Probe) -> list[str]:
         found.append(f"rejected: {count} of {len(probe.losses)}: {probe.rejections[-1].text}")
     if not any(probe.rates):
         found.append("the learning rate was 0 in all these steps: a warmup may begin there")
-    if _chance(probe).endswith("is worse"):
+    kind = first_loss(probe)
+    if kind == "high":
         found.append(
             "a first loss this high means large initial weights, or other targets than "
             "the vocabulary's"
         )
-    if _chance(probe).endswith("already"):
+    if kind == "low":
         found.append(
             "a first loss this low means weights that were trained before, or inputs "
-            "that give the targets away"
+            "that contain the targets"
+        )
+    if result.untried is not None:
+        found.append(
+            f"time and memory are those of the first steps; later ones fail: {result.untried}"
         )
     return found
 

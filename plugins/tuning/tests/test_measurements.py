@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import Period
-from fundamentallm_tuning.batch_sizes import Place, fastest_of, largest_that_fits
+from fundamentallm_tuning.batch_size_finder import StepSettings, fastest_of, largest_that_fits
 from fundamentallm_tuning.estimate import Plan, estimated
-from fundamentallm_tuning.overfitting import advice
-from fundamentallm_tuning.points import Point, passed
+from fundamentallm_tuning.extrapolate import StepSample, total_of
+from fundamentallm_tuning.lr_curve import Curve, choose
+from fundamentallm_tuning.overfit import advice
 from fundamentallm_tuning.probe import Probe
-from fundamentallm_tuning.rates import Curve, choose
 from fundamentallm_tuning.units import duration, size, toml_float
 
 RATES = [1e-6 * 10 ** (6 * k / 99) for k in range(100)]
@@ -166,7 +166,7 @@ def test_of_equally_fast_sizes_the_smallest_is_suggested() -> None:
 
 
 def test_a_step_keeps_its_size_with_the_sizes_that_divide_it() -> None:
-    place = Place("text", 12, "many", 3)
+    place = StepSettings("text", 12, "many", 3)
     assert list(place.sizes(2, 20, keeps=True)) == [2, 3, 4, 6, 9, 12, 18]
     for n in place.sizes(1, 99, keeps=True):
         pasted = tomli.loads("\n".join(place.setting(n, keeps=True)))
@@ -174,10 +174,10 @@ def test_a_step_keeps_its_size_with_the_sizes_that_divide_it() -> None:
 
 
 def test_a_setting_without_accumulation_says_that_it_needs_it() -> None:
-    place = Place("text", 12, None, 1)
+    place = StepSettings("text", 12, None, 1)
     assert place.setting(12, keeps=True) == ["[text]", "batch_size = 12"]
     text = "\n".join(place.setting(4, keeps=True))
-    assert '"accumulate" has to be in the plugins list' in text
+    assert 'add "accumulate" to the plugins list' in text
     assert tomli.loads(text)["accumulate"] == {"microbatches": 3}
     assert tomli.loads("\n".join(place.setting(4, keeps=False))) == {"text": {"batch_size": 4}}
 
@@ -205,7 +205,7 @@ def probed(steps: list[float], validations: list[float], samples: int, epoch: in
 def test_the_run_s_length_is_estimated_in_every_unit(length: str, steps: int) -> None:
     probe = probed([9.0, 0.5], [2.0], samples=4, epoch=100)
     plan = Plan(Period.parse(length), Period(40), validates_first=True, saves=[Period(30)])
-    speed, run = estimated(plan, probe, [Point.of(probe, 0.0)])
+    speed, run = estimated(plan, probe, [StepSample.of(probe, 0.0)])
     assert "500 ms for a step; the first 9.0 seconds; 200 tokens/s" in speed
     validations, saves = math.ceil(steps / 40) + 1, math.ceil(steps / 30)
     assert f"{steps} steps of 500 ms (the first 9.0 seconds), {validations} validations of 2" in run
@@ -217,7 +217,7 @@ def test_the_run_s_length_is_estimated_in_every_unit(length: str, steps: int) ->
 def test_what_only_the_first_step_and_validation_take_is_counted_once() -> None:
     probe = probed([12.3, 0.1, 0.15, 0.1], [7.5, 0.2], samples=4, epoch=100)
     plan = Plan(Period(20), Period(5), validates_first=False, saves=[])
-    *_, run = estimated(plan, probe, [Point.of(probe, 0.0)])
+    *_, run = estimated(plan, probe, [StepSample.of(probe, 0.0)])
     assert run.endswith(
         f"about {duration(12.3 + 19 * 0.1 + 7.5 + 3 * 0.2)} for 2,000 tokens: 20 steps of 100 ms "
         f"(the first 12.3 seconds), 4 validations of 200 ms (the first 7.5 seconds)"
@@ -227,14 +227,14 @@ def test_what_only_the_first_step_and_validation_take_is_counted_once() -> None:
 def test_a_run_shorter_than_its_first_step_has_that_one() -> None:
     probe = probed([9.0, 0.5], [2.0], samples=4, epoch=100)
     plan = Plan(Period(5, "seconds"), None, validates_first=False, saves=[])
-    *_, run = estimated(plan, probe, [Point.of(probe, 0.0)])
+    *_, run = estimated(plan, probe, [StepSample.of(probe, 0.0)])
     assert "about 11.0 seconds for 100 tokens: 1 step of 500 ms" in run
 
 
 def test_three_epochs_have_three_validations_of_one_epoch_each() -> None:
     probe = probed([0.5, 0.5], [2.0], samples=6, epoch=179)
     plan = Plan(Period(3, "epochs"), Period(1, "epochs"), validates_first=False, saves=[])
-    *_, run = estimated(plan, probe, [Point.of(probe, 0.0)])
+    *_, run = estimated(plan, probe, [StepSample.of(probe, 0.0)])
     assert "90 steps of 500 ms, 3 validations of" in run
 
 
@@ -242,9 +242,13 @@ def test_three_epochs_have_three_validations_of_one_epoch_each() -> None:
 @settings(deadline=None, max_examples=20)
 @given(until=st.floats(0.01, 1))
 def test_steps_that_grow_in_a_straight_line_are_added_up(length: str, until: float) -> None:
-    points = [Point(0.0, 0.01, 10, 1), Point(0.5, 0.03, 55, 5.5), Point(1.0, 0.05, 100, 10)]
+    points = [
+        StepSample(0.0, 0.01, 10, 1),
+        StepSample(0.5, 0.03, 55, 5.5),
+        StepSample(1.0, 0.05, 100, 10),
+    ]
     period = Period.parse(length)
-    found = passed(period, points, 55, until)
+    found = total_of(period, points, 55, until)
     assert found.times(period, 55) == pytest.approx(until)
 
     def steps_at(at: float) -> float:  # the integral of 1 / (a + b x) has a formula
@@ -264,7 +268,11 @@ def test_steps_that_grow_in_a_straight_line_are_added_up(length: str, until: flo
 
 def test_the_end_of_a_step_s_range_is_told_where_steps_change() -> None:
     probe = probed([0.1, 0.1], [1.0, 1.0], samples=1, epoch=100)
-    points = [Point.of(probe, 0.0), Point(0.5, 0.2, 200, 2, 2.0), Point(1.0, 0.3, 300, 3, 3.0)]
+    points = [
+        StepSample.of(probe, 0.0),
+        StepSample(0.5, 0.2, 200, 2, 2.0),
+        StepSample(1.0, 0.3, 300, 3, 3.0),
+    ]
     plan = Plan(Period(100), Period(50), validates_first=False, saves=[])
     _, half, end, run = estimated(plan, probe, points)
     assert "after 50% 200 ms for a step of 2 samples, 200 tokens; 1,000 tokens/s" in half
@@ -279,7 +287,7 @@ def test_the_end_of_a_step_s_range_is_told_where_steps_change() -> None:
         ([4.0] * 50, "It hardly falls"),
         ([4.0, 1.0, 3.0], "rose again"),
         ([4.0 - k / 20 for k in range(50)], "still falling"),
-        ([4.0] + [1.0] * 50, "come to a halt"),
+        ([4.0] + [1.0] * 50, "no longer falls"),
     ],
 )
 def test_the_advice_follows_from_how_the_loss_went(losses: list[float], said: str) -> None:

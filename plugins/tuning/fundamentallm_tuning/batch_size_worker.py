@@ -1,7 +1,7 @@
-"""The speed and the memory of one batch size, measured in a process of its own.
+"""Measure the speed and the memory of one batch size in a separate process.
 
-What a process has allocated stays with it in part, and a host without memory kills processes: so
-that each trial starts from nothing, and takes nobody along.
+A process keeps a part of the memory that it has allocated, and a host without memory kills
+processes. In a process of its own, each trial starts with empty memory, and only it is killed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 
-class Wish(NamedTuple):
-    """What to measure: settings and the choice made on the command line, sizes, steps."""
+class Request(NamedTuple):
+    """What to measure: the settings and options of the command line, sizes, steps."""
 
     settings: str
     choice: Mapping[str, Sequence[str]]
@@ -42,17 +42,17 @@ class Wish(NamedTuple):
     steps: int
 
 
-class Trial(NamedTuple):
-    """What came of one batch size; ``code`` is the exit code of the error, 0 without one."""
+class Measured(NamedTuple):
+    """The result for one batch size; ``code`` is the exit code of the error, 0 without one."""
 
     code: int = 0
     error: str = ""
     seconds: float = 0.0
-    """Of one step."""
+    """Median time of a step."""
     speed: float = 0.0
     """Tokens per second."""
     peak: int = 0
-    """Bytes."""
+    """Peak memory in bytes."""
 
     def failure(self) -> FundamentalError:
         """Return the error that ended the trial."""
@@ -62,7 +62,7 @@ class Trial(NamedTuple):
 
 @plugin
 class Stopwatch:
-    """Times steps, the first aside: it makes ready what the others use again."""
+    """Measure the times of all steps but the first, which initializes what the others use."""
 
     seconds: list[float] = field(init=False, factory=list)
     tokens: int = field(init=False, default=0)
@@ -70,59 +70,59 @@ class Stopwatch:
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
-        """Start."""
+        """Start the clock."""
         catch_up(run.device)
         self._started = time.perf_counter()
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:
-        """Stop."""
+        """Stop the clock."""
         catch_up(run.device)
         if run.progress.step > 1:
             self.seconds.append(time.perf_counter() - self._started)
             self.tokens += run.progress.tokens - run.progress.before[1]
 
 
-def measure(wish: Wish, choice: Mapping[str, Sequence[str]], scratch: Path) -> Trial:
-    """Run a trial with this ``choice`` in a process of its own, and wait for it."""
+def measure(request: Request, choice: Mapping[str, Sequence[str]], scratch: Path) -> Measured:
+    """Run a trial with the options ``choice`` in a separate process, and wait for it."""
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        request = {"settings": wish.settings, "choice": choice, "steps": wish.steps}
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        # -P: a module in the user's folder must not stand in for one of ours.
-        words = [sys.executable, "-P", "-m", "fundamentallm_tuning.measuring", name]
+        facts = {"settings": request.settings, "choice": choice, "steps": request.steps}
+        (folder / "request.json").write_text(json.dumps(facts), encoding="utf-8")
+        # -P: a module in the user's folder must not shadow one of ours.
+        words = [sys.executable, "-P", "-m", "fundamentallm_tuning.batch_size_worker", name]
         done = subprocess.run(
             words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
         )
         if done.returncode == -signal.SIGKILL:
-            return Trial(
-                OutOfMemoryError.exit_code, "its process was killed, as a host without memory does"
+            return Measured(
+                OutOfMemoryError.exit_code, "its process was killed, probably for lack of memory"
             )
         try:
-            return Trial(*json.loads((folder / "result.json").read_text(encoding="utf-8")))
+            return Measured(*json.loads((folder / "result.json").read_text(encoding="utf-8")))
         except OSError:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            return Trial(1, f"the trial ended with exit code {done.returncode}: {last}")
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            return Measured(1, f"the trial ended with exit code {done.returncode}: {last}")
 
 
-def run_trial(request: Mapping[str, Any], folder: Path) -> Trial:
-    """Make the steps of a trial in this process."""
-    from fundamentallm import train  # and torch, which who waits for a trial does not need
+def run_trial(request: Mapping[str, Any], folder: Path) -> Measured:
+    """Run the steps of a trial in this process."""
+    from fundamentallm import train  # imports torch, which the waiting process does not need
 
     watch = Stopwatch()
     try:
         composed = compose(request["settings"], **request["choice"])
         run = ended(train(lean(composed, request["steps"], watch), run_dir=folder / "run"))
     except FundamentalError as error:
-        return Trial(error.exit_code, str(error))
-    # The median: a step that something else on the machine held up says nothing of the size.
+        return Measured(error.exit_code, str(error))
+    # The median, since other work on the machine may delay a step.
     seconds, count = median(watch.seconds), len(watch.seconds)
-    return Trial(0, "", seconds, watch.tokens / count / seconds, peak_memory(run.device))
+    return Measured(0, "", seconds, watch.tokens / count / seconds, peak_memory(run.device))
 
 
 def main() -> None:
-    """Do what ``request.json`` in the folder asks for, and leave ``result.json`` there."""
-    with contextlib.suppress(OSError):  # where memory ends, this process is to go, and no other
+    """Run the trial of ``request.json`` in the folder, and write ``result.json`` there."""
+    with contextlib.suppress(OSError):  # out of memory, the kernel shall kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     folder = Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))

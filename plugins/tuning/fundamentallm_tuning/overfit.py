@@ -1,4 +1,4 @@
-"""One batch again and again: what can learn anything can learn this by heart."""
+"""Train on one batch repeatedly: a model that can learn anything can memorize it."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ if TYPE_CHECKING:
 
 NEAR_ZERO = 0.05
 FRACTION = 1 / 20
-"""Of the first loss: where that is small, ``NEAR_ZERO`` alone would say nothing."""
+"""Fraction of the first loss to reach, for first losses near ``NEAR_ZERO``."""
 
 STEPS = 300
-"""By default; where the loss still falls after these, as many again,"""
-AGAIN = 4
-"""so many times."""
+"""Default number of steps; while the loss still falls, as many again."""
+ROUNDS = 4
+"""Largest number of such rounds."""
 
 
 @plugin
 class OneWindow:
-    """Give every step the first window, and stop when its loss is near zero, or after ``steps`` no
-    longer falls."""
+    """Train on the first window in every step; stop when its loss is near zero, or no longer falls
+    after ``steps``."""
 
     steps: int
 
-    tell: Any = field(init=False, default=None)
+    show: Any = field(init=False, default=None)
     losses: list[float] = field(init=False, factory=list)
     _window: Any = field(init=False, default=None)
 
     @property
     def goal(self) -> float:
-        """What the loss has to come down to."""
+        """The loss to reach."""
         return min(NEAR_ZERO, FRACTION * abs(self.losses[0]))
 
     @property
     def learned(self) -> bool:
-        """Whether it has."""
+        """Whether the loss has reached the goal."""
         return self.losses[-1] <= self.goal
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Leave dropout out: with it, no loss comes near zero."""
+        """Disable dropout: with it, no loss comes near zero."""
         from torch import nn
 
         run.module.eval()
-        # These say of each other what to do in training, and some cannot go back otherwise.
+        # Their mode decides about more than dropout, and cuDNN's RNNs need it for backward.
         kept = (nn.RNNBase, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         for module in run.module.modules():
             if isinstance(module, kept):
@@ -66,7 +66,7 @@ class OneWindow:
 
     @hookimpl(wrapper=True)
     def collect_batches(self) -> Generator[None, list[Batch], list[Batch]]:
-        """Return the first window in place of any later one."""
+        """Return the first window in place of later ones."""
         window = yield
         if self._window is None:
             self._window = window
@@ -75,12 +75,12 @@ class OneWindow:
 
     @hookimpl
     def judge_step(self, run: Run) -> Rejection | None:
-        """Look at the loss; reject the step where it is near zero, or no number: it is the last."""
+        """Check the loss; reject the step and stop where it is near zero or not finite."""
         self.losses.append(window_loss(run))
         if len(self.losses) % max(self.steps // 10, 1) == 1 % max(self.steps // 10, 1):
-            self.tell(f"step {len(self.losses):>6}  loss {self.losses[-1]:.4g}")
+            self.show(f"step {len(self.losses):>6}  loss {self.losses[-1]:.4g}")
         if self.learned or not math.isfinite(self.losses[-1]):
-            run.stop("the loss is near zero" if self.learned else "the loss is no number")
+            run.stop("the loss is near zero" if self.learned else "the loss is not finite")
             return Rejection("other", str(run.stop_reason))
         done = len(self.losses)
         if done >= self.steps and not done % self.steps and not still_falls(self.losses):
@@ -89,23 +89,23 @@ class OneWindow:
         return None
 
 
-def learn(composed: Composed, steps: int | None, tell: Callable[[str], object]) -> str:
-    """Train on the first window for so many ``steps``, and return what to say of it.
+def learn(composed: Composed, steps: int | None, show: Callable[[str], object]) -> str:
+    """Train on the first window for ``steps``, and return the verdict as a line.
 
-    Without a number, for as long as the loss still falls, within limits.
+    Without ``steps``, train for as long as the loss falls, within limits.
 
     Raises ``NotFiniteError`` if the loss becomes NaN or infinite, ``FundamentalError`` if it does
     not come near zero in time.
     """
     one = OneWindow(steps=steps or STEPS)
-    one.tell = tell
+    one.show = show
     with scratch() as folder:
-        ended(train(lean(composed, steps or AGAIN * STEPS, one), run_dir=folder / "run"))
+        ended(train(lean(composed, steps or ROUNDS * STEPS, one), run_dir=folder / "run"))
     losses, done = one.losses, len(one.losses)
     if not math.isfinite(losses[-1]):
         raise NotFiniteError(
             f"step {done}: the loss on one batch is {losses[-1]}; try a smaller learning rate "
-            f"(fundamentallm lr-finder), and look at what the model computes from this batch"
+            f"(fundamentallm lr-finder), and inspect what the model computes from this batch"
         )
     if not one.learned:
         raise FundamentalError(
@@ -119,26 +119,26 @@ def learn(composed: Composed, steps: int | None, tell: Callable[[str], object]) 
 
 
 def still_falls(losses: list[float]) -> bool:
-    """Tell whether the last fifth of the steps has taken anything off the loss."""
+    """Return whether the loss fell in the last fifth of the steps."""
     return losses[-1] < 0.97 * losses[-max(len(losses) // 5, 1)]
 
 
 def advice(losses: list[float]) -> str:
-    """Return what to look at, from how the losses went."""
+    """Return advice that fits the course of the losses."""
     first, last, lowest = losses[0], losses[-1], min(losses)
     if last > 1.2 * first:
         return "It rises: the learning rate may be too large (fundamentallm lr-finder)."
     if lowest > 0.9 * first:
         return (
-            "It hardly falls: see whether gradients reach the weights (fundamentallm check), "
-            "whether the targets follow from the inputs, whether the learning rate is not too "
-            "small (fundamentallm lr-finder) and whether anything is frozen."
+            "It hardly falls: check whether gradients reach the weights (fundamentallm check), "
+            "whether the targets follow from the inputs, whether the learning rate is too "
+            "small (fundamentallm lr-finder) and whether weights are frozen."
         )
     if last > 1.5 * lowest:
         return f"It was at {lowest:.4g} and rose again: try a smaller learning rate."
     if still_falls(losses):
         return "It is still falling: try more --steps, a larger learning rate or a smaller batch."
     return (
-        "It has come to a halt: the model may be too small for the batch, equal inputs may "
+        "It no longer falls: the model may be too small for the batch, equal inputs may "
         "have different targets, or the loss may have a floor (label smoothing)."
     )
