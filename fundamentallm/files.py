@@ -32,8 +32,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        where = error.filename or path
-        raise StorageError(f"{where}: cannot be written: {error.strerror or error}") from error
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

@@ -1,11 +1,11 @@
-"""Averages of the weights: exponential (``ema``) and equal (``swa``)."""
+"""Average the weights: exponentially (``ema``) or equally (``swa``)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from fundamentallm import Period, field, ge, lt, plugin
-from fundamentallm_ema.averaging import Averaging
+from fundamentallm_ema.weight_averaging import WeightAveraging
 
 if TYPE_CHECKING:
     from fundamentallm_ema.average import Rule
@@ -14,33 +14,33 @@ __all__ = ["Ema", "Swa"]
 
 
 @plugin
-class Ema(Averaging):
-    """Keep an exponential moving average of the weights, and validate and sample with it.
+class Ema(WeightAveraging):
+    """Average the weights exponentially, and validate and sample with the average.
 
-    The average is beside the weights that are trained, which it never touches, and in every
-    checkpoint. Updates that were rejected do not count.
+    The trained weights are never changed. Every checkpoint contains the average. Rejected updates
+    do not count.
     """
 
     role = "control"
 
     decay: float = field(default=0.999, validator=[ge(0), lt(1)])
-    """How much of the average each update keeps; the rest comes from the weights."""
+    """The average becomes this times itself, plus 1 minus this times the weights."""
     warmup: bool = True
-    """Let the decay rise towards `decay`, so that the first weights are soon forgotten: after n
-    updates it is at most (1 + n) / (10 + n)."""
+    """Limit the decay to (1 + n) / (10 + n) after n updates, so that the first weights lose their
+    influence soon."""
     start: Period | float = 0.0
     """When the average begins: after this much training, or after this fraction of the run."""
     every: Period = Period(1)
-    """How often the weights enter the average."""
+    """How often the weights are added to the average."""
     evaluate: bool = True
-    """Whether validation and samples use the average; else only checkpoints and `save` do. Of
-    several averages in a run, one may."""
+    """Whether validation and samples use the average; if not, it is only in checkpoints and in the
+    file of `save`. At most one average of a run may."""
     save: bool = False
-    """Whether the end of the run writes the averaged model into the run folder, as
+    """Whether to write the averaged model into the run folder at the end of the run, as
     `ema.safetensors`."""
 
     def __attrs_post_init__(self) -> None:
-        self.settle()
+        self.apply_settings()
 
     def rule(self) -> Rule:
         """Return how weights enter the average."""
@@ -50,12 +50,12 @@ class Ema(Averaging):
 
 
 @plugin
-class Swa(Averaging):
-    """Keep the equal average of the weights from ``start`` on, and validate and sample with it.
+class Swa(WeightAveraging):
+    """Average the weights equally from ``start`` on, and validate and sample with the average.
 
     Stochastic weight averaging: Izmailov et al., "Averaging Weights Leads to Wider Optima and
-    Better Generalization" (2018, arXiv:1803.05407). The average is beside the weights that are
-    trained, which it never touches, and in every checkpoint. Rejected updates do not count.
+    Better Generalization" (2018, arXiv:1803.05407). The trained weights are never changed. Every
+    checkpoint contains the average. Rejected updates do not count.
     """
 
     role = "control"
@@ -63,16 +63,16 @@ class Swa(Averaging):
     start: Period | float = 0.75
     """When the average begins: after this much training, or after this fraction of the run."""
     every: Period = Period(1)
-    """How often the weights enter the average."""
+    """How often the weights are added to the average."""
     evaluate: bool = True
-    """Whether validation and samples use the average; else only checkpoints and `save` do. Of
-    several averages in a run, one may."""
+    """Whether validation and samples use the average; if not, it is only in checkpoints and in the
+    file of `save`. At most one average of a run may."""
     save: bool = False
-    """Whether the end of the run writes the averaged model into the run folder, as
+    """Whether to write the averaged model into the run folder at the end of the run, as
     `swa.safetensors`."""
 
     def __attrs_post_init__(self) -> None:
-        self.settle()
+        self.apply_settings()
 
     def rule(self) -> Rule:
         """Return how weights enter the average."""

@@ -1,4 +1,4 @@
-"""An average of a model's weights, beside them."""
+"""An average of a model's weights, in memory of its own."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from fundamentallm import PluginError, StorageError
 
 Blend: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 Rule: TypeAlias = Callable[[int], tuple[Blend, float]]
-"""How the next weights enter an average of so many: ``blend(averages, weights, number)``."""
+"""Maps the count of weights in the average to ``(blend, number)``. The call
+``blend(averages, weights, number)`` adds the next weights."""
 
 IS_TRAINED = attrgetter("requires_grad")
 LOW = (torch.bfloat16, torch.float16)
 
 
 def equal() -> Rule:
-    """Return the rule by which an average of n weights moves to the next by 1 / (n + 1)."""
+    """Return the rule of the equal average: after n weights move by 1 / (n + 1) to the next."""
     blend = _plain(get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
     return lambda count: (blend, count)
 
 
 def decaying(decay: float, *, warmup: bool) -> Rule:
-    """Return the rule by which an average moves to the next weights by 1 - ``decay``.
+    """Return the rule of the exponential average: move by 1 - ``decay`` to the next weights.
 
     With ``warmup`` the decay is at most (1 + n) / (10 + n) after n weights, as in TensorFlow's
-    ``ExponentialMovingAverage``. The move is then by 9 / (10 + n), which is 1 / ((1 + n) / 9 + 1):
-    the equal average's of a ninth of the weights.
+    ``ExponentialMovingAverage``. The average then moves by 9 / (10 + n) = 1 / ((1 + n) / 9 + 1),
+    which is the equal average's step for (1 + n) / 9 weights.
     """
     slow = _plain(get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
     quick = _plain(get_swa_multi_avg_fn())  # type: ignore[no-untyped-call]
@@ -47,8 +48,8 @@ def decaying(decay: float, *, warmup: bool) -> Rule:
 
 
 def _plain(blend: Any) -> Blend:
-    """Return a function of torch without the ``no_grad`` around it, which costs ten calls a step;
-    what it gets here has no gradients."""
+    """Return a function of torch without its ``no_grad`` decorator, which costs ten Python calls a
+    step. The tensors passed here have no gradients."""
     plain: Blend = inspect.unwrap(blend)
     return plain
 
@@ -56,8 +57,8 @@ def _plain(blend: Any) -> Blend:
 class Average:
     """An average of the floating-point parameters of a model, on their devices.
 
-    A parameter takes part from the first update on at which it is trainable; until then it is what
-    it is. Low precision is averaged in float32: a small move would be lost in it. Buffers are not
+    A parameter is averaged from the first update on at which it is trainable. Parameters in bf16
+    and fp16 are averaged in float32, because rounding would lose small changes. Buffers are not
     averaged.
     """
 
@@ -67,13 +68,13 @@ class Average:
         self._parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         self._waiting = dict(self._parameters)
         self._averages: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}  # the memory of those parameters, without gradients
-        # What one call can blend: averages, and the memory of their parameters, of one kind.
+        self._weights: dict[str, Tensor] = {}  # the averaged parameters, detached
+        # Averages and their parameters by device and type: one call can blend all of a group.
         self._groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         self._in_place = False
 
     def add(self) -> None:
-        """Let the weights enter the average, as they are now."""
+        """Add the current weights to the average."""
         blend, number = self._rule(self.count)
         for averages, weights in self._groups.values():
             if weights[0].dtype in LOW:
@@ -87,10 +88,10 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Exchange the weights with their averages, in the weights' own memory, and back.
+        """Exchange the values of the weights and their averages in this context, and back after.
 
-        Neither parameters nor their addresses change, so compiled modules need not notice. Takes
-        the memory of the largest parameter besides, and that of those in low precision.
+        Parameters keep their memory addresses, so compiled modules stay valid. Needs extra memory
+        for the largest parameter, and for all parameters in bf16 and fp16.
         """
         if self._in_place:
             yield
@@ -111,16 +112,16 @@ class Average:
             self._in_place = False
 
     def state(self) -> dict[str, Any]:
-        """Return the averages, which are the live ones, by the names of their parameters."""
+        """Return the averages by parameter name, as the live tensors: copy before the next step."""
         self._check()
         return {"count": self.count, "weights": dict(self._averages)}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Continue an average from copies of what ``state`` returned."""
+        """Continue from what ``state`` returned; raise ``StorageError`` if it does not fit."""
         for name, average in kept["weights"].items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != average.shape:
-                raise StorageError(f"the checkpoint holds the average of another model: {name}")
+                raise StorageError(f"the checkpoint contains the average of another model: {name}")
             self._join(name, parameter, average)
         self.count = kept["count"]
 
@@ -135,12 +136,12 @@ class Average:
         del self._waiting[name]
 
     def _check(self) -> None:
-        """Fail if a parameter has got other memory: its average has missed what came since."""
+        """Raise ``PluginError`` if a parameter was moved: its average has missed later updates."""
         for name, weight in self._weights.items():
             if not self._parameters[name].is_set_to(weight):
                 raise PluginError(
-                    f"{name} can no longer be averaged: something gave it other memory during the"
-                    f" run (by assigning to .data, say), where it should have changed it in place"
+                    f"{name} can no longer be averaged: its memory was replaced during the run (for"
+                    f" example by assigning to .data); change parameters in place instead"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The average is what a few lines by hand make of the weights, to the last bit, resumed or not."""
+"""The average is bit-identical to a handwritten one, also in resumed and rewound runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TestSwa(PluginContract):
 
 @plugin
 class Witness:
-    """Keeps the weights after every step, and whether it was applied; rejects some steps."""
+    """Records the weights after every step, and whether it was applied; rejects some steps."""
 
     rejects: Any = ()
     seen: dict[int, Any] = field(init=False, factory=dict)
@@ -53,7 +53,7 @@ class Witness:
     @hookimpl
     def judge_step(self, run: Run) -> Rejection | None:
         return (
-            Rejection("other", "as it was told") if run.progress.step + 1 in self.rejects else None
+            Rejection("other", "chosen by the test") if run.progress.step + 1 in self.rejects else None
         )
 
     @hookimpl
@@ -63,7 +63,7 @@ class Witness:
 
 @plugin
 class Memory:
-    """Keeps a snapshot of every safe point; goes back from one step to another, once."""
+    """Records a snapshot at every safe point; goes back from one step to another, once."""
 
     back: Any = None
     kept: dict[int, Snapshot] = field(init=False, factory=dict)
@@ -147,7 +147,7 @@ def composed() -> Composed:
 
 @settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(table=tables(), rejects=st.sets(st.integers(1, 8), max_size=4), data=st.data())
-def test_any_rule_any_rejected_steps_any_resumption_make_the_average_of_a_few_lines_by_hand(
+def test_the_average_equals_a_handwritten_one_for_any_rule_rejected_steps_and_resumption(
     tmp_path_factory: pytest.TempPathFactory,
     composed: Composed,
     table: dict[str, Any],
@@ -177,7 +177,7 @@ def test_any_rule_any_rejected_steps_any_resumption_make_the_average_of_a_few_li
 
 @plugin
 class Twin:
-    """Lets torch's ``AveragedModel`` follow the weights."""
+    """Updates torch's ``AveragedModel`` after every step."""
 
     make: Any
     averaged: Any = None
@@ -188,19 +188,19 @@ class Twin:
         self.averaged.update_parameters(run.model)
 
 
-def test_an_ema_without_warmup_is_torchs_bit_by_bit(tiny_run: TinyRun) -> None:
+def test_an_ema_without_warmup_equals_torchs_bit_by_bit(tiny_run: TinyRun) -> None:
     twin = Twin(make=lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
     run = tiny_run(Ema(decay=0.9, warmup=False), twin, length=12)
     assert same(average(run), weights(twin.averaged.module))
 
 
-def test_an_equal_average_is_torchs_bit_by_bit(tiny_run: TinyRun) -> None:
+def test_an_equal_average_equals_torchs_bit_by_bit(tiny_run: TinyRun) -> None:
     twin = Twin(make=lambda m: AveragedModel(m, multi_avg_fn=get_swa_multi_avg_fn()))
     run = tiny_run(Swa(start=0.0), twin, length=12)
     assert same(average(run, "swa"), weights(twin.averaged.module))
 
 
-def test_the_decay_of_the_warmup_is_that_of_its_formula_until_it_reaches_decay() -> None:
+def test_the_decay_in_the_warmup_follows_its_formula_until_it_reaches_decay() -> None:
     rule = Ema(decay=0.99).rule()
     for count in range(1, 2000):
         blend, number = rule(count)
@@ -210,7 +210,9 @@ def test_the_decay_of_the_warmup_is_that_of_its_formula_until_it_reaches_decay()
         assert float(mean[0]) == pytest.approx(1 - decay, rel=1e-13)
 
 
-def test_training_does_not_notice_the_average(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_training_is_bit_identical_with_and_without_an_average(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     runs = [
         tiny_run(*plugins, length=9, validate_every=2, run_dir=tmp_path / f"{len(plugins)}")
         for plugins in ([], [Ema(decay=0.5)])
@@ -221,17 +223,17 @@ def test_training_does_not_notice_the_average(tiny_run: TinyRun, tmp_path: Path)
     assert runs[0].history[-1]["val/loss"] != runs[1].history[-1]["val/loss"]
 
 
-def test_a_run_that_goes_back_takes_its_average_back_too(tiny_run: TinyRun) -> None:
+def test_a_rewind_restores_the_average_of_that_step(tiny_run: TinyRun) -> None:
     witness = Witness()
     run = tiny_run(Ema(decay=0.9), witness, Memory(back=(6, 3)), length=8)
     assert run.progress.step == 8
     assert run.progress.microbatches == 11
-    # What was seen of the steps 4 to 6 is what the second attempt at them has left.
+    # For the steps 4 to 6, the witness has the weights of the second attempt.
     table = {"start": 0.0, "every": Period(1), "decay": 0.9, "warmup": True}
     assert same(average(run), by_hand(witness.seen, table, 8)[1])
 
 
-def test_it_goes_back_to_before_it_began(tiny_run: TinyRun) -> None:
+def test_a_rewind_to_before_the_start_of_the_average_restarts_it(tiny_run: TinyRun) -> None:
     memory = Memory(back=(6, 2))
     run = tiny_run(Swa(start=Period(4)), memory, length=7)
     assert memory.kept[2]["plugins"]["swa"] == {"count": 0, "weights": {}}
@@ -240,7 +242,7 @@ def test_it_goes_back_to_before_it_began(tiny_run: TinyRun) -> None:
 
 @plugin
 class Freeze:
-    """Freezes the first layer until after a step."""
+    """Freezes the first layer for some steps."""
 
     until: int
 
@@ -254,7 +256,7 @@ class Freeze:
             run.model.hidden.requires_grad_(requires_grad=True)
 
 
-def test_a_frozen_parameter_takes_no_memory_and_joins_with_its_first_update(
+def test_a_frozen_parameter_is_averaged_from_its_first_update_on(
     tiny_run: TinyRun,
 ) -> None:
     witness, memory = Witness(), Memory()
@@ -288,7 +290,7 @@ class Half:
         return data
 
 
-def test_low_precision_is_averaged_in_float32_and_resumes_to_the_same_bits(
+def test_bf16_weights_are_averaged_in_float32_and_resume_to_the_same_bits(
     tiny_run: TinyRun,
 ) -> None:
     def half(witness: Witness, memory: Memory) -> Run:
@@ -315,7 +317,7 @@ def test_low_precision_is_averaged_in_float32_and_resumes_to_the_same_bits(
 
 @plugin
 class Replace:
-    """Gives a parameter other memory in the middle of training."""
+    """Replaces the memory of a parameter in the middle of training."""
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
@@ -323,7 +325,7 @@ class Replace:
             run.model.out.bias.data = run.model.out.bias.data.clone()
 
 
-def test_a_parameter_that_got_other_memory_is_told_instead_of_averaged_wrongly(
+def test_a_parameter_whose_memory_was_replaced_is_an_error(
     tiny_run: TinyRun,
 ) -> None:
     with pytest.raises(PluginError, match="out.bias can no longer be averaged"):
@@ -339,7 +341,7 @@ def test_the_average_of_another_model_is_refused(tiny_run: TinyRun) -> None:
         tiny_run(Ema(), remembering(wrong), length=4)
 
 
-def test_two_averages_at_once_are_a_mistake_that_names_both() -> None:
+def test_two_averages_that_both_evaluate_are_an_error_that_names_both() -> None:
     for other in ({}, {"plugin": "ema"}):
         name = "slow" if other else "swa"
         with pytest.raises(SettingsError) as caught:
@@ -348,6 +350,21 @@ def test_two_averages_at_once_are_a_mistake_that_names_both() -> None:
         assert len(said) == 1
         assert "ema (fundamentallm-ema" in said[0]
         assert f"{name} (fundamentallm-ema" in said[0]
+
+
+@pytest.mark.parametrize("made", [Ema(decay=0.9), Swa(start=0.5)])
+def test_a_second_run_of_the_same_object_starts_a_new_average(
+    tiny_run: TinyRun, tmp_path: Path, made: Any
+) -> None:
+    fresh = tiny_run(type(made)(start=made.start), length=4, run_dir=tmp_path / "fresh")
+    name = fresh.name_of(next(p for p in fresh.plugins.values() if isinstance(p, type(made))))
+    for folder in ("first", "second"):
+        run = tiny_run(made, length=4, run_dir=tmp_path / folder)
+        assert made.get_state()["count"] == fresh.plugins[name].get_state()["count"]
+        assert set(average(run, name)) == set(weights(run.model))
+    run.model.out.bias.data.fill_(7.0)
+    made.settle_step(run, applied=True)
+    assert bool((average(run, name)["out.bias"] > 0.01).all()), "it follows the second run's model"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +378,7 @@ def test_two_averages_at_once_are_a_mistake_that_names_both() -> None:
         ({"evaluate": 1}, "ema.evaluate: expected true or false"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:

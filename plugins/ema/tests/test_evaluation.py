@@ -1,4 +1,4 @@
-"""Validation, samples and files have the average; training has its weights back afterwards."""
+"""Validation, samples and files use the average; training continues with its own weights."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def loss_with(run: Run, values: Weights) -> float:
     return float(model(*batch.data))
 
 
-def test_validation_is_that_of_the_average(tiny_run: TinyRun) -> None:
+def test_validation_uses_the_average(tiny_run: TinyRun) -> None:
     run = tiny_run(Ema(decay=0.9), length=8, validate_every=4)
     assert run.history[-1]["val/loss"] == loss_with(run, average(run))
     assert run.history[-1]["val/loss"] != loss_with(run, weights(run.model))
 
 
-def test_and_that_of_the_weights_until_the_average_begins_or_if_it_is_not_for_that(
+def test_validation_uses_the_trained_weights_before_the_average_begins_or_without_evaluate(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     for number, ema in enumerate([Ema(start=Period(99)), Ema(evaluate=False)]):
@@ -61,7 +61,7 @@ def test_and_that_of_the_weights_until_the_average_begins_or_if_it_is_not_for_th
 
 @pytest.mark.parametrize("names", [("ema", "swa"), ("swa", "ema")])
 @pytest.mark.parametrize("evaluating", ["ema", "swa", None])
-def test_of_two_averages_the_one_that_is_for_it_is_validated_with_and_both_are_what_they_are_alone(
+def test_of_two_averages_the_one_with_evaluate_is_validated_and_neither_changes_the_other(
     tiny_run: TinyRun, tmp_path: Path, names: tuple[str, str], evaluating: str | None
 ) -> None:
     tables: dict[str, Any] = {"ema": {"decay": 0.9}, "swa": {"start": 0.5}}
@@ -77,7 +77,7 @@ def test_of_two_averages_the_one_that_is_for_it_is_validated_with_and_both_are_w
     assert not same(average(run, "ema"), average(run, "swa"))
 
 
-def test_two_instances_of_one_average_need_but_one_that_is_not_for_validation(
+def test_two_instances_of_one_plugin_run_if_only_one_evaluates(
     tiny_run: TinyRun,
 ) -> None:
     tables = {"ema": {"decay": 0.5}, "slow": {"plugin": "ema", "decay": 0.99, "evaluate": False}}
@@ -85,7 +85,9 @@ def test_two_instances_of_one_average_need_but_one_that_is_not_for_validation(
     assert run.history[-1]["val/loss"] == loss_with(run, average(run))
 
 
-def test_the_average_is_in_the_memory_of_the_weights_and_goes_again(tiny_run: TinyRun) -> None:
+def test_the_average_uses_the_memory_of_the_weights_and_is_removed_afterwards(
+    tiny_run: TinyRun,
+) -> None:
     run = tiny_run(Swa(start=0.5), length=8)
     before, kept, mean = dict(run.model.named_parameters()), weights(run.model), average(run, "swa")
     mean = {name: tensor.clone() for name, tensor in mean.items()}
@@ -114,7 +116,7 @@ class Broken:
 
 @plugin
 class Afterwards:
-    """Keeps the run, and its weights after each step."""
+    """Records the run, and its weights after each step."""
 
     run: Any = None
     last: Any = None
@@ -124,7 +126,7 @@ class Afterwards:
         self.run, self.last = run, weights(run.model)
 
 
-def test_a_validation_that_fails_leaves_the_weights_as_they_were(tiny_run: TinyRun) -> None:
+def test_a_failing_validation_restores_the_trained_weights(tiny_run: TinyRun) -> None:
     after, ema = Afterwards(), Ema(decay=0.9)
     with pytest.raises(PluginError, match="broken on purpose"):
         tiny_run(ema, Broken(), after, length=8, validate_every=2)
@@ -132,7 +134,7 @@ def test_a_validation_that_fails_leaves_the_weights_as_they_were(tiny_run: TinyR
     assert not same(ema.get_state()["weights"], after.last)
 
 
-def test_weights_can_have_gradients_inside(tiny_run: TinyRun) -> None:
+def test_gradients_can_be_computed_with_the_averaged_weights(tiny_run: TinyRun) -> None:
     run = tiny_run(Ema(), length=4)
     (batch,) = run.data.validation()["val"]
     with run.hook.evaluation_weights(run=run):
@@ -150,7 +152,7 @@ class Compile:
         return model
 
 
-def test_a_compiled_model_validates_with_the_average_too(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_compiled_model_validates_with_the_average(tiny_run: TinyRun, tmp_path: Path) -> None:
     runs = [
         tiny_run(
             Ema(decay=0.9),
@@ -188,7 +190,7 @@ class Tied:
         return Model()
 
 
-def test_tied_weights_are_averaged_once_and_a_file_of_them_fills_a_new_model(
+def test_tied_weights_are_averaged_once_and_the_saved_file_loads_into_a_new_model(
     tiny_run: TinyRun,
 ) -> None:
     run = tiny_run(Ema(decay=0.9, save=True), Tied(), length=6, validate_every=3)
@@ -200,14 +202,14 @@ def test_tied_weights_are_averaged_once_and_a_file_of_them_fills_a_new_model(
     assert new.one.weight is new.other.weight
 
 
-def test_the_file_has_the_name_of_the_instance_and_nothing_is_left_beside_it(
+def test_the_saved_file_has_the_instance_name_and_no_temporary_file_is_left(
     tiny_run: TinyRun,
 ) -> None:
     tables = {"slow": {"plugin": "swa", "save": True, "start": 0.0}}
     run = tiny_run("slow", settings=tables)
     assert same(load_file(run.folder / "slow.safetensors"), average(run, "slow"))
     assert not list(run.folder.glob(".slow*"))
-    # What other files of a folder are readable for, this one is.
+    # Everyone who may read the other files of the folder may read this one.
     mode = (run.folder / "settings.toml").stat().st_mode
     assert (run.folder / "slow.safetensors").stat().st_mode == mode
 
@@ -222,13 +224,13 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_an_interrupted_run_writes_no_file_for_it_is_not_done(tiny_run: TinyRun) -> None:
+def test_an_interrupted_run_writes_no_file(tiny_run: TinyRun) -> None:
     run = tiny_run(Ema(save=True), Interrupt(), length=9)
     assert run.outcome == "interrupted"
     assert not list(run.folder.glob("*.safetensors"))
 
 
-def test_an_average_that_never_began_is_told_and_not_written(
+def test_an_average_that_never_began_is_a_warning_and_is_not_written(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tiny_run(Swa(start=Period(9), save=True))
@@ -236,7 +238,9 @@ def test_an_average_that_never_began_is_told_and_not_written(
     assert not list(run.folder.glob("*.safetensors"))
 
 
-def test_a_file_that_cannot_be_written_is_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     (tmp_path / "run" / "ema.safetensors").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"run/ema.safetensors: cannot be written"):
         tiny_run(Ema(save=True))
@@ -305,7 +309,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("made", "most"), [(Ema(decay=0.9), 6), (Ema(decay=0.1), 6), (Swa(start=0.0), 6)]
 )
-def test_a_step_reads_no_device_value_and_makes_few_calls_of_python(
+def test_a_step_reads_no_device_value_and_makes_few_python_calls(
     tiny_run: TinyRun, made: Any, most: int
 ) -> None:
     run = tiny_run(made, length=3)

@@ -1,4 +1,4 @@
-"""What the plugins of this distribution have in common: all but how weights enter the average."""
+"""The common part of ``ema`` and ``swa``: everything but how weights enter the average."""
 
 from __future__ import annotations
 
@@ -17,86 +17,92 @@ if TYPE_CHECKING:
 log = logging.getLogger("fundamentallm")
 
 
-class Averaging(ABC):
-    """Keeps an ``Average`` of the weights up to date, in checkpoints, and in use."""
+class WeightAveraging(ABC):
+    """Update an ``Average`` of the weights, save it in checkpoints, and evaluate with it."""
+
+    role = "control"
 
     start: Period | float
     every: Period
     evaluate: bool
     save: bool
 
-    _average: Any = None  # an Average, once the model is asked for
-    _kept: Any = None  # what a checkpoint held, until then
+    _average: Any = None  # an Average, made when it is first needed
+    _restored: Any = None  # the state of a checkpoint, until the Average is made
 
     @abstractmethod
     def rule(self) -> Rule:
         """Return how weights enter the average."""
 
-    def settle(self) -> None:
-        """Follow the settings; raise ``ValueError`` for a fraction that is none."""
-        if not self.evaluate:  # hidden, so that another plugin may say what to evaluate with
+    def apply_settings(self) -> None:
+        """Apply ``evaluate``; raise ``ValueError`` for a wrong fraction."""
+        if not self.evaluate:  # so that another plugin may answer evaluation_weights
             self.evaluation_weights = None  # type: ignore[assignment,method-assign]
         if not isinstance(self.start, Period) and not 0 <= self.start < 1:
             raise ValueError(
                 f"start: a fraction of the run is at least 0 and less than 1, got {self.start:g};"
-                f" for a number of steps leave out the point"
+                f" for a number of steps write it without a point"
             )
 
     @hookimpl
+    def on_run_start(self) -> None:
+        """Forget the average of an earlier run of this object."""
+        self._average = self._restored = None
+
+    @hookimpl
     def settle_step(self, run: Run, applied: bool) -> None:
-        """Let the weights enter the average, if they were updated and it is due."""
-        # A step that was rejected has nothing new to say, even if it is the one that was due.
+        """Add the weights to the average after an applied update, when `every` is due."""
         if not applied or not self.every.due(run.progress):
             return
         average: Average = self._average or self.average_of(run)
-        if average.count or self._begins(run):
+        if average.count or self._has_started(run):
             average.add()
 
     @hookimpl
     def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
-        """Put the average in place of the weights for a while, once there is one."""
+        """Return a context in which the model holds the average, once it has begun."""
         in_place: AbstractContextManager[None] = self.average_of(run).in_place()
         return in_place
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Write the averaged model, if that is wanted and the run is done."""
+        """Write the averaged model with `save`, if the run is finished or stopped."""
         if outcome not in ("finished", "stopped") or run.rank:
             return
         average = self.average_of(run)
-        name = next(name for name, instance in run.plugins.items() if instance is self)
+        name = run.name_of(self)
         if not average.count:
             log.warning("%s: the run ended before the average began: start is %s", name, self.start)
         elif self.save:
-            from fundamentallm_ema.export import write
+            from fundamentallm_ema.export import write_weights
 
             with average.in_place():
-                write(run.folder / f"{name}.safetensors", run.model)
+                write_weights(run.folder / f"{name}.safetensors", run.model)
 
     def average_of(self, run: Run) -> Average:
-        """Return the average of the weights of ``run``, which may not have begun."""
+        """Return the average of the weights of ``run``, which may still be empty."""
         if self._average is None:
             from fundamentallm_ema.average import Average
 
             self._average = Average(run.model, self.rule())
-            if self._kept is not None:
-                self._average.restore(self._kept)
-            self._kept = None
+            if self._restored is not None:
+                self._average.restore(self._restored)
+            self._restored = None
         average: Average = self._average
         return average
 
     def get_state(self) -> dict[str, Any]:
-        """Return the average and how many weights it holds."""
+        """Return the average and the number of weights in it."""
         if self._average is not None:
             state: dict[str, Any] = self._average.state()
             return state
-        return self._kept or {"count": 0, "weights": {}}
+        return self._restored or {"count": 0, "weights": {}}
 
     def set_state(self, kept: dict[str, Any]) -> None:
-        """Take an average back, also in place of a later one."""
-        self._average, self._kept = None, kept
+        """Continue from a saved average, which may replace a later one (after a rewind)."""
+        self._average, self._restored = None, kept
 
-    def _begins(self, run: Run) -> bool:
+    def _has_started(self, run: Run) -> bool:
         if isinstance(self.start, Period):
             return self.start.reached(run.progress)
         return run.settings.length.done(run.progress) >= self.start
