@@ -13,14 +13,15 @@ from fundamentallm.errors import StorageError
 
 
 @contextlib.contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
+def durable_file(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file to write that replaces ``path`` when the block ends, complete and synced.
 
     The content goes to a hidden file in the same folder, is fsynced, renamed, and the folder is
     fsynced. If the block raises, ``path`` stays what it was. Two processes must not write the same
-    path at once. Raises ``StorageError`` where the file system refuses.
+    path at once, unless each names another hidden file in the same folder as its ``draft``. Raises
+    ``StorageError`` where the file system refuses.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = draft or path.with_name(f".{path.name}.part")
     try:
         try:
             with part.open("wb") as file:
@@ -35,9 +36,9 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def write_durably(path: Path, content: str | bytes) -> None:
+def write_durably(path: Path, content: str | bytes, draft: Path | None = None) -> None:
     """Write a whole file durably (see ``durable_file``); a text is written as UTF-8."""
-    with durable_file(path) as file:
+    with durable_file(path, draft) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -1,13 +1,12 @@
-"""Text files, or token files made by others, as batches of tokens."""
+"""Read text files or token files as batches of tokens."""
 
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fundamentallm import field, ge, gt, hookimpl, le, lt, optional, plugin
+from fundamentallm import field, ge, gt, hookimpl, le, lt, optional, plugin, suggest
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -17,84 +16,84 @@ if TYPE_CHECKING:
 TOKEN_FILES = (".npy", ".bin")
 TOKENIZERS = ("char", "byte", "bpe")
 LARGEST = 10**9
-# What the names of other metrics begin with.
+# Other metrics begin with these names.
 SECTIONS = ("best", "data", "optim", "perf", "system", "train")
 
 
 def _check_tokenizer(_: object, attribute: Attribute[Any], value: object) -> None:
-    # Whatever is none of the words has become a path.
+    # The host has converted any other word to a path.
     if isinstance(value, Path) and value.suffix != ".json":
-        close = get_close_matches(str(value), TOKENIZERS, n=1)
-        meant = f' (did you mean "{close[0]}"?)' if close else ""
         raise ValueError(
             f'\'{attribute.name}\' must be "char", "byte", "bpe" or the path of a '
-            f'tokenizer.json: "{value}"{meant}'
+            f'tokenizer.json, not "{value}"{suggest(str(value), TOKENIZERS)}'
         )
 
 
 def _check_splits(_: object, __: object, value: dict[str, Path | list[Path]]) -> None:
     for name in value:
         if name == "val":
-            raise ValueError('the split "val" is what validation_path names')
+            raise ValueError('the split "val" is the one of validation_path; use another name')
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in SECTIONS:
             raise ValueError(
-                f'"{name}" cannot name a split: its metrics begin with it, so it is of lower-case '
-                f"letters, digits and _, and none of {', '.join(SECTIONS)}"
+                f'"{name}" cannot name a split: metrics begin with the name, so it must consist of '
+                f"lower-case letters, digits and _, and be none of {', '.join(SECTIONS)}"
             )
 
 
 @plugin
 class Text:
-    """Read a corpus as windows of tokens: inputs, and as targets the same one token further on."""
+    """Read text as windows of tokens: inputs, and as targets the inputs shifted by one token."""
 
     role = "data"
 
     path: Path | list[Path] | None = None
-    """Text files, or token files (.npy, .bin): one, several, or a pattern such as "data/*.txt".
-    Without it, ``source`` is read."""
+    """Text files or token files (.npy, .bin): one, several, or a pattern such as "data/*.txt". By
+    default ``source`` is read."""
     source: Literal["python-stdlib"] = "python-stdlib"
-    """What to read where ``path`` is not given: "python-stdlib" is the .py files of the running
-    Python's standard library."""
+    """The text to read without a ``path``: "python-stdlib" is the .py files of the running Python's
+    standard library."""
     validation_path: Path | list[Path] | None = None
-    """Files to hold out for validation; without it, ``validation_fraction`` is held out."""
+    """Files for validation. By default ``validation_fraction`` of the text is held out."""
     validation_fraction: float = field(default=0.1, validator=[ge(0), lt(1)])
-    """How much of the end of the text to hold out; 0 for none of it."""
+    """The fraction at the end of the text that is held out for validation; 0 for none."""
     validation_splits: dict[str, Path | list[Path]] = field(factory=dict, validator=_check_splits)
-    """More splits to validate on, each a name and its files: `code = "code.py"` is validated as
-    ``code/loss``, beside the ``val/loss`` of the two settings above."""
+    """Additional validation splits, each a name and its files: `code = "code.py"` adds the metric
+    ``code/loss``. The two settings above define the split ``val``."""
     max_bytes: int | None = field(default=None, validator=optional(gt(0)))
-    """Read only the first so many bytes of the text, the held-out part included."""
+    """Read only this many bytes from the start of the text, including the held-out part."""
     separator: str = ""
-    """Text that is put after every file, such as "<|endoftext|>"; one token of its own in a
-    tokenizer that is learned."""
+    """Text that is added after every file, such as "<|endoftext|>". A learned tokenizer has one
+    token for it."""
     tokenizer: Literal["char", "byte", "bpe"] | Path | None = field(
         default=None, validator=_check_tokenizer
     )
-    """How text becomes tokens: "char" (the default), "byte", "bpe" (learned from the training
-    text), or the path of a tokenizer.json."""
+    """How text is encoded: "char" (the default), "byte", "bpe" (learned from the training text), or
+    the path of a tokenizer.json."""
     vocab_size: int | None = field(default=None, validator=optional([gt(0), le(LARGEST)]))
-    """Ids a model must know. With "bpe" so many are learned (default 4096); otherwise those of the
-    tokenizer, or more, to round up. Token files need it, or a tokenizer.json."""
+    """The number of ids that the model has. With "bpe" this many are learned (default 4096);
+    otherwise it is the tokenizer's number, or more, to round it up. Required for token files
+    without a tokenizer.json."""
     dtype: Literal["uint16", "uint32"] = "uint16"
-    """The type of the tokens in .bin files, little-endian."""
+    """The type of the ids in .bin files, little-endian."""
     context_length: int = field(default=256, validator=[ge(1), le(LARGEST)])
-    """Tokens in a window: how far the model can look back."""
+    """Tokens in a window, the longest context of the model."""
     batch_size: int = field(default=16, validator=[ge(1), le(LARGEST)])
-    """Windows in a micro-batch, over all processes together."""
+    """Windows in a micro-batch, in total over all processes."""
     sampling: Literal["random", "epochs"] = "random"
-    """Order of the windows. "random": any window, with replacement; "epochs": each of those that
-    lie side by side once, in another order in every epoch."""
+    """The order of the windows. "random" draws windows at any position, with replacement; "epochs"
+    reads each of the adjacent windows once per epoch, in a different order every time."""
     validation_batches: int | None = field(default=None, validator=optional([ge(1), le(LARGEST)]))
-    """Micro-batches in a validation, spread over the held-out text; all of it by default."""
+    """Micro-batches in a validation, evenly spaced in the held-out text. By default all of it."""
     prefetch: int | None = field(default=None, validator=optional([ge(0), le(LARGEST)]))
-    """Micro-batches that a thread prepares ahead; 0: no thread. By default 2 with CUDA, else 0."""
+    """Micro-batches that a thread prepares ahead; 0 for no thread. By default 2 on CUDA, else 0."""
     cache_dir: Path | None = None
-    """Where tokens are kept for the next run; by default fundamentallm/text in the user's cache."""
+    """The folder of cached tokens. By default fundamentallm/text in the user's cache folder."""
 
-    # What may be set anew while a run goes on; all else is read at its start.
+    role = "data"
+    # Settings that may change during a run; all others are read at its start.
     changeable = ("batch_size", "context_length")
-    # What may be another when a run is resumed: where the text is, as long as its fingerprint is
-    # the same, and how it is read.
+    # Settings that may differ when a run is resumed: where the text is, if its fingerprint is the
+    # same, and how it is read.
     free = ("path", "source", "validation_path", "prefetch", "cache_dir")
 
     _corpus: Any = field(default=None, init=False, repr=False)
@@ -105,21 +104,25 @@ class Text:
         if self.reads_tokens:
             self._check_tokens(files)
         elif any(path.suffix in TOKEN_FILES for path in files):
-            raise ValueError("path: text files and token files cannot be read as one")
+            raise ValueError("path: text files and token files cannot be mixed")
         smallest = 256 + bool(self.separator)
         if self.tokenizer == "bpe" and self.vocab_size is not None and self.vocab_size < smallest:
             raise ValueError(f"vocab_size: a learned tokenizer has at least {smallest} tokens")
 
     def _check_tokens(self, files: list[Path]) -> None:
         if any(path.suffix not in TOKEN_FILES for path in files):
-            raise ValueError("path: text files and token files cannot be read as one")
+            raise ValueError("path: text files and token files cannot be mixed")
         if self.tokenizer in TOKENIZERS:
-            raise ValueError("tokenizer: token files are tokens already; name their tokenizer.json")
+            raise ValueError(
+                "tokenizer: token files contain ids already; name their tokenizer.json"
+            )
         if self.tokenizer is None and self.vocab_size is None:
-            raise ValueError("vocab_size: token files need it, or a tokenizer.json as tokenizer")
+            raise ValueError(
+                "vocab_size: is required for token files, or a tokenizer.json as tokenizer"
+            )
         for name in ("separator", "max_bytes"):
             if getattr(self, name):
-                raise ValueError(f"{name}: is for text, not for token files")
+                raise ValueError(f"{name}: works with text files only, not with token files")
 
     @property
     def reads_tokens(self) -> bool:
@@ -128,30 +131,35 @@ class Text:
 
     @property
     def produces(self) -> tuple[str, ...]:
-        """The losses of the splits that have a name of their own."""
+        """The losses of the additional validation splits."""
         return tuple(f"{name}/loss" for name in self.validation_splits)
 
     @property
     def has_epochs(self) -> bool:
-        """Whether a period in epochs means anything."""
+        """Whether the data has epochs, so that periods may be in epochs."""
         return self.sampling == "epochs"
 
     @hookimpl
     def build_data(self, run: Run) -> Data:
+        """Read, encode and cache the text. A loaded run uses the tokenizer in its folder."""
         from fundamentallm_text.corpus import Corpus
+        from fundamentallm_text.recorded import recorded_corpus
 
-        self._corpus = corpus = Corpus(self, run)
-        return corpus
+        recorded = None if getattr(run, "training", True) else recorded_corpus(self, run)
+        self._corpus = recorded or Corpus(self, run)
+        data: Data = self._corpus
+        return data
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Keep the tokenizer in the run folder."""
-        # Not earlier: a start that fails before any training must not bind the next one.
+        """Write the tokenizer into the run folder."""
+        # Not earlier: a start that fails before training must not determine the next one.
         if run.rank == 0:
-            self._corpus.keep_tokenizer()
+            self._corpus.record_tokenizer()
 
     @hookimpl
     def on_train_end(self) -> None:
+        """End the threads that prepare batches."""
         if self._corpus is not None:
             self._corpus.close()
 

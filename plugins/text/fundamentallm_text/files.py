@@ -1,4 +1,4 @@
-"""Which bytes of which files the text is."""
+"""Find the files of a corpus, and divide them into byte ranges."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NOT_LIBRARY = frozenset(
 
 
 @dataclass(frozen=True)
-class Extent:
-    """The bytes ``start`` to ``stop`` of a file; ``ends`` if they reach the end of it."""
+class FileRange:
+    """The bytes ``start`` to ``stop`` of a file; ``ends`` if these include the end of the file."""
 
     path: Path
     start: int
@@ -31,14 +31,15 @@ class Extent:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return self.stop - self.start
 
 
 def find(paths: Path | Sequence[Path], setting: str) -> list[Path]:
     """Return the files that paths and glob patterns name, each once; a pattern's are sorted.
 
-    Raises ``DataError`` for what is not there; empty files that a pattern finds are left out.
+    ``setting`` begins errors. Empty files that a pattern finds are skipped. Raises ``DataError``
+    for a missing or empty file, a folder, or a pattern that matches nothing.
     """
     found: dict[Path, None] = {}
     for path in [paths] if isinstance(paths, Path) else paths:
@@ -57,7 +58,7 @@ def _matches(pattern: Path, setting: str) -> list[Path]:
     names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207
     found = [path for path in map(Path, sorted(names)) if path.is_file() and path.stat().st_size]
     if not found:
-        raise DataError(f"{setting}: no file with anything in it matches {pattern}")
+        raise DataError(f"{setting}: no file that is not empty matches {pattern}")
     return found
 
 
@@ -74,9 +75,9 @@ def _check(path: Path, setting: str) -> None:
 def standard_library() -> list[Path]:
     """Return the modules of the running interpreter's standard library, without their tests.
 
-    Sorted by a hash of their names: neighbours in the alphabet belong together, and text held out
-    at the end should be a sample of everything. What is generated at installation (it differs
-    between builds of one version) and what is not UTF-8 is left out.
+    They are sorted by a hash of their names, so that the text held out at the end is a sample of
+    all modules. Excluded are files that the installation generates (they differ between builds of
+    one version) and files that are not UTF-8.
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(_modules(root), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -101,32 +102,32 @@ def _is_text(path: Path) -> bool:
         return False
 
 
-def extents(paths: Iterable[Path]) -> list[Extent]:
+def whole_files(paths: Iterable[Path]) -> list[FileRange]:
     """Return the whole of each file."""
-    return [Extent(path, 0, path.stat().st_size) for path in paths]
+    return [FileRange(path, 0, path.stat().st_size) for path in paths]
 
 
-def cut(text: Sequence[Extent], size: int) -> tuple[list[Extent], list[Extent]]:
-    """Divide text after ``size`` bytes, or up to three earlier: never inside a UTF-8 character."""
-    before: list[Extent] = []
-    for place, extent in enumerate(text):
-        if size < extent.size:
-            middle = _boundary(extent, extent.start + size)
-            after = [replace(extent, start=middle), *text[place + 1 :]]
-            if middle > extent.start:
-                before.append(replace(extent, stop=middle, ends=False))
+def split_files(text: Sequence[FileRange], size: int) -> tuple[list[FileRange], list[FileRange]]:
+    """Split text after ``size`` bytes, or up to three earlier: never inside a UTF-8 character."""
+    before: list[FileRange] = []
+    for index, part in enumerate(text):
+        if size < part.size:
+            middle = _boundary(part, part.start + size)
+            after = [replace(part, start=middle), *text[index + 1 :]]
+            if middle > part.start:
+                before.append(replace(part, stop=middle, ends=False))
             return before, after
-        before.append(extent)
-        size -= extent.size
+        before.append(part)
+        size -= part.size
     return before, []
 
 
-def _boundary(extent: Extent, offset: int) -> int:
-    with extent.path.open("rb") as file:
-        file.seek(offset - min(3, offset - extent.start))
-        around = file.read(offset - file.tell() + 1)
-    # In UTF-8, a byte 10xxxxxx continues a character that began up to three bytes before.
-    for back, byte in enumerate(reversed(around)):
+def _boundary(part: FileRange, offset: int) -> int:
+    with part.path.open("rb") as file:
+        file.seek(offset - min(3, offset - part.start))
+        last_bytes = file.read(offset - file.tell() + 1)
+    # In UTF-8, a byte 10xxxxxx continues a character that began up to three bytes earlier.
+    for back, byte in enumerate(reversed(last_bytes)):
         if byte & 0xC0 != 0x80:
             return offset - back
     return offset

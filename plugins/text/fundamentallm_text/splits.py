@@ -1,4 +1,4 @@
-"""What reading a corpus results in, and what the reading of text and of tokens have in common."""
+"""The splits of a corpus, and what the readers of text and of token files share."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fundamentallm_text import Text
-    from fundamentallm_text.store import Tokens
-    from fundamentallm_text.vocabularies import Vocabulary
+    from fundamentallm_text.token_cache import Tokens
+    from fundamentallm_text.tokenizers import TextTokenizer
 
 FORMAT = 1
 MAIN_SPLIT = "val"
 
 Report: TypeAlias = Callable[[str, int, int | None], None]
-"""Told of a task, how much of it is done, and how much there is."""
+"""Called with a task, how much of it is done, and its total."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of training, or those held out."""
+    """The tokens of the training text or of a held-out text."""
 
     tokens: Tokens
     digest: str
-    """Changes exactly if the tokens do."""
+    """A hash of the tokens, or of the file they are mapped from."""
     size: int | None = None
-    """Bytes of text that the tokens stand for, if known."""
+    """Bytes of text that the tokens encode, if known."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A corpus: the training tokens, those of each held-out split, and what they mean."""
+    """The training tokens, those of each held-out split, and their tokenizer."""
 
     train: Split
     held_out: dict[str, Split]
-    """By the names that their metrics begin with; "val" is that of the only one, usually."""
-    vocabulary: Vocabulary | None
+    """By the names that their metrics begin with, usually "val" only."""
+    tokenizer: TextTokenizer | None
     vocab_size: int
-    """Ids a model must know: those of the vocabulary, or as many more as the settings say."""
+    """The ids that a model must have: those of the tokenizer, or more if the settings say so."""
 
 
-def padded(own: int, wanted: int | None) -> int:
-    """Return how many ids a model must know, given what the tokenizer has and the setting."""
+def padded_vocab_size(own: int, wanted: int | None) -> int:
+    """Return the number of ids that a model must have: the tokenizer's, or the larger setting."""
     if wanted is not None and wanted < own:
         raise DataError(f"text.vocab_size is {wanted}, but the tokenizer has {own} tokens")
     return own if wanted is None else wanted
@@ -58,7 +58,7 @@ def padded(own: int, wanted: int | None) -> int:
 def find_held_out(settings: Text, train: list[Path]) -> dict[str, list[Path]]:
     """Return the files of each split that the settings name, by the name of the split.
 
-    Raises ``DataError`` for what is not there, and if a file is to be trained on and held out.
+    Raises ``DataError`` for a missing file, and for one that is also a training file.
     """
     splits = settings.validation_splits.items()
     named = {f"validation_splits.{name}": paths for name, paths in splits}
@@ -74,7 +74,7 @@ def find_held_out(settings: Text, train: list[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def key_of(kind: str, *facts: Any) -> str:
-    """Return the name under which what is made of these facts is stored."""
+def cache_key(kind: str, *facts: Any) -> str:
+    """Return the cache key of something that these facts determine."""
     text = json.dumps([FORMAT, kind, *facts])
     return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"

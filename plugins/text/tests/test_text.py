@@ -57,9 +57,9 @@ Read = Callable[..., Corpus]
 def text_run(tiny_run: TinyRun, tmp_path: Path) -> TextRun:
     """Train a bigram model for a step (or ``length``) on what the settings say."""
 
-    def start(*beside: object, length: Any = 1, **text: Any) -> Run:
+    def start(*in_thread: object, length: Any = 1, **text: Any) -> Run:
         folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
-        return tiny_run(_text(tmp_path, text), Bigram(), *beside, run_dir=folder, length=length)
+        return tiny_run(_text(tmp_path, text), Bigram(), *in_thread, run_dir=folder, length=length)
 
     return start
 
@@ -114,7 +114,7 @@ def _text_of(data: Corpus, tokens: Any) -> str:
 
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_a_model_learns_from_it(text_run: TextRun, tokenizer: Any, sampling: Any) -> None:
+def test_a_model_learns_from_text(text_run: TextRun, tokenizer: Any, sampling: Any) -> None:
     run = text_run(length=60, tokenizer=tokenizer, sampling=sampling)
     assert run.history[-1]["train/loss"] < run.history[0]["train/loss"]
     assert run.history[-1]["val/loss"] < run.history[0]["train/loss"]
@@ -131,7 +131,7 @@ def test_a_table_in_the_settings_is_enough(tiny_run: TinyRun, tmp_path: Path) ->
     assert run.outcome == "finished"
 
 
-def test_windows_are_stretches_of_the_text(corpus: Read) -> None:
+def test_windows_are_consecutive_tokens_of_the_text(corpus: Read) -> None:
     data = corpus()
     text = VERSE[: int(len(VERSE) * 0.9)]
     for row in _samples(data, 0, 50):
@@ -153,7 +153,7 @@ def test_other_files_can_be_held_out(corpus: Read, tmp_path: Path) -> None:
     assert data.bytes_per_token("val") == 18 / 17
 
 
-def test_nothing_need_be_held_out(corpus: Read) -> None:
+def test_a_validation_fraction_of_zero_holds_nothing_out(corpus: Read) -> None:
     data = corpus(validation_fraction=0.0)
     assert data.validation() == {}
     assert data.bytes_per_token("val") is None
@@ -184,7 +184,7 @@ def test_a_validation_can_be_a_few_batches_spread_over_the_split(corpus: Read) -
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 500), size=st.integers(1, 9), depth=st.integers(0, 2))
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
-def test_samples_are_the_same_from_any_place_in_any_batch_size(
+def test_samples_are_the_same_from_any_start_in_any_batch_size(
     corpus_of: dict[str, Corpus], sampling: str, first: int, size: int, depth: int
 ) -> None:
     data = corpus_of[sampling]
@@ -224,14 +224,14 @@ def test_processes_share_every_micro_batch(corpus: Read, world_size: int) -> Non
     assert rows == sorted(row for batch in whole_validation for row in _rows(batch))
 
 
-def test_more_processes_than_windows_is_an_error_that_says_so(corpus: Read) -> None:
+def test_more_processes_than_windows_is_an_error(corpus: Read) -> None:
     data = corpus(batch_size=2)
     data.run.world_size = 3
-    with pytest.raises(SettingsError, match="2 windows cannot be shared by 3 processes"):
+    with pytest.raises(SettingsError, match="2 windows are too few for 3 processes"):
         data.batches(Progress())
 
 
-def test_an_epoch_is_its_windows_and_periods_in_epochs_mean_them(text_run: TextRun) -> None:
+def test_an_epoch_is_its_windows_and_periods_in_epochs_count_them(text_run: TextRun) -> None:
     run = text_run(length="2 epochs", sampling="epochs", batch_size=5)
     windows = (int(len(VERSE) * 0.9) - 1) // 8
     assert run.data.epoch_samples == windows
@@ -250,7 +250,7 @@ def test_random_windows_have_no_epochs(text_run: TextRun) -> None:
         text_run(length="2 epochs", sampling="random")
 
 
-def test_prefetching_changes_nothing_and_leaves_no_thread(text_run: TextRun) -> None:
+def test_prefetching_changes_no_batch_and_leaves_no_thread(text_run: TextRun) -> None:
     before = threading.active_count()
     runs = [text_run(length=30, prefetch=depth) for depth in (0, 1, 5)]
     assert threading.active_count() == before
@@ -276,7 +276,7 @@ def test_a_run_that_fails_leaves_no_thread(text_run: TextRun) -> None:
     del caught
 
 
-def test_batches_leave_the_global_random_states_alone(corpus: Read) -> None:
+def test_batches_do_not_change_the_global_random_states(corpus: Read) -> None:
     data = corpus(prefetch=2)
     before = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
     list(islice(data.batches(Progress()), 10))
@@ -319,7 +319,7 @@ def test_max_bytes_reads_only_the_beginning(corpus: Read, tmp_path: Path) -> Non
     assert _text_of(data, data.train.tokens) == ("äöü" * 100)[:50]
 
 
-def test_more_bytes_than_any_file_has_are_all_of_them(corpus: Read) -> None:
+def test_max_bytes_above_the_file_size_reads_everything(corpus: Read) -> None:
     assert corpus(max_bytes=10**20).fingerprint == corpus().fingerprint
 
 
@@ -334,7 +334,7 @@ def test_files_are_read_in_order_with_the_separator_after_each(
     assert data.train.tokens.tolist().count(0) == 2  # the last was bpe: one token each
 
 
-def test_the_vocabulary_is_the_tokenizers_or_rounded_up(corpus: Read) -> None:
+def test_the_vocabulary_size_is_the_tokenizers_or_rounded_up(corpus: Read) -> None:
     assert corpus().vocab_size == len(set(VERSE))
     assert corpus(vocab_size=64).vocab_size == 64
     assert corpus(tokenizer="byte").vocab_size == 256
@@ -357,7 +357,9 @@ def test_bpe_is_learned_from_the_training_text_alone(corpus: Read, tmp_path: Pat
     assert len(data.tokenizer.encode("zyzy")) == 4
 
 
-def test_text_with_many_characters_takes_more_room(corpus: Read, tmp_path: Path) -> None:
+def test_an_alphabet_of_more_than_65536_characters_is_stored_in_32_bits(
+    corpus: Read, tmp_path: Path
+) -> None:
     letters = "".join(chr(i) for i in range(0x20, 0x12000) if not 0xD800 <= i < 0xE000)
     data = corpus(path=_written(tmp_path, letters), validation_fraction=0.0)
     assert data.train.tokens.dtype == np.uint32
@@ -366,7 +368,7 @@ def test_text_with_many_characters_takes_more_room(corpus: Read, tmp_path: Path)
         assert _text_of(data, row) in letters
 
 
-def test_a_second_run_reads_what_the_first_one_kept(
+def test_a_second_run_reads_the_cache_of_the_first_one(
     corpus: Read, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = tmp_path / "kept"
@@ -383,7 +385,7 @@ def test_a_second_run_reads_what_the_first_one_kept(
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """The two passes over 120 MB take less than a third of it; a process of its own is measured."""
+    """Two passes over 120 MB need less than a third of that, measured in a separate process."""
     path = tmp_path / "large.txt"
     block = ("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.\n" * 15_000).encode()
     with path.open("wb") as file:
@@ -391,10 +393,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
             file.write(block)
     code = """import resource, sys
 from pathlib import Path
-from fundamentallm_text import Text, store, textreader
+from fundamentallm_text import Text, text_reader, token_cache
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 settings = Text(path=Path(sys.argv[1]), tokenizer="char")
-reader = textreader.TextReader(settings, store.Store(), lambda *said: None)
+reader = text_reader.TextReader(settings, token_cache.TokenCache(), lambda *given: None)
 before = peak()
 splits = reader.read()
 print(peak() - before, len(splits.train.tokens))"""
@@ -406,22 +408,22 @@ print(peak() - before, len(splits.train.tokens))"""
 
 
 @plugin
-class Hears:
-    """Notes what is reported."""
+class Listen:
+    """Records what is reported."""
 
     @hookimpl
     def on_progress(self, task: str, done: int, total: int | None) -> None:
-        HEARD.append((task, done, total))
+        REPORTED.append((task, done, total))
 
 
-HEARD: list[tuple[str, int, int | None]] = []
+REPORTED: list[tuple[str, int, int | None]] = []
 
 
 def test_tokenizing_is_reported_until_it_is_done(text_run: TextRun, tmp_path: Path) -> None:
-    HEARD.clear()
+    REPORTED.clear()
     size = 2_500_000
-    text_run(Hears(), path=_written(tmp_path, "é\n" * (size // 3)), validation_fraction=0.0)
-    found = [(done, total) for task, done, total in HEARD if task == "tokenizing"]
+    text_run(Listen(), path=_written(tmp_path, "é\n" * (size // 3)), validation_fraction=0.0)
+    found = [(done, total) for task, done, total in REPORTED if task == "tokenizing"]
     total = size // 3 * 3
     assert [of for _, of in found] == [total] * len(found)
     assert len(found) > 1
@@ -429,7 +431,7 @@ def test_tokenizing_is_reported_until_it_is_done(text_run: TextRun, tmp_path: Pa
     assert found[-1] == (total, total)
 
 
-def test_the_standard_library_is_what_is_read_by_default(text_run: TextRun) -> None:
+def test_the_standard_library_is_read_by_default(text_run: TextRun) -> None:
     run = text_run(path=None, max_bytes=200_000, context_length=16)
     assert run.outcome == "finished"
     data = run.data

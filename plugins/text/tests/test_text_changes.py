@@ -78,12 +78,12 @@ def changing_run(tiny_run: TinyRun, tmp_path: Path) -> ChangingRun:
     """Train for six steps on a verse, with changes between them."""
     (tmp_path / "verse.txt").write_text(VERSE)
 
-    def start(*beside: object, reach: int | None = None, **text: Any) -> Run:
+    def start(*in_thread: object, reach: int | None = None, **text: Any) -> Run:
         usual: dict[str, Any] = {"path": tmp_path / "verse.txt"}
         usual |= {"context_length": 8, "batch_size": 4}
         folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         parts = (Text(**usual | text), Bigram(reach=reach))
-        return tiny_run(*parts, *beside, run_dir=folder, length=6)
+        return tiny_run(*parts, *in_thread, run_dir=folder, length=6)
 
     return start
 
@@ -94,7 +94,7 @@ def _rows(batches: list[Batch]) -> list[list[int]]:
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
-def test_another_batch_size_goes_on_with_the_very_next_sample(
+def test_a_changed_batch_size_continues_with_the_next_sample(
     changing_run: ChangingRun, sampling: Any, prefetch: int
 ) -> None:
     usual = Changes(at={})
@@ -133,7 +133,9 @@ def test_a_changed_context_length_gives_windows_of_that_length(changing_run: Cha
         assert run.tokenizer.decode(row) in VERSE
 
 
-def test_what_is_read_is_a_function_of_the_sample_and_the_length(changing_run: ChangingRun) -> None:
+def test_a_window_is_a_function_of_the_sample_index_and_the_length(
+    changing_run: ChangingRun,
+) -> None:
     """A resumed run, which changes the settings before its first step, reads the same."""
     changes = Changes(at={"2": {"context_length": 5, "batch_size": 2}})
     run = changing_run(changes)
@@ -143,7 +145,7 @@ def test_what_is_read_is_a_function_of_the_sample_and_the_length(changing_run: C
     assert _rows(list(resumed)) == _rows(changes.read[3:])
 
 
-def test_the_windows_of_validations_stay_those_of_the_start(changing_run: ChangingRun) -> None:
+def test_the_validation_windows_stay_those_of_the_start(changing_run: ChangingRun) -> None:
     changes = Changes(at={"2": {"context_length": 3, "batch_size": 9}})
     changing_run(changes)
     first = changes.held_out[0]
@@ -161,8 +163,8 @@ def test_a_stream_that_is_replaced_leaves_no_thread(changing_run: ChangingRun) -
     assert threading.active_count() == before
 
 
-def test_epochs_do_not_go_with_another_context_length(changing_run: ChangingRun) -> None:
-    with pytest.raises(SettingsError, match="cannot go from 8 to 4 during a run with sampling"):
+def test_a_changed_context_length_is_an_error_with_epochs(changing_run: ChangingRun) -> None:
+    with pytest.raises(SettingsError, match="cannot change from 8 to 4 during a run with sampling"):
         changing_run(Changes(at={"1": {"context_length": 4}}), sampling="epochs")
 
 
@@ -170,7 +172,9 @@ def test_epochs_do_not_go_with_another_context_length(changing_run: ChangingRun)
 def test_a_context_length_that_the_model_was_not_built_for_is_an_error(
     changing_run: ChangingRun, reach: int | None, length: int
 ) -> None:
-    with pytest.raises(SettingsError, match=rf"cannot become {length} .* 1 to {reach or 8} tokens"):
+    with pytest.raises(
+        SettingsError, match=rf"cannot change to {length} .* 1 to {reach or 8} tokens"
+    ):
         changing_run(Changes(at={"1": {"context_length": length}}), reach=reach)
 
 
@@ -180,7 +184,7 @@ def test_a_model_with_a_longer_context_takes_longer_windows(changing_run: Changi
     assert [batch.data[0].shape[1] for batch in changes.read] == [8, 8, 8, 12, 12, 12]
 
 
-def test_a_batch_size_of_nothing_is_an_error_that_says_so(changing_run: ChangingRun) -> None:
+def test_a_batch_size_of_zero_is_an_error(changing_run: ChangingRun) -> None:
     with pytest.raises(SettingsError, match=r"text\.batch_size: 0 windows"):
         changing_run(Changes(at={"1": {"batch_size": 0}}))
 
@@ -221,7 +225,7 @@ class Terminates:
         ("bpe", "tokenizing"),
     ],
 )
-def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_nothing(
+def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_no_draft(
     changing_run: ChangingRun, tmp_path: Path, tokenizer: Any, task: str
 ) -> None:
     (tmp_path / "verse.txt").write_text(VERSE * 2000)  # several megabytes: several reports
@@ -236,7 +240,7 @@ def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_nothing(
     assert changing_run(tokenizer=tokenizer, cache_dir=cache).outcome == "finished"
 
 
-def test_it_says_what_may_change(changing_run: ChangingRun) -> None:
+def test_only_batch_size_and_context_length_are_changeable(changing_run: ChangingRun) -> None:
     """A plugin that lets settings follow schedules asks the class."""
     changes = Changes(at={"1": dict.fromkeys(Text.changeable, 3)})
     changing_run(changes)

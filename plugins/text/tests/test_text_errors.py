@@ -12,9 +12,9 @@ import pytest
 from fundamentallm import DataError, SettingsError
 from fundamentallm.testing import TinyRun
 from fundamentallm_text import Text
-from fundamentallm_text.files import Extent
-from fundamentallm_text.pieces import decoded
-from fundamentallm_text.vocabularies import learn_pairs
+from fundamentallm_text.chunking import decode_file
+from fundamentallm_text.files import FileRange
+from fundamentallm_text.tokenizers import learn_bpe
 
 Fails = Callable[..., str]
 
@@ -38,81 +38,83 @@ def _file(folder: Path, name: str, content: bytes = b"some words, enough of them
     return path
 
 
-def test_a_missing_file(fails: Fails, tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     assert fails(path=path) == f"text.path: there is no file {path}"
 
 
-def test_a_missing_file_to_hold_out(fails: Fails, tmp_path: Path) -> None:
+def test_a_missing_validation_file_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     text = fails(path=_file(tmp_path, "a.txt"), validation_path=path)
     assert text == f"text.validation_path: there is no file {path}"
 
 
-def test_a_pattern_that_matches_nothing(fails: Fails, tmp_path: Path) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error(fails: Fails, tmp_path: Path) -> None:
     pattern = tmp_path / "*.md"
-    assert fails(path=pattern) == f"text.path: no file with anything in it matches {pattern}"
+    assert fails(path=pattern) == f"text.path: no file that is not empty matches {pattern}"
 
 
-def test_a_folder(fails: Fails, tmp_path: Path) -> None:
+def test_a_folder_as_path_is_an_error(fails: Fails, tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder; name its files with a pattern: " in fails(path=tmp_path)
 
 
-def test_a_list_of_no_files(fails: Fails) -> None:
+def test_an_empty_list_of_files_is_an_error(fails: Fails) -> None:
     assert fails(path=[]) == "text.path: the list names no file"
 
 
-def test_an_empty_file(fails: Fails, tmp_path: Path) -> None:
+def test_an_empty_file_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "empty.txt", b"")
     assert fails(path=path) == f"text.path: {path} is empty"
 
 
-def test_a_file_below_a_file(fails: Fails, tmp_path: Path) -> None:
+def test_a_path_below_a_file_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.txt") / "b.txt"
     assert fails(path=path) == f"text.path: there is no file {path}"
 
 
-def test_a_name_that_is_too_long(fails: Fails, tmp_path: Path) -> None:
+def test_a_file_name_that_is_too_long_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 999)
     assert fails(path=path) == f"{path} cannot be read: File name too long"
 
 
-def test_a_file_that_goes_away_while_it_is_read(tmp_path: Path) -> None:
-    extent = Extent(tmp_path / "gone.txt", 0, 9)
+def test_a_file_that_disappears_during_reading_is_an_error(tmp_path: Path) -> None:
+    extent = FileRange(tmp_path / "gone.txt", 0, 9)
     with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file"):
-        list(decoded(extent))
+        list(decode_file(extent))
     _file(tmp_path, "gone.txt", b"1234")
     with pytest.raises(DataError, match=r"gone\.txt became shorter while it was read"):
-        list(decoded(extent))
+        list(decode_file(extent))
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_training_text_shorter_than_a_window(fails: Fails, tmp_path: Path, tokenizer: Any) -> None:
+def test_training_text_shorter_than_a_window_is_an_error(
+    fails: Fails, tmp_path: Path, tokenizer: Any
+) -> None:
     path = _file(tmp_path, "short.txt", b"12345678")
     assert fails(path=path, validation_fraction=0.0, tokenizer=tokenizer) == (
         "the training text has 8 tokens; one window of text.context_length = 8 needs 9: "
-        "shorten it, or give more text"
+        "reduce it, or give more text"
     )
     assert fails(path=path, validation_fraction=0.95, tokenizer=tokenizer).startswith(
         "the training text has 0 tokens; one window"
     )
 
 
-def test_held_out_text_shorter_than_a_window(fails: Fails, tmp_path: Path) -> None:
+def test_held_out_text_shorter_than_a_window_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.txt", b"x" * 80)
     assert fails(path=path, validation_fraction=0.1) == (
         "the held-out text has 8 tokens; one window of text.context_length = 8 needs 9: "
-        "shorten it, or give more held-out text (text.validation_fraction = 0 for none)"
+        "reduce it, or give more held-out text (text.validation_fraction = 0 for none)"
     )
 
 
-def test_a_file_to_train_on_and_to_hold_out(fails: Fails, tmp_path: Path) -> None:
+def test_a_file_for_both_training_and_validation_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.txt")
     text = fails(path=tmp_path / "*.txt", validation_path=path)
     assert text == f"text.validation_path: {path} is also one of the training files"
 
 
-def test_bytes_that_are_not_text(fails: Fails, tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.txt", b"x" * 100 + b"\xff" + b"x" * 100)
     for tokenizer in ("char", "bpe"):
         assert fails(path=path, tokenizer=tokenizer) == (
@@ -121,61 +123,65 @@ def test_bytes_that_are_not_text(fails: Fails, tmp_path: Path) -> None:
         )
 
 
-def test_a_tokenizer_that_is_larger_than_the_vocabulary(fails: Fails, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_vocab_size_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.txt", b"abcd" * 99)
     assert fails(path=path, vocab_size=3) == (
         "text.vocab_size is 3, but the tokenizer has 4 tokens"
     )
 
 
-def test_a_tokenizer_file_that_is_none(fails: Fails, tmp_path: Path) -> None:
+def test_a_file_that_is_no_tokenizer_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "t.json", b"{")
     text = fails(path=_file(tmp_path, "a.txt"), tokenizer=path)
     assert text.startswith(f"text.tokenizer: {path} is not a tokenizer.json: ")
 
 
-def test_a_bin_of_an_odd_size(fails: Fails, tmp_path: Path) -> None:
+def test_a_bin_of_an_odd_size_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.bin", bytes(99))
     assert fails(path=path, vocab_size=9) == (
         f"{path}: 99 bytes are not a whole number of uint16 tokens; "
-        "text.dtype tells the type of its tokens"
+        "set text.dtype to the type of its tokens"
     )
 
 
 @pytest.mark.parametrize(
     ("array", "why"),
     [
-        (np.zeros(99), "its items are <f8, none of uint8, uint16, uint32, int16, int32, int64"),
-        (np.zeros(99, dtype=">u2"), "its items are >u2, none of"),
-        (np.zeros(99, dtype=bool), "its items are |b1, none of"),
-        (np.zeros((9, 11), dtype=np.uint16), "its shape is (9, 11); tokens are one long row"),
+        (np.zeros(99), "its type is <f8, not one of uint8, uint16, uint32, int16, int32, int64"),
+        (np.zeros(99, dtype=">u2"), "its type is >u2, not one of"),
+        (np.zeros(99, dtype=bool), "its type is |b1, not one of"),
+        (np.zeros((9, 11), dtype=np.uint16), "its shape is (9, 11), but tokens need one dimension"),
         (np.array([{}]), "is not a .npy file of numbers: "),
     ],
 )
-def test_an_npy_that_is_no_row_of_ids(fails: Fails, tmp_path: Path, array: Any, why: str) -> None:
+def test_an_npy_that_is_no_array_of_ids_is_an_error(
+    fails: Fails, tmp_path: Path, array: Any, why: str
+) -> None:
     path = tmp_path / "a.npy"
     np.save(path, array)
     assert why in fails(path=path, vocab_size=9)
 
 
-def test_an_npy_that_is_none(fails: Fails, tmp_path: Path) -> None:
+def test_a_file_that_is_no_npy_is_an_error(fails: Fails, tmp_path: Path) -> None:
     path = _file(tmp_path, "a.npy")
     assert f"{path} is not a .npy file of numbers: " in fails(path=path, vocab_size=9)
 
 
 @pytest.mark.parametrize("wrong", [9, -1])
-def test_token_ids_outside_the_vocabulary(fails: Fails, tmp_path: Path, wrong: int) -> None:
+def test_token_ids_outside_the_vocabulary_are_an_error(
+    fails: Fails, tmp_path: Path, wrong: int
+) -> None:
     tokens = np.zeros(99, dtype=np.int32)
     tokens[[50, 60]] = wrong
     path = tmp_path / "a.npy"
     np.save(path, tokens)
     assert fails(path=path, vocab_size=9) == (
-        f"{path}: token 50 is {wrong}, outside a vocabulary of 9; text.vocab_size tells how many "
-        "ids there are, text.dtype how they are stored"
+        f"{path}: token 50 is {wrong}, outside a vocabulary of 9; check text.vocab_size, the "
+        "number of ids, and text.dtype, their type in the file"
     )
 
 
-def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) -> None:
+def test_token_files_without_tokens_are_an_error(fails: Fails, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(0, dtype=np.uint16))
     assert "training text has 0 tokens" in fails(path=tmp_path / "a.npy", vocab_size=9)
 
@@ -185,7 +191,7 @@ def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) ->
     [
         (
             {"tokenizer": "bpee"},
-            'tokenizer: must be "char", "byte", "bpe" or the path of a tokenizer.json: "bpee"',
+            'tokenizer: must be "char", "byte", "bpe" or the path of a tokenizer.json, not "bpee"',
         ),
         ({"batch_size": 10**20}, "batch_size: must be <= 1000000000"),
         ({"context_length": 10**9 + 1}, "context_length: must be <= 1000000000"),
@@ -198,10 +204,10 @@ def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) ->
         ),
         ({"path": ["a.bin", "b.txt"], "vocab_size": 9}, "path: text files and token files"),
         ({"path": ["b.txt", "a.bin"]}, "path: text files and token files"),
-        ({"path": "a.bin"}, "vocab_size: token files need it"),
-        ({"path": "a.bin", "vocab_size": 9, "tokenizer": "char"}, "tokenizer: token files are"),
-        ({"path": "a.npy", "vocab_size": 9, "separator": "x"}, "separator: is for text"),
-        ({"path": "a.npy", "vocab_size": 9, "max_bytes": 9}, "max_bytes: is for text"),
+        ({"path": "a.bin"}, "vocab_size: is required for token files"),
+        ({"path": "a.bin", "vocab_size": 9, "tokenizer": "char"}, "tokenizer: token files contain"),
+        ({"path": "a.npy", "vocab_size": 9, "separator": "x"}, "separator: works with text"),
+        ({"path": "a.npy", "vocab_size": 9, "max_bytes": 9}, "max_bytes: works with text"),
         ({"source": "wikipedia"}, "source: unknown value"),
         ({"validation_fraction": 1.0}, "validation_fraction: must be < 1"),
         ({"validation_fraction": -0.1}, "validation_fraction: must be >= 0"),
@@ -211,17 +217,19 @@ def test_token_files_of_no_tokens_fit_no_window(fails: Fails, tmp_path: Path) ->
         ({"validation_batches": 0}, "validation_batches: must be >= 1"),
     ],
 )
-def test_settings_that_cannot_be(tiny_run: TinyRun, table: dict[str, Any], problem: str) -> None:
+def test_contradictory_settings_are_an_error(
+    tiny_run: TinyRun, table: dict[str, Any], problem: str
+) -> None:
     with pytest.raises(SettingsError) as caught:
         tiny_run("text", settings={"text": table})
     assert f"text.{problem}" in str(caught.value)
 
 
-def test_a_mistyped_tokenizer_is_told_together_with_other_mistakes(tiny_run: TinyRun) -> None:
+def test_a_mistyped_tokenizer_is_reported_together_with_other_mistakes(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError) as caught:
         tiny_run("text", settings={"text": {"tokenizer": "chr", "batch_size": 0, "sise": 1}})
     assert len(caught.value.problems) == 3
-    assert '"chr" (did you mean "char"?)' in str(caught.value)
+    assert "\"chr\" (did you mean 'char'?)" in str(caught.value)
 
 
 def test_a_learned_tokenizer_can_be_as_small_as_the_bytes() -> None:
@@ -230,11 +238,11 @@ def test_a_learned_tokenizer_can_be_as_small_as_the_bytes() -> None:
         Text(tokenizer="bpe", vocab_size=256, separator="|")
 
 
-def test_errors_do_not_stick_once_the_data_is_right(fails: Fails, tmp_path: Path) -> None:
+def test_an_error_is_not_cached_once_the_data_is_right(fails: Fails, tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.full(99, 9, dtype=np.uint16))
     assert "outside a vocabulary of 9" in fails(path=path, vocab_size=9)
     assert "outside a vocabulary of 8" in fails(path=path, vocab_size=8)
     known = tmp_path / "t.json"
-    known.write_text(learn_pairs(["ab"], 2, 256, "").to_json())
+    known.write_text(learn_bpe(["ab"], 2, 256, "").to_json())
     assert "the tokenizer has" in fails(path=path, vocab_size=8, tokenizer=known)

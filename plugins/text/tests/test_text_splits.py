@@ -59,12 +59,12 @@ def split_run(tiny_run: TinyRun, tmp_path: Path) -> SplitRun:
     for name, content in (("verse", VERSE), ("code", CODE), ("letters", LETTERS)):
         (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
 
-    def start(*beside: object, length: int = 2, **text: Any) -> Run:
+    def start(*in_thread: object, length: int = 2, **text: Any) -> Run:
         splits = {"code": tmp_path / "code.txt", "letters": [tmp_path / "letters.txt"]}
         usual: dict[str, Any] = {"path": tmp_path / "verse.txt", "validation_splits": splits}
         usual |= {"context_length": 8, "batch_size": 4}
         folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
-        return tiny_run(Text(**usual | text), Bigram(), *beside, run_dir=folder, length=length)
+        return tiny_run(Text(**usual | text), Bigram(), *in_thread, run_dir=folder, length=length)
 
     return start
 
@@ -84,7 +84,7 @@ def _expected(run: Run, text: str) -> float:
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
-def test_every_split_has_the_loss_that_a_handwritten_loop_finds(
+def test_every_split_has_the_loss_of_a_handwritten_loop(
     split_run: SplitRun, tokenizer: Any
 ) -> None:
     run = split_run(tokenizer=tokenizer)
@@ -114,13 +114,15 @@ def test_named_splits_do_not_change_the_training(split_run: SplitRun) -> None:
     assert with_them.model.scores.weight.equal(without.model.scores.weight)  # type: ignore[operator]
 
 
-def test_named_splits_alone_are_enough(split_run: SplitRun) -> None:
+def test_named_splits_work_without_val(split_run: SplitRun) -> None:
     rows = Rows()
     split_run(rows, validation_fraction=0.0)
     assert [set(metrics) for metrics in rows.seen] == [{"code/loss", "letters/loss"}]
 
 
-def test_a_split_can_stand_beside_a_path_for_val(split_run: SplitRun, tmp_path: Path) -> None:
+def test_a_named_split_can_be_combined_with_validation_path(
+    split_run: SplitRun, tmp_path: Path
+) -> None:
     run = split_run(validation_path=tmp_path / "code.txt")
     assert run.history[-1]["val/loss"] == run.history[-1]["code/loss"]
 
@@ -171,7 +173,9 @@ def test_paths_of_splits_are_relative_to_the_file_that_states_them(tmp_path: Pat
     }
 
 
-def test_the_splits_of_a_run_are_in_its_record(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_the_splits_of_a_run_are_in_its_recorded_settings(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     for name, content in (("verse", VERSE), ("code", CODE)):
         (tmp_path / f"{name}.txt").write_text(content)
     table = {
@@ -187,22 +191,22 @@ def test_the_splits_of_a_run_are_in_its_record(tiny_run: TinyRun, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["train", "optim", "best", "Code", "a/b", "a.b", "", "1st", "é"])
-def test_a_name_that_no_metric_can_begin_with_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_split_name_that_no_metric_can_begin_with_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot name a split: .* lower-case letters"):
         Text(validation_splits={name: tmp_path})
 
 
-def test_val_is_a_split_that_has_settings_of_its_own(tmp_path: Path) -> None:
+def test_the_name_val_is_refused_for_a_named_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation_path"):
         Text(validation_splits={"val": tmp_path})
 
 
-def test_a_split_of_token_files_does_not_go_with_text(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="text files and token files cannot be read as one"):
+def test_a_split_of_token_files_cannot_be_mixed_with_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="text files and token files cannot be mixed"):
         Text(path=tmp_path / "a.txt", validation_splits={"code": tmp_path / "b.bin"})
 
 
-def test_mistakes_in_a_split_name_it(split_run: SplitRun, tmp_path: Path) -> None:
+def test_errors_in_a_split_name_the_split(split_run: SplitRun, tmp_path: Path) -> None:
     def fails(path: Path | list[Path]) -> str:
         with pytest.raises(DataError) as caught:
             split_run(validation_splits={"code": path})

@@ -10,9 +10,9 @@ import pytest
 
 from fundamentallm_text import Text
 from fundamentallm_text.splits import Splits
-from fundamentallm_text.store import Store
-from fundamentallm_text.tokenfiles import BLOCK, TokenReader
-from fundamentallm_text.vocabularies import learn_pairs
+from fundamentallm_text.token_cache import TokenCache
+from fundamentallm_text.token_files import BLOCK, TokenReader
+from fundamentallm_text.tokenizers import learn_bpe
 
 IDS = np.arange(1000) % 77
 
@@ -21,23 +21,25 @@ def _read(folder: Path, heard: list[Any] | None = None, **text: Any) -> Splits:
     def report(*said: Any) -> None:
         (heard if heard is not None else []).append(said)
 
-    return TokenReader(Text(**{"vocab_size": 77} | text), Store(folder / "store"), report).read()
+    return TokenReader(
+        Text(**{"vocab_size": 77} | text), TokenCache(folder / "store"), report
+    ).read()
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_a_bin_is_mapped_where_it_lies(tmp_path: Path, dtype: Any) -> None:
+def test_a_bin_is_mapped_in_place(tmp_path: Path, dtype: Any) -> None:
     path = tmp_path / "a.bin"
     IDS.astype(dtype).tofile(path)
     found = _read(tmp_path, path=path, dtype=dtype, validation_fraction=0.0)
     assert found.train.tokens.tolist() == IDS.tolist()
     assert found.train.tokens.dtype == dtype
-    assert (found.vocabulary, found.vocab_size, found.held_out) == (None, 77, {})
-    # Nothing but the note that the ids were checked is kept.
+    assert (found.tokenizer, found.vocab_size, found.held_out) == (None, 77, {})
+    # Only the fact that the ids were checked is cached.
     assert {kept.name.split("-")[0] for kept in (tmp_path / "store").iterdir()} == {"range"}
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int16", "int32", "int64"])
-def test_an_npy_of_any_whole_numbers_is_read(tmp_path: Path, dtype: str) -> None:
+def test_an_npy_of_any_integer_type_is_read(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "a.npy", IDS.astype(dtype))
     found = _read(tmp_path, path=tmp_path / "a.npy")
     assert found.train.tokens.tolist() == IDS[:900].tolist()
@@ -62,15 +64,15 @@ def test_other_files_can_be_held_out(tmp_path: Path) -> None:
     assert found.held_out["val"].tokens.tolist() == IDS[::-1].tolist()
 
 
-def test_a_tokenizer_json_tells_the_vocabulary(tmp_path: Path) -> None:
-    learned = learn_pairs(["abc" * 9], 27, 300, "")
+def test_a_tokenizer_json_defines_the_vocabulary(tmp_path: Path) -> None:
+    learned = learn_bpe(["abc" * 9], 27, 300, "")
     (tmp_path / "t.json").write_text(learned.to_json())
     np.save(tmp_path / "a.npy", IDS)
     settings: dict[str, Any] = {"path": tmp_path / "a.npy", "tokenizer": tmp_path / "t.json"}
     found = _read(tmp_path, **settings, vocab_size=None)
     assert found.vocab_size == learned.vocab_size
-    assert found.vocabulary is not None
-    assert found.vocabulary.identity == learned.identity
+    assert found.tokenizer is not None
+    assert found.tokenizer.identity == learned.identity
     assert _read(tmp_path, **settings, vocab_size=512).vocab_size == 512
 
 

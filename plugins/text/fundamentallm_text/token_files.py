@@ -1,4 +1,4 @@
-"""Token files made by others: ``.npy``, and ``.bin`` of nothing but ids."""
+"""Read existing token files: ``.npy``, and ``.bin`` with ids and nothing else."""
 
 from __future__ import annotations
 
@@ -10,41 +10,53 @@ import numpy as np
 
 from fundamentallm import DataError
 from fundamentallm_text.files import find
-from fundamentallm_text.splits import MAIN_SPLIT, Split, Splits, find_held_out, key_of, padded
-from fundamentallm_text.store import mapped
-from fundamentallm_text.vocabularies import load_pairs
+from fundamentallm_text.splits import (
+    MAIN_SPLIT,
+    Split,
+    Splits,
+    cache_key,
+    find_held_out,
+    padded_vocab_size,
+)
+from fundamentallm_text.token_cache import map_tokens
+from fundamentallm_text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from fundamentallm_text import Text
     from fundamentallm_text.splits import Report
-    from fundamentallm_text.store import Store, Tokens
-    from fundamentallm_text.vocabularies import Vocabulary
+    from fundamentallm_text.token_cache import TokenCache, Tokens
+    from fundamentallm_text.tokenizers import TextTokenizer
 
 BLOCK = 1 << 22
-KINDS = ("uint8", "uint16", "uint32", "int16", "int32", "int64")
+DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64")
 
 
 class TokenReader:
     """Reads the token files that the settings name.
 
-    One file is mapped where it lies; several are joined, once, in the store.
+    A single file is memory-mapped in place; several are joined once, in the cache.
     """
 
     def __init__(
-        self, settings: Text, store: Store, report: Report, kept: Vocabulary | None = None
+        self,
+        settings: Text,
+        cache: TokenCache,
+        report: Report,
+        tokenizer: TextTokenizer | None = None,
     ) -> None:
         self.settings = settings
-        self.store = store
+        self.cache = cache
         self.report = report
-        self.kept = kept
-        """What the tokens mean; None for what the settings name."""
+        self.tokenizer = tokenizer
+        """The tokenizer of the files; None for the one that the settings name."""
 
     def read(self) -> Splits:
         """Return the tokens of every split."""
         settings = self.settings
         named = settings.tokenizer
-        vocabulary = self.kept or (load_pairs(named) if isinstance(named, Path) else None)
-        vocab_size = padded(vocabulary.vocab_size if vocabulary else 0, settings.vocab_size)
+        tokenizer = self.tokenizer or (load_tokenizer(named) if isinstance(named, Path) else None)
+        own_size = tokenizer.vocab_size if tokenizer else 0
+        vocab_size = padded_vocab_size(own_size, settings.vocab_size)
         paths = find(settings.path or [], "text.path")
         train = self._open(paths, vocab_size)
         found = find_held_out(settings, paths)
@@ -54,25 +66,25 @@ class TokenReader:
             middle = int(count * (1 - end))
             held_out = ({MAIN_SPLIT: _part(train, middle, count)} if end else {}) | held_out
             train = _part(train, 0, middle)
-        return Splits(train, held_out, vocabulary, vocab_size)
+        return Splits(train, held_out, tokenizer, vocab_size)
 
     def _open(self, paths: list[Path], vocab_size: int) -> Split:
         dtype = self.settings.dtype
         arrays = [open_tokens(path, dtype) for path in paths]
-        digests = [self.store.digest(path) for path in paths]
+        digests = [self.cache.digest(path) for path in paths]
         for path, tokens, digest in zip(paths, arrays, digests, strict=True):
-            key = key_of("range", digest, tokens.dtype.str, vocab_size)
-            self.store.text(key, partial(self._checked, path, tokens, vocab_size))
+            key = cache_key("range", digest, tokens.dtype.str, vocab_size)
+            self.cache.text(key, partial(self._check, path, tokens, vocab_size))
         if len(arrays) == 1:
-            return Split(arrays[0], key_of("file", digests[0], arrays[0].dtype.str))
+            return Split(arrays[0], cache_key("file", digests[0], arrays[0].dtype.str))
         wide = "uint16" if vocab_size <= 1 << 16 else "uint32"
-        key = key_of("joined", digests, [tokens.dtype.str for tokens in arrays], wide)
-        stored = self.store.tokens(key, wide, lambda: self._joined(arrays))
+        key = cache_key("joined", digests, [tokens.dtype.str for tokens in arrays], wide)
+        stored = self.cache.tokens(key, wide, lambda: self._joined(arrays))
         return Split(stored.tokens, stored.digest)
 
-    def _checked(self, path: Path, tokens: Tokens, vocab_size: int) -> str:
+    def _check(self, path: Path, tokens: Tokens, vocab_size: int) -> str:
         for begin in range(0, len(tokens), BLOCK):
-            check_range(tokens, begin, vocab_size, path)
+            check_token_ids(tokens, begin, vocab_size, path)
             self.report("checking tokens", min(begin + BLOCK, len(tokens)), len(tokens))
         return "sound"
 
@@ -87,9 +99,9 @@ class TokenReader:
 
 
 def open_tokens(path: Path, dtype: str) -> Tokens:
-    """Return the tokens of a file as a memory map; ``dtype`` is that of a ``.bin``.
+    """Return the tokens of a file as a memory map, (tokens,); ``dtype`` is that of a ``.bin``.
 
-    Raises ``DataError`` for what is not one long row of little-endian ids.
+    Raises ``DataError`` for a file that is not a one-dimensional array of little-endian ids.
     """
     if path.suffix == ".npy":
         return _open_npy(path)
@@ -97,9 +109,9 @@ def open_tokens(path: Path, dtype: str) -> Tokens:
     if size % item.itemsize:
         raise DataError(
             f"{path}: {size} bytes are not a whole number of {dtype} tokens; "
-            "text.dtype tells the type of its tokens"
+            "set text.dtype to the type of its tokens"
         )
-    return mapped(path, item, 0, size // item.itemsize)
+    return map_tokens(path, item, 0, size // item.itemsize)
 
 
 def _open_npy(path: Path) -> Tokens:
@@ -107,21 +119,21 @@ def _open_npy(path: Path) -> Tokens:
         found: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"{path} is not a .npy file of numbers: {error}") from None
-    if found.dtype.name not in KINDS or found.dtype.byteorder == ">":
-        raise DataError(f"{path}: its items are {found.dtype.str}, none of {', '.join(KINDS)}")
+    if found.dtype.name not in DTYPES or found.dtype.byteorder == ">":
+        raise DataError(f"{path}: its type is {found.dtype.str}, not one of {', '.join(DTYPES)}")
     if found.ndim != 1:
-        raise DataError(f"{path}: its shape is {found.shape}; tokens are one long row")
+        raise DataError(f"{path}: its shape is {found.shape}, but tokens need one dimension")
     return found.view(np.ndarray)
 
 
-def check_range(tokens: Tokens, begin: int, vocab_size: int, path: Path) -> None:
+def check_token_ids(tokens: Tokens, begin: int, vocab_size: int, path: Path) -> None:
     """Raise ``DataError`` for the first id of a block that is not in 0 … ``vocab_size - 1``."""
     block = tokens[begin : begin + BLOCK]
     if block.max() >= vocab_size or block.min() < 0:
-        place = begin + int(np.argmax((block < 0) | (block >= vocab_size)))
+        index = begin + int(np.argmax((block < 0) | (block >= vocab_size)))
         raise DataError(
-            f"{path}: token {place} is {tokens[place]}, outside a vocabulary of {vocab_size}; "
-            "text.vocab_size tells how many ids there are, text.dtype how they are stored"
+            f"{path}: token {index} is {tokens[index]}, outside a vocabulary of {vocab_size}; "
+            "check text.vocab_size, the number of ids, and text.dtype, their type in the file"
         )
 
 

@@ -12,8 +12,16 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fundamentallm import Batch, DataError
-from fundamentallm_text.feed import Cut, Slot, ahead, feed, plan, sent, staged
-from fundamentallm_text.order import RandomWindows
+from fundamentallm_text.loader import (
+    BatchShape,
+    StagingBuffer,
+    batch_parts,
+    fill_buffers,
+    load_batches,
+    prefetched,
+    send_buffers,
+)
+from fundamentallm_text.sampling import RandomWindows
 
 DTYPES = ["uint8", "uint16", "uint32", "int16", "int32", "int64"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -46,13 +54,15 @@ def _expected(dtype: str, batches: int, first: int = 0) -> list[object]:
 
 def _feed(dtype: str, device: str, depth: int, first: int = 0) -> Iterator[Batch]:
     windows = sliding_window_view(_tokens(dtype), LENGTH + 1)
-    return feed(windows, plan(ORDER, Cut(ROWS, 0, ROWS), first), ROWS, device, depth)
+    return load_batches(
+        windows, batch_parts(ORDER, BatchShape(ROWS, 0, ROWS), first), ROWS, device, depth
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("depth", [0, 1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_batches_are_the_windows_of_the_order(dtype: str, depth: int, device: str) -> None:
+def test_batches_are_the_windows_of_the_sampling(dtype: str, depth: int, device: str) -> None:
     stream = _feed(dtype, device, depth, first=7)
     found = list(islice(stream, 20))
     assert [_plain(batch) for batch in found] == _expected(dtype, 20, first=7)
@@ -67,23 +77,25 @@ def test_batches_are_the_windows_of_the_order(dtype: str, depth: int, device: st
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_goes_through_slots_arrives_whole(dtype: str, depth: int, device: str) -> None:
+def test_tokens_pass_through_staging_buffers_unchanged(dtype: str, depth: int, device: str) -> None:
     """The way of a GPU, which the CPU can walk too: as stored, in turn, widened on arrival."""
     windows = sliding_window_view(_tokens(dtype), LENGTH + 1)
-    slots = [Slot(ROWS, LENGTH + 1, windows.dtype, device) for _ in range(depth + 2)]
+    slots = [StagingBuffer(ROWS, LENGTH + 1, windows.dtype, device) for _ in range(depth + 2)]
     assert all(slot.memory.element_size() == windows.dtype.itemsize for slot in slots)
     assert all(slot.memory.dtype not in (torch.uint16, torch.uint32) for slot in slots)
-    filled = staged(windows, plan(ORDER, Cut(ROWS, 0, ROWS), 0), slots)
-    stream = sent(ahead(filled, depth) if depth else filled, device)
+    filled = fill_buffers(windows, batch_parts(ORDER, BatchShape(ROWS, 0, ROWS), 0), slots)
+    stream = send_buffers(prefetched(filled, depth) if depth else filled, device)
     found = list(islice(stream, 30))
     assert [_plain(batch) for batch in found] == _expected(dtype, 30)
     del stream, filled
 
 
-def test_a_plan_goes_on_where_a_batch_of_any_size_begins() -> None:
-    whole = [part.starts.tolist() for part in islice(plan(ORDER, Cut(1, 0, 1), 0), 10_000)]
+def test_batch_parts_continue_at_the_start_of_a_batch_of_any_size() -> None:
+    whole = [
+        part.starts.tolist() for part in islice(batch_parts(ORDER, BatchShape(1, 0, 1), 0), 10_000)
+    ]
     flat = [start for starts in whole for start in starts]
-    later = next(plan(ORDER, Cut(8, 2, 5), 9000))
+    later = next(batch_parts(ORDER, BatchShape(8, 2, 5), 9000))
     assert later.starts.tolist() == flat[9002:9005]
     assert (later.first, later.samples) == (9002, 8)
 
@@ -93,8 +105,8 @@ def _failing(after: int) -> Iterator[int]:
     raise DataError("the disk is gone")
 
 
-def test_an_error_in_the_thread_is_raised_where_its_item_would_have_come() -> None:
-    stream = ahead(_failing(5), 2)
+def test_an_error_in_the_thread_is_raised_in_place_of_its_item() -> None:
+    stream = prefetched(_failing(5), 2)
     assert list(islice(stream, 5)) == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match="the disk is gone"):
         next(stream)
@@ -103,17 +115,17 @@ def test_an_error_in_the_thread_is_raised_where_its_item_would_have_come() -> No
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("taken", [0, 1, 10])
-def test_no_thread_is_left_behind(depth: int, taken: int) -> None:
+def test_no_thread_is_left_running(depth: int, taken: int) -> None:
     before = threading.active_count()
-    stream = ahead(count(), depth)
+    stream = prefetched(count(), depth)
     assert list(islice(stream, taken)) == list(range(taken))
     stream.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
 
 
-def test_a_stream_that_is_forgotten_ends_its_thread() -> None:
+def test_a_garbage_collected_stream_ends_its_thread() -> None:
     before = threading.active_count()
-    stream = ahead(count(), 2)
+    stream = prefetched(count(), 2)
     next(stream)
     assert threading.active_count() == before + 1
     del stream
@@ -121,10 +133,10 @@ def test_a_stream_that_is_forgotten_ends_its_thread() -> None:
 
 
 def test_an_iterator_that_ends_ends_the_stream() -> None:
-    assert list(ahead(iter(range(7)), 2)) == list(range(7))
+    assert list(prefetched(iter(range(7)), 2)) == list(range(7))
 
 
-def test_the_thread_is_never_further_ahead_than_asked_for() -> None:
+def test_the_thread_never_reads_further_ahead_than_depth() -> None:
     made: list[int] = []
     reached = threading.Event()
 
@@ -135,7 +147,7 @@ def test_the_thread_is_never_further_ahead_than_asked_for() -> None:
                 reached.set()
             yield number
 
-    stream = ahead(items(), 2)
+    stream = prefetched(items(), 2)
     assert next(stream) == 0
     assert reached.wait(10)  # 0 was taken, 1 and 2 wait, 3 waits for room
     assert not threading.Event().wait(0.05)

@@ -1,4 +1,4 @@
-"""Cutting text: which bytes, in which pieces; by content, never by how it is read."""
+"""Text is split into byte ranges and chunks by its content, never by how it is read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import DataError
-from fundamentallm_text.files import Extent, cut, extents, find, standard_library
-from fundamentallm_text.pieces import cut_text, decoded, grouped, pieces
-from fundamentallm_text.vocabularies import learn_pairs
+from fundamentallm_text.chunking import chunks, decode_file, group_chunks, split_text
+from fundamentallm_text.files import FileRange, find, split_files, standard_library, whole_files
+from fundamentallm_text.tokenizers import learn_bpe
 
 # Words, blanks and newlines in every arrangement: where the cuts of a tokenizer are delicate.
 PROSE = st.lists(st.sampled_from(["a", "bc", " ", "\n", "\r\n", "\t", ".", "é", "1", "d'e", "…"]))
@@ -19,17 +19,17 @@ TEXTS = PROSE.map("".join)
 same_folder = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_pieces_end_at_newlines_between_words() -> None:
+def test_chunks_end_at_newlines_between_words() -> None:
     text = "one\ntwo\n\nthree\n  four\nfive"
-    assert list(cut_text([text], at_least=2, at_most=100)) == [
+    assert list(split_text([text], at_least=2, at_most=100)) == [
         "one\n",
         "two\n\nthree\n  four\n",
         "five",
     ]
 
 
-def test_text_without_such_a_newline_is_cut_after_another_or_at_the_limit() -> None:
-    assert list(cut_text(["ab\n\ncd\n\nefghijklmnop"], 2, 6)) == [
+def test_text_without_such_a_newline_is_split_after_another_newline_or_at_the_limit() -> None:
+    assert list(split_text(["ab\n\ncd\n\nefghijklmnop"], 2, 6)) == [
         "ab\n\n",
         "cd\n\n",
         "efghij",
@@ -38,29 +38,29 @@ def test_text_without_such_a_newline_is_cut_after_another_or_at_the_limit() -> N
 
 
 @given(text=TEXTS, at_least=st.integers(1, 9), more=st.integers(1, 9), block=st.integers(1, 30))
-def test_pieces_do_not_depend_on_how_the_text_is_read(
+def test_chunks_do_not_depend_on_how_the_text_is_read(
     text: str, at_least: int, more: int, block: int
 ) -> None:
     at_most = at_least + more
-    whole = list(cut_text([text], at_least, at_most))
+    whole = list(split_text([text], at_least, at_most))
     read = (text[i : i + block] for i in range(0, len(text), block))
-    assert list(cut_text(read, at_least, at_most)) == whole
+    assert list(split_text(read, at_least, at_most)) == whole
     assert "".join(whole) == text
     assert all(len(piece) <= at_most for piece in whole)
     assert all(len(piece) >= at_least for piece in whole[:-1])
 
 
 WIDE = "a bc\n\n\n\nbc a..\n\n  \n\t\ta d'e é\r\n\r\n\r\n    bc 1 11 \n"
-PAIRS = learn_pairs([WIDE * 9], 100, 300, "")
+PAIRS = learn_bpe([WIDE * 9], 100, 300, "")
 
 
 @given(text=TEXTS)
-def test_tokens_of_pieces_are_the_tokens_of_the_whole_text(text: str) -> None:
-    found = [token for part in cut_text([text], 2, 10_000) for token in PAIRS.encode(part)]
+def test_the_tokens_of_chunks_are_the_tokens_of_the_whole_text(text: str) -> None:
+    found = [token for part in split_text([text], 2, 10_000) for token in PAIRS.encode(part)]
     assert found == PAIRS.encode(text)
 
 
-def test_a_cut_at_any_newline_would_not_keep_the_tokens() -> None:
+def test_splitting_at_any_newline_would_change_the_tokens() -> None:
     """What the rule is for: were this not so, the rule could be simpler."""
     text = "a\n\nbc"
     cut_anywhere = [token for part in ("a\n\n", "bc") for token in PAIRS.encode(part)]
@@ -73,45 +73,47 @@ def test_text_is_decoded_the_same_in_any_block_size(tmp_path: Path, text: str, b
     path = tmp_path / "text"
     data = text.encode("utf-8", "surrogatepass")
     path.write_bytes(data)
-    extent = Extent(path, 0, len(data))
-    read = "".join(decoded(extent, "surrogateescape", block))
+    extent = FileRange(path, 0, len(data))
+    read = "".join(decode_file(extent, "surrogateescape", block))
     assert read.encode("utf-8", "surrogateescape") == data
 
 
 @same_folder
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1), at=st.integers(0, 200))
-def test_a_division_never_splits_a_character(tmp_path: Path, text: str, at: int) -> None:
+def test_splitting_files_never_splits_a_character(tmp_path: Path, text: str, at: int) -> None:
     names = [tmp_path / "a", tmp_path / "b"]
     names[0].write_bytes(text.encode())
     names[1].write_bytes((text + "…").encode())
-    whole = extents(names)
-    before, after = cut(whole, at)
+    whole = whole_files(names)
+    before, after = split_files(whole, at)
     size = sum(part.size for part in before)
     assert max(0, at - 3) <= size <= at or (size < at and not after)
-    assert "".join(pieces([*before, *after], "", "strict")) == text + text + "…"
-    assert "".join(pieces(before, "", "strict")) + "".join(pieces(after, "", "strict")) == (
+    assert "".join(chunks([*before, *after], "", "strict")) == text + text + "…"
+    assert "".join(chunks(before, "", "strict")) + "".join(chunks(after, "", "strict")) == (
         text + text + "…"
     )
 
 
-def test_the_separator_follows_every_end_of_a_file_and_no_other_cut(tmp_path: Path) -> None:
+def test_the_separator_follows_every_end_of_a_file_and_no_other_split(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name * 4)
-    before, after = cut(extents([tmp_path / "a", tmp_path / "b"]), 6)
-    assert "".join(pieces(before, "|", "strict")) == "aaaa|bb"
-    assert "".join(pieces(after, "|", "strict")) == "bb|"
+    before, after = split_files(whole_files([tmp_path / "a", tmp_path / "b"]), 6)
+    assert "".join(chunks(before, "|", "strict")) == "aaaa|bb"
+    assert "".join(chunks(after, "|", "strict")) == "bb|"
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_what_is_not_utf8_is_named_by_file_and_place(tmp_path: Path, block: int) -> None:
+def test_bytes_that_are_not_utf8_are_reported_with_file_and_offset(
+    tmp_path: Path, block: int
+) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("schön café".encode() + b" caf\xe9 ")
     with pytest.raises(DataError, match=r"latin\.txt: byte 16 \(0xe9\) is not UTF-8 text"):
-        list(decoded(Extent(path, 3, path.stat().st_size), block=block))
+        list(decode_file(FileRange(path, 3, path.stat().st_size), block=block))
 
 
-def test_groups_hold_about_as_much_as_asked_for() -> None:
-    assert list(grouped(["aa", "b", "cccc", "d"], 3)) == [["aa", "b"], ["cccc"], ["d"]]
+def test_groups_have_about_the_requested_size() -> None:
+    assert list(group_chunks(["aa", "b", "cccc", "d"], 3)) == [["aa", "b"], ["cccc"], ["d"]]
 
 
 def test_the_standard_library_is_a_deterministic_list_without_tests() -> None:
@@ -124,7 +126,7 @@ def test_the_standard_library_is_a_deterministic_list_without_tests() -> None:
     assert found != sorted(found)
 
 
-def test_a_pattern_finds_files_in_order_and_a_list_keeps_its_own(tmp_path: Path) -> None:
+def test_a_pattern_finds_files_in_sorted_order_and_a_list_keeps_its_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text("x")
     (tmp_path / "empty.txt").touch()
@@ -133,7 +135,7 @@ def test_a_pattern_finds_files_in_order_and_a_list_keeps_its_own(tmp_path: Path)
     assert find([c, tmp_path / "*.txt", c], "text.path") == [c, a, b]
 
 
-def test_a_name_with_brackets_is_a_name_if_there_is_such_a_file(tmp_path: Path) -> None:
+def test_a_path_with_brackets_is_a_file_name_if_that_file_exists(tmp_path: Path) -> None:
     path = tmp_path / "notes[1].txt"
     path.write_text("x")
     assert find(path, "text.path") == [path]
@@ -142,4 +144,4 @@ def test_a_name_with_brackets_is_a_name_if_there_is_such_a_file(tmp_path: Path) 
 def test_the_library_encodes_a_batch_as_it_encodes_one_text() -> None:
     """``encode_batch_fast`` is what long texts go through; it must not differ."""
     texts = ["a bc\n", "é 1 d'e", " "]
-    assert PAIRS.encode_pieces(texts).tolist() == [t for text in texts for t in PAIRS.encode(text)]
+    assert PAIRS.encode_chunks(texts).tolist() == [t for text in texts for t in PAIRS.encode(text)]

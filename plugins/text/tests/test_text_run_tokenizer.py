@@ -1,4 +1,4 @@
-"""A run goes on with the tokenizer that it began with, whatever became of what that was made of."""
+"""A run continues with the tokenizer that it started with, even if the text has changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fundamentallm import DataError, PluginError, Run, StorageError, hookimpl, p
 from fundamentallm.testing import TinyRun
 from fundamentallm_text import Text
 from fundamentallm_text.corpus import Corpus
-from fundamentallm_text.vocabularies import learn_pairs
+from fundamentallm_text.tokenizers import learn_bpe
 
 BEFORE = "the cat and the hat\n" * 60
 AFTER = "hat then at the end\n" * 60  # every character of it occurs before
@@ -47,12 +47,12 @@ class Scores:
 def start(tiny_run: TinyRun, tmp_path: Path) -> Start:
     """Start a run in one and the same folder, on a corpus of this content; return its data."""
 
-    def run(content: str = BEFORE, *beside: object, folder: str = "run", **text: Any) -> Corpus:
+    def run(content: str = BEFORE, *in_thread: object, folder: str = "run", **text: Any) -> Corpus:
         path = tmp_path / "corpus.txt"
         path.write_text(content, encoding="utf-8")
         usual: dict[str, Any] = {"path": path, "context_length": 8, "batch_size": 2}
         data = tiny_run(
-            Text(**usual | text), Scores(), *beside, run_dir=tmp_path / folder, length=1
+            Text(**usual | text), Scores(), *in_thread, run_dir=tmp_path / folder, length=1
         ).data
         assert isinstance(data, Corpus)
         return data
@@ -97,34 +97,38 @@ def test_a_run_keeps_its_tokenizer_when_the_text_changes(start: Start, text: Any
         assert _known(start(AFTER, folder="another", **text))[0] != identity
 
 
-def test_other_characters_in_the_same_number_do_not_become_those_of_the_run(
+def test_text_with_new_characters_is_an_error_in_a_char_run(
     refused: Refused, start: Start, tmp_path: Path
 ) -> None:
     start()
     assert refused(BEFORE.replace("c", "k")) == (
-        f"{tmp_path / 'corpus.txt'}: the character 'k' is none of those that this run was begun "
-        "with; put back the text as it was then, or start a new run"
+        f"{tmp_path / 'corpus.txt'}: the character 'k' is not in the alphabet that this run was "
+        "started with; restore the text, or start a new run"
     )
 
 
-def test_the_file_that_holds_an_unknown_character_is_named(
+def test_the_file_with_an_unknown_character_is_named(
     refused: Refused, start: Start, tmp_path: Path
 ) -> None:
     other = tmp_path / "b.txt"
     other.write_text(BEFORE)
     start(validation_path=other)
     other.write_text(BEFORE + "ß")
-    assert refused(validation_path=other).startswith(f"{other}: the character 'ß' is none")
+    assert refused(validation_path=other).startswith(
+        f"{other}: the character 'ß' is not in the alphabet"
+    )
 
 
-def test_an_unknown_character_of_the_separator_is_told_as_one(
+def test_an_unknown_character_of_the_separator_is_an_error_that_names_the_setting(
     refused: Refused, start: Start
 ) -> None:
     start()
-    assert refused(separator="|").startswith("text.separator: the character '|' is none of those")
+    assert refused(separator="|").startswith(
+        "text.separator: the character '|' is not in the alphabet"
+    )
 
 
-def test_another_version_of_the_library_changes_no_run(
+def test_another_version_of_the_tokenizers_library_changes_no_run(
     start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = start(tokenizer="bpe", vocab_size=280)
@@ -134,7 +138,7 @@ def test_another_version_of_the_library_changes_no_run(
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == kept
 
 
-def test_a_learned_tokenizer_is_kept_as_a_file_that_another_run_can_name(
+def test_a_learned_tokenizer_is_written_as_a_file_that_another_run_can_use(
     start: Start, tmp_path: Path
 ) -> None:
     first = start(tokenizer="bpe", vocab_size=280)
@@ -147,7 +151,7 @@ def test_a_learned_tokenizer_is_kept_as_a_file_that_another_run_can_name(
     assert start(folder="another", tokenizer=path).fingerprint == first.fingerprint
 
 
-def test_an_alphabet_is_kept_as_text(start: Start, tmp_path: Path) -> None:
+def test_an_alphabet_is_stored_as_a_string(start: Start, tmp_path: Path) -> None:
     start('ab\r\n\x85\u2028"\\ß🦊' * 60)
     facts = json.loads((tmp_path / "run" / "tokenizer.json").read_text(encoding="utf-8"))
     assert facts == {"kind": "char", "vocab_size": 10, "content": '\n\r"\\ab\x85ß\u2028🦊'}
@@ -158,60 +162,60 @@ SWITCHES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"tokenizer": "char"},
         {"tokenizer": "byte"},
-        'text.tokenizer: the settings ask for "byte", but this run was begun with "char" (',
+        'text.tokenizer: the settings ask for "byte", but this run was started with "char" (',
     ),
     (
         {"tokenizer": "byte"},
         {},
-        'text.tokenizer: the settings ask for "char", but this run was begun with "byte" (',
+        'text.tokenizer: the settings ask for "char", but this run was started with "byte" (',
     ),
     (
         {"tokenizer": "bpe", "vocab_size": 270},
         {"tokenizer": "bpe", "vocab_size": 280},
-        "text.vocab_size is 280, but this run was begun with a vocabulary of 270 (",
+        "text.vocab_size is 280, but this run was started with a vocabulary of 270 (",
     ),
     (
         {"tokenizer": "bpe", "vocab_size": 270},
         {"tokenizer": "bpe", "vocab_size": 260},
-        "text.vocab_size is 260, but this run was begun with a vocabulary of 270 (",
+        "text.vocab_size is 260, but this run was started with a vocabulary of 270 (",
     ),
     (
         {"vocab_size": 64},
         {},
-        "text.vocab_size is not set, but this run was begun with a vocabulary of 64 (",
+        "text.vocab_size is not set, but this run was started with a vocabulary of 64 (",
     ),
 ]
 
 
 @pytest.mark.parametrize(("before", "after", "problem"), SWITCHES)
-def test_asking_a_run_for_another_tokenizer_is_an_error_that_says_what_to_do(
+def test_asking_a_run_for_another_tokenizer_is_an_error_with_advice(
     start: Start, refused: Refused, before: Any, after: Any, problem: str
 ) -> None:
     first = start(**before)
-    told = refused(**after)
-    assert told.startswith(problem)
-    assert told.endswith(", or start a new run")
+    message = refused(**after)
+    assert message.startswith(problem)
+    assert message.endswith(", or start a new run")
     assert start(**before).fingerprint == first.fingerprint
 
 
 def _learned(path: Path, text: str) -> Path:
-    path.write_text(learn_pairs([text], len(text), 270, "").to_json())
+    path.write_text(learn_bpe([text], len(text), 270, "").to_json())
     return path
 
 
-def test_the_tokenizer_of_a_file_is_the_runs_own_once_it_began(
+def test_a_run_has_its_own_copy_of_a_tokenizer_file(
     start: Start, refused: Refused, tmp_path: Path
 ) -> None:
     path = _learned(tmp_path / "t.json", BEFORE)
     first = start(tokenizer=path)
     assert refused(tokenizer=_learned(path, "zyzzyva " * 9)).startswith(
-        f"text.tokenizer: {path} is not the tokenizer that this run was begun with ("
+        f"text.tokenizer: {path} is not the tokenizer that this run was started with ("
     )
     path.unlink()
     assert start(tokenizer=path).fingerprint == first.fingerprint
 
 
-def test_token_files_keep_the_tokenizer_they_name(
+def test_a_run_on_token_files_has_its_own_copy_of_their_tokenizer(
     start: Start, refused: Refused, tmp_path: Path
 ) -> None:
     tokens = tmp_path / "a.npy"
@@ -220,7 +224,7 @@ def test_token_files_keep_the_tokenizer_they_name(
     first = start(path=tokens, tokenizer=path)
     path.unlink()
     assert _known(start(path=tokens, tokenizer=path)) == _known(first)
-    assert "ask for none, but this run was begun with the tokenizer of a file" in refused(
+    assert "ask for none, but this run was started with the tokenizer of a file" in refused(
         path=tokens, vocab_size=270
     )
     assert start(folder="another", path=tokens, vocab_size=270).tokenizer is None
@@ -237,7 +241,7 @@ class Second:
         return model
 
 
-def test_only_the_first_process_writes(start: Start, tmp_path: Path) -> None:
+def test_only_the_first_process_writes_the_tokenizer(start: Start, tmp_path: Path) -> None:
     start(BEFORE, Second())
     assert not (tmp_path / "run" / "tokenizer.json").exists()
 
@@ -251,7 +255,7 @@ class Unbuilt:
         raise RuntimeError("something")
 
 
-def test_a_start_that_fails_before_training_binds_no_later_one(
+def test_a_start_that_fails_before_training_writes_no_tokenizer(
     start: Start, tmp_path: Path
 ) -> None:
     with pytest.raises(PluginError):
@@ -275,7 +279,7 @@ def test_a_start_that_fails_before_training_binds_no_later_one(
         '{"kind": "word", "vocab_size": 256, "content": "ab"}',
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_it(
+def test_a_damaged_tokenizer_file_is_an_error_that_names_it(
     start: Start, tmp_path: Path, content: str
 ) -> None:
     start()
@@ -283,12 +287,12 @@ def test_a_damaged_file_is_an_error_that_names_it(
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(StorageError) as caught:
         start()
-    assert str(caught.value).startswith(f"{path} is not a run's tokenizer (")
+    assert str(caught.value).startswith(f"{path} is not the tokenizer of a run (")
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_names_the_file(
+def test_a_tokenizer_that_cannot_be_written_is_an_error_that_names_the_file(
     start: Start, tmp_path: Path
 ) -> None:
-    (tmp_path / "run" / ".tokenizer.json").mkdir(parents=True)
+    (tmp_path / "run" / ".tokenizer.json.part").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"run/tokenizer\.json: cannot be written: "):
         start()

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fundamentallm_text.order import (
+from fundamentallm_text.sampling import (
     GOLDEN,
     EpochWindows,
     EvenWindows,
-    Order,
     RandomWindows,
-    hashes,
-    permuted,
-    scramble,
+    Sampling,
+    hash_indices,
+    mix_bits,
+    permute,
     share,
 )
 
@@ -27,7 +27,7 @@ COUNTS = st.integers(1, 5_000)
 
 def _permutation(count: int, key: int) -> list[int]:
     index = np.arange(count, dtype=np.uint64)
-    return [int(i) for i in permuted(index, count, np.full(count, key, dtype=np.uint64))]
+    return [int(i) for i in permute(index, count, np.full(count, key, dtype=np.uint64))]
 
 
 @given(count=COUNTS, key=SEEDS)
@@ -41,7 +41,7 @@ def test_all_permutations_of_four_are_about_equally_frequent() -> None:
     assert all(60 < times < 140 for times in found.values())
 
 
-def test_neighbours_of_a_large_permutation_land_far_apart() -> None:
+def test_neighbours_in_a_large_permutation_are_mapped_far_apart() -> None:
     count = 1_000_003
     gaps = np.abs(np.diff(np.array(_permutation(count, 7))))
     # Two uniform places are count / 3 apart on average.
@@ -51,7 +51,7 @@ def test_neighbours_of_a_large_permutation_land_far_apart() -> None:
 def test_the_hash_is_splitmix64() -> None:
     states = (np.arange(3, dtype=np.uint64) + np.uint64(1)) * GOLDEN
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [int(word) for word in scramble(states)] == published
+    assert [int(word) for word in mix_bits(states)] == published
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
@@ -61,35 +61,39 @@ def test_the_order_of_a_seed_never_changes() -> None:
 
 
 @given(seed=SEEDS, first=st.integers(0, 2**40), split=st.integers(0, 50))
-def test_samples_do_not_depend_on_how_many_are_asked_for(seed: int, first: int, split: int) -> None:
-    orders: list[Order] = [RandomWindows(999, 10, seed), EpochWindows(999, 10, seed)]
-    for order in orders:
-        whole = order.starts(first, 50).tolist()
-        parts = [*order.starts(first, split), *order.starts(first + split, 50 - split)]
+def test_samples_do_not_depend_on_how_many_are_requested_at_once(
+    seed: int, first: int, split: int
+) -> None:
+    orders: list[Sampling] = [RandomWindows(999, 10, seed), EpochWindows(999, 10, seed)]
+    for sampling in orders:
+        whole = sampling.starts(first, 50).tolist()
+        parts = [*sampling.starts(first, split), *sampling.starts(first + split, 50 - split)]
         assert parts == whole
 
 
 @given(seed=SEEDS, tokens=st.integers(2, 400), length=st.integers(1, 40), epoch=st.integers(0, 99))
 def test_an_epoch_reads_each_window_once(seed: int, tokens: int, length: int, epoch: int) -> None:
     length = min(length, tokens - 1)
-    order = EpochWindows(tokens, length, seed)
-    starts = np.sort(order.starts(epoch * order.epoch_samples, order.epoch_samples))
+    sampling = EpochWindows(tokens, length, seed)
+    starts = np.sort(sampling.starts(epoch * sampling.epoch_samples, sampling.epoch_samples))
     assert (np.diff(starts) == length).all()
     assert starts[0] >= 0
     assert starts[-1] + length + 1 <= tokens
     # What an epoch leaves out is less than a window.
-    assert tokens - 1 - length * order.epoch_samples < length
+    assert tokens - 1 - length * sampling.epoch_samples < length
 
 
 def test_epochs_differ_in_order_and_in_where_windows_begin() -> None:
-    order = EpochWindows(1000, 30, 5)
-    epochs = [order.starts(e * order.epoch_samples, order.epoch_samples) for e in range(20)]
+    sampling = EpochWindows(1000, 30, 5)
+    epochs = [
+        sampling.starts(e * sampling.epoch_samples, sampling.epoch_samples) for e in range(20)
+    ]
     assert len({tuple(epoch % 30) for epoch in epochs}) > 1
     assert len({tuple(epoch // 30) for epoch in epochs}) == 20
 
 
 @given(seed=SEEDS, tokens=st.integers(2, 400), first=st.integers(0, 2**40))
-def test_random_windows_lie_inside_the_tokens(seed: int, tokens: int, first: int) -> None:
+def test_random_windows_are_inside_the_tokens(seed: int, tokens: int, first: int) -> None:
     length = tokens // 2
     starts = RandomWindows(tokens, length, seed).starts(first, 64)
     assert (starts >= 0).all()
@@ -104,7 +108,7 @@ def test_random_windows_are_uniform_and_reach_both_ends() -> None:
 
 
 def test_seeds_give_unrelated_orders() -> None:
-    first = [int(hashes(seed, np.arange(1, dtype=np.uint64))[0]) for seed in range(1000)]
+    first = [int(hash_indices(seed, np.arange(1, dtype=np.uint64))[0]) for seed in range(1000)]
     assert len(set(first)) == 1000
     assert RandomWindows(10**6, 8, 1).starts(0, 9).tolist() != (
         RandomWindows(10**6, 8, 2).starts(0, 9).tolist()
