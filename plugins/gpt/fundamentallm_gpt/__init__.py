@@ -1,4 +1,4 @@
-"""A decoder-only transformer, from GPT-2 to Llama shapes."""
+"""Build a decoder-only transformer, with the shapes of GPT-2, Llama and similar models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fundamentallm import SettingsError, field, ge, gt, hookimpl, in_, lt, optional, plugin
 
-# Not under TYPE_CHECKING: the types of the fields are read when settings are checked.
+# Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
 from fundamentallm_gpt.shapes import (
     DEFAULT,
     Activation,
@@ -28,39 +28,39 @@ __all__ = ["Gpt"]
 class Gpt:
     """Build a decoder-only transformer for the vocabulary of the data.
 
-    Without settings it is a model of 4 layers and width 128 with GPT-2's parts, which learns
-    characters on a CPU. What a preset or a setting does not say is GPT-2's way.
+    Without settings the model has 4 layers, width 128 and GPT-2's parts, which is enough to learn
+    characters on a CPU. Parts that neither a preset nor a setting chooses are GPT-2's.
     """
 
     role = "model"
-
-    free = ("dropout", "init_std")  # what a resumed run may set anew: the weights' shapes stay
+    # Settings that may differ when a run is resumed, since the weights keep their shapes.
+    free = ("dropout", "init_std")
 
     preset: Preset | None = field(default=None, validator=optional(in_(get_args(Preset))))
-    """A published shape to start from; each setting below that is given replaces its part of it."""
+    """A published shape; each setting below replaces that part of it."""
 
     context_length: int | None = field(default=None, validator=optional(ge(1)))
-    """Tokens that the model can see at once. By default the data's ``context_length``."""
+    """The longest sequence in tokens. By default the data's ``context_length``."""
 
     num_layers: int | None = field(default=None, validator=optional(ge(1)))
-    """Transformer blocks. By default the preset's, or 4."""
+    """The number of transformer blocks. By default the preset's, or 4."""
 
     num_heads: int | None = field(default=None, validator=optional(ge(1)))
-    """Attention heads; must divide ``d_model``. By default the preset's, or 4."""
+    """The number of attention heads; must divide ``d_model``. By default the preset's, or 4."""
 
     num_kv_heads: int | None = field(default=None, validator=optional(ge(1)))
-    """Heads of keys and values, each shared by several heads of queries (grouped-query attention);
+    """The number of heads of keys and values. Fewer than ``num_heads`` is grouped-query attention;
     must divide ``num_heads``. By default the preset's, or ``num_heads``."""
 
     d_model: int | None = field(default=None, validator=optional(ge(1)))
-    """Width of the residual stream. By default the preset's, or 128."""
+    """The width of the residual stream. By default the preset's, or 128."""
 
     d_ff: int | None = field(default=None, validator=optional(ge(1)))
-    """Width inside the feed-forward part. By default the preset's, or 4 times ``d_model``; with
-    ``swiglu`` 8/3 times, rounded up to a multiple of 64."""
+    """The hidden width of the feed-forward layers. By default the preset's, or 4 times ``d_model``,
+    with ``swiglu`` 8/3 times, rounded up to a multiple of 64."""
 
     dropout: float = field(default=0.0, validator=[ge(0), lt(1)])
-    """Probability of dropping an embedding, an attention weight or a block's output."""
+    """The probability of dropping an embedding, an attention weight or a block's output."""
 
     bias: bool | None = None
     """Whether linear layers and layer norms have biases. By default the preset's, or false."""
@@ -69,36 +69,36 @@ class Gpt:
     """Whether the output layer is the token embedding. By default the preset's, or true."""
 
     positions: Positions | None = field(default=None, validator=optional(in_(("learned", "rope"))))
-    """``learned``: an embedding per position; ``rope``: queries and keys turned by their position.
+    """``learned`` is an embedding per position; ``rope`` rotates queries and keys by position.
     By default the preset's, or ``learned``."""
 
     rope_theta: float | None = field(default=None, validator=optional(gt(0)))
-    """Base of the wavelengths of ``rope``. By default the preset's, or 10000."""
+    """The base of the wavelengths of ``rope``. By default the preset's, or 10000."""
 
     norm: Norm | None = field(default=None, validator=optional(in_(get_args(Norm))))
-    """Normalization before attention, feed-forward and output. By default the preset's, or
+    """The normalization before attention, feed-forward and output. By default the preset's, or
     ``layernorm``."""
 
     norm_eps: float | None = field(default=None, validator=optional(gt(0)))
-    """Added to the variance in norms. By default the preset's, or 1e-5."""
+    """A constant that norms add to the variance. By default the preset's, or 1e-5."""
 
     activation: Activation | None = field(
         default=None, validator=optional(in_(get_args(Activation)))
     )
-    """Non-linearity of the feed-forward part; ``gelu_tanh`` is GPT-2's approximation of ``gelu``.
-    By default the preset's, or ``gelu``."""
+    """The non-linearity of the feed-forward layers; ``gelu_tanh`` is GPT-2's approximation of
+    ``gelu``. By default the preset's, or ``gelu``."""
 
     qk_norm: bool | None = None
-    """Whether queries and keys are normalized head by head, which keeps large learning rates
-    stable. By default the preset's, or false."""
+    """Whether the queries and keys of each head are normalized, which keeps training stable at
+    large learning rates. By default the preset's, or false."""
 
     init_std: float | None = field(default=None, validator=optional(gt(0)))
-    """Standard deviation of the initial matrices; those that write to the residual stream get it
-    divided by the square root of twice ``num_layers``. By default the preset's, or 0.02."""
+    """The standard deviation of the initial matrices; for the output matrices of attention and
+    feed-forward it is divided by sqrt(2 x ``num_layers``). By default the preset's, or 0.02."""
 
     pad_vocab_to_multiple_of: int = field(default=1, validator=ge(1))
-    """Round the embedding up to this many rows, which makes it faster on GPUs (64, say). The model
-    never predicts the rows beyond the vocabulary."""
+    """Round the rows of the embedding up to a multiple of this, such as 64, for speed on GPUs. The
+    model never predicts the additional rows."""
 
     def __attrs_post_init__(self) -> None:
         shape = self.shape()
@@ -106,14 +106,14 @@ class Gpt:
             raise ValueError(f"rope_theta: has no effect with positions = {shape.positions!r}")
 
     def shape(self) -> Shape:
-        """Return the shape that preset and settings make together."""
+        """Return the shape from the preset and the settings."""
         names = [*DEFAULT, "num_kv_heads", "d_ff"]
         chosen: dict[str, Any] = {name: getattr(self, name) for name in names}
         return shape_of(self.preset, {k: v for k, v in chosen.items() if v is not None})
 
     @hookimpl
     def build_model(self, run: Run) -> GPT:
-        """Make the transformer, with GPT-2's initial weights."""
+        """Build the transformer, with initial weights like GPT-2's."""
         from fundamentallm_gpt.model import GPT
 
         return GPT(
@@ -131,7 +131,7 @@ class Gpt:
         if self.context_length < longest:
             raise SettingsError(
                 f"gpt.context_length: {self.context_length} is shorter than the windows of the "
-                f"data, {longest} tokens: raise it, leave it out, or shorten the data's"
+                f"data, {longest} tokens: increase it, leave it out, or reduce the data's"
             )
         return self.context_length
 
@@ -140,7 +140,7 @@ def _from_data(data: Data, name: str) -> int:
     found = getattr(data, name, None)
     if not isinstance(found, int):
         raise SettingsError(
-            f"gpt: the data ({type(data).__name__}) does not say its {name}: this model needs data "
-            f"made of tokens, with vocab_size and context_length (the 'text' plugin's, say)"
+            f"gpt: the data ({type(data).__name__}) has no {name}: this model needs data of tokens "
+            f"with vocab_size and context_length; list such a plugin, for example 'text'"
         )
     return found

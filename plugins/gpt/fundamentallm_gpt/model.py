@@ -1,4 +1,4 @@
-"""The model, top down: ``GPT``, its ``Block``, the block's ``Attention`` and ``FeedForward``.
+"""The model from the top: ``GPT``, its ``Block``, the block's ``Attention`` and ``FeedForward``.
 
 Shapes in comments: B sequences, T tokens, C = d_model, H heads, K heads of keys and values,
 D = C / H, V = vocabulary.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fundamentallm_gpt.cache import KeyValueCache
+from fundamentallm_gpt.kv_cache import KeyValueCache
 from fundamentallm_gpt.rope import Rotation, rotate, rotation
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with the norms before the parts (Radford et al. 2019, 2.3).
+    """A decoder-only transformer with pre-normalization.
 
-    ``vocab_size`` and ``context_length`` are the ids it knows and the tokens it sees at once.
+    Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
+    ``vocab_size`` is the number of ids, ``context_length`` the longest sequence in tokens.
     """
 
     rope_cos: Tensor
@@ -55,7 +56,7 @@ class GPT(nn.Module):
             Block(shape, dropout, layer) for layer in range(shape.num_layers)
         )
         self.norm = _norm(shape, shape.d_model)
-        # A tied output layer is no parameter of its own: a checkpoint holds the tensor once.
+        # A tied output layer has no parameter of its own, so a checkpoint stores the tensor once.
         self.head = None if shape.tie_embeddings else nn.Linear(shape.d_model, rows, bias=False)
         initialize(self)
 
@@ -63,10 +64,10 @@ class GPT(nn.Module):
         """Return the mean cross-entropy in nats over the targets, a 0-d tensor.
 
         ``inputs`` and ``targets``: token ids, (B, T) int64, with T at most ``context_length``.
-        Targets of -100 do not count.
+        Targets of -100 are ignored.
         """
         logits = self._scores(self._hidden(inputs, None))
-        # A half-precision softmax over a vocabulary is too coarse; float64 stays float64.
+        # A softmax over a vocabulary needs float32; float64 stays float64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=-100
@@ -75,8 +76,8 @@ class GPT(nn.Module):
     def logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the unnormalized log-probabilities of every next token, (B, T, V).
 
-        ``tokens``: (B, T) int64. With a ``cache`` they continue what the cache has seen, and are
-        added to it. Raises ``ValueError`` if that exceeds the context or the cache.
+        ``tokens``: (B, T) int64. With a ``cache`` they continue the tokens in it, and are added
+        to it. Raises ``ValueError`` if they exceed the context or the cache.
         """
         return self._scores(self._hidden(tokens, cache))[..., : self.vocab_size]
 
@@ -86,16 +87,16 @@ class GPT(nn.Module):
         return KeyValueCache(self.shape, batch_size, min(length, self.context_length), like=weight)
 
     def num_parameters(self) -> int:
-        """Return the number of parameters, embeddings included; a tied one counts once."""
+        """Return the number of parameters with embeddings; a tied one counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Return the floating-point operations that training on one token takes.
+        """Return the number of floating-point operations of training on one token.
 
-        ``length`` is the tokens in the window (default: ``context_length``). Counted as in
-        appendix B of Chowdhery et al., "PaLM" (2022, arXiv:2204.02311): 6 per weight of a matrix
-        product (2 forward, 4 backward) and 12 x layers x d_model x length for attention, whose
-        masked half is counted too. Looking up embeddings, norms and biases count nothing.
+        ``length`` is the window in tokens (default: ``context_length``). The formula is that of
+        Chowdhery et al., "PaLM" (2022, arXiv:2204.02311), appendix B: 6 per weight of a matrix
+        product (2 forward, 4 backward), and 12 x layers x d_model x length for attention, including
+        its masked half. Embedding lookups, norms and biases are not counted.
         """
         window = self.context_length if length is None else length
         output = self.embed.weight if self.head is None else self.head.weight
@@ -111,14 +112,14 @@ class GPT(nn.Module):
         if cache is not None:
             cache.extend(tokens)
         x: Tensor = self.embed(tokens)
-        turn: Rotation | None = None
+        angles: Rotation | None = None
         if self.positions is None:
-            turn = self.rope_cos[start:end], self.rope_sin[start:end]
+            angles = self.rope_cos[start:end], self.rope_sin[start:end]
         else:
             x = x + self.positions.weight[start:end]
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, turn, cache)
+            x = block(x, angles, cache)
         return x
 
     def _scores(self, hidden: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; each reads a normalized stream and adds to it."""
+    """Attention, then feed-forward; each adds its output to the residual stream."""
 
     def __init__(self, shape: Shape, dropout: float, layer: int) -> None:
         super().__init__()
@@ -136,15 +137,19 @@ class Block(nn.Module):
         self.mlp_norm = _norm(shape, shape.d_model)
         self.mlp = FeedForward(shape, dropout)
 
-    def forward(self, x: Tensor, turn: Rotation | None, cache: KeyValueCache | None) -> Tensor:
-        """Return the stream, (B, T, C), with what this block adds to it."""
-        x = x + self.attention(self.attention_norm(x), turn, cache)
+    def forward(self, x: Tensor, angles: Rotation | None, cache: KeyValueCache | None) -> Tensor:
+        """Return the residual stream after this block, (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x), angles, cache)
         added: Tensor = self.mlp(self.mlp_norm(x))
         return x + added
 
 
 class Attention(nn.Module):
-    """Causal self-attention; K < H is grouped-query attention (Ainslie et al. 2023)."""
+    """Causal self-attention; with K < H grouped-query attention.
+
+    Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head
+    Checkpoints" (2023, arXiv:2305.13245).
+    """
 
     def __init__(self, shape: Shape, dropout: float, layer: int) -> None:
         super().__init__()
@@ -155,13 +160,14 @@ class Attention(nn.Module):
         # One product for queries, keys and values, in this order.
         self.qkv = nn.Linear(shape.d_model, sum(self.sizes), bias=shape.bias)
         self.out = nn.Linear(shape.d_model, shape.d_model, bias=shape.bias)
-        # Henry et al., "Query-Key Normalization for Transformers" (2020), with learned norms.
+        # Henry et al., "Query-Key Normalization for Transformers" (2020, arXiv:2010.04245), with
+        # learned norms.
         self.query_norm = _norm(shape, self.width) if shape.qk_norm else None
         self.key_norm = _norm(shape, self.width) if shape.qk_norm else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turn: Rotation | None, cache: KeyValueCache | None) -> Tensor:
-        """Return what each token makes of itself and those before it, (B, T, C)."""
+    def forward(self, x: Tensor, angles: Rotation | None, cache: KeyValueCache | None) -> Tensor:
+        """Return the attention output of each token over itself and earlier ones, (B, T, C)."""
         qkv: Tensor = self.qkv(x)
         # (B, T, heads x D) -> (B, heads, T, D)
         query, key, value = (
@@ -170,8 +176,8 @@ class Attention(nn.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if turn is not None:
-            query, key = rotate(query, turn), rotate(key, turn)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
         mask = None
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
@@ -190,7 +196,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up, a non-linearity, down; ``swiglu`` multiplies ``up`` with a gate (Shazeer 2020)."""
+    """A layer up, a non-linearity, a layer down; ``swiglu`` multiplies ``up`` with a gate.
+
+    Shazeer, "GLU Variants Improve Transformer" (2020, arXiv:2002.05202).
+    """
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
@@ -203,7 +212,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what each token makes of itself alone, (B, T, C)."""
+        """Return the feed-forward output of each token, (B, T, C)."""
         up: Tensor = self.up(x)
         if self.gate is None:
             inner = nn.functional.gelu(up, approximate=self.approximate)
@@ -222,10 +231,10 @@ def _norm(shape: Shape, width: int) -> nn.Module:
 def initialize(model: GPT) -> None:
     """Draw the initial weights from torch's global generator, as GPT-2 does.
 
-    Matrices and embeddings are normal with ``init_std``, those that write to the residual stream
-    with ``init_std / sqrt(2 x layers)``; biases are 0 and norms 1. Section 2.3 of Radford et al.
-    (2019), with the 0.02 of the released code, which draws positions with 0.01; here they get
-    ``init_std`` like the rest.
+    Matrices and embeddings are normal with standard deviation ``init_std``, the output matrices of
+    attention and feed-forward with ``init_std / sqrt(2 x layers)``; biases are 0 and norms 1.
+    Radford et al. (2019), section 2.3, with the 0.02 of the released code. That code draws position
+    embeddings with 0.01; here they get ``init_std`` too.
     """
     std = model.shape.init_std
     residual = std / math.sqrt(2 * model.shape.num_layers)

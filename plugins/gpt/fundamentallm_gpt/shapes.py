@@ -1,4 +1,4 @@
-"""The shape of a transformer: its sizes and the choice of its parts, and the published ones."""
+"""The shape of a transformer (its sizes and the choice of its parts), and published shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Activation: TypeAlias = Literal["gelu", "gelu_tanh", "swiglu"]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a model is made of; all but its vocabulary, its context and its dropout.
+    """The sizes and parts of a model, except its vocabulary, context and dropout.
 
     Raises ``ValueError`` (``"field: what is wrong"``) if the sizes do not fit together.
     """
@@ -117,9 +117,9 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 
 
 def shape_of(preset: Preset | None, chosen: dict[str, Any]) -> Shape:
-    """Return the default shape, overlaid with the preset, overlaid with what was chosen.
+    """Return the default shape, overridden by the preset, overridden by the chosen values.
 
-    Raises ``ValueError`` if that does not fit together.
+    Raises ``ValueError`` (``"field: what is wrong"``) if the sizes do not fit together.
     """
     found = DEFAULT | (PRESETS[preset] if preset else {}) | chosen
     found.setdefault("num_kv_heads", found["num_heads"])
@@ -128,8 +128,9 @@ def shape_of(preset: Preset | None, chosen: dict[str, Any]) -> Shape:
 
 
 def _hidden_width(d_model: int, activation: Activation) -> int:
-    """Return four times the width, or what costs as much with the third matrix of SwiGLU."""
+    """Return four times the width, or the width of SwiGLU with as many weights."""
     if activation != "swiglu":
         return 4 * d_model
-    # 8/3 of the width, as in Shazeer, "GLU Variants Improve Transformer" (2020), rounded up to 64.
+    # 8/3 of the width, as in Shazeer, "GLU Variants Improve Transformer" (2020, arXiv:2002.05202),
+    # rounded up to a multiple of 64.
     return -(-8 * d_model // (3 * 64)) * 64

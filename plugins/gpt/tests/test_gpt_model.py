@@ -134,7 +134,7 @@ def attention_by_hand(xs: list[Tensor], weights: dict[str, Tensor], shape: Shape
 
 @given(shape=shapes, length=st.integers(1, 9), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
-def test_logits_are_those_of_the_papers_formulas(shape: Shape, length: int, seed: int) -> None:
+def test_logits_equal_the_papers_formulas(shape: Shape, length: int, seed: int) -> None:
     model = make(shape, seed)
     ids = tokens(2, length, seed)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_logits_are_those_of_the_papers_formulas(shape: Shape, length: int, seed
     parts=st.lists(st.integers(1, 4), min_size=1, max_size=9).filter(lambda p: sum(p) <= 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_cache_changes_no_logits_however_the_tokens_are_cut(
+def test_a_cache_changes_no_logits_for_any_split_of_the_tokens(
     shape: Shape, parts: list[int]
 ) -> None:
     model = make(shape).float()
@@ -173,7 +173,7 @@ def test_greedy_decoding_with_a_cache_finds_the_same_tokens(shape: Shape, seed: 
     assert torch.equal(torch.cat(found, dim=1), plain)
 
 
-def test_the_loss_is_the_mean_over_the_targets_that_count() -> None:
+def test_the_loss_is_the_mean_over_the_targets_that_are_not_ignored() -> None:
     model = make(shape_of(None, TINY))
     inputs, targets = tokens(2, 6), tokens(2, 6, seed=2)
     targets[0, 3:] = -100
@@ -190,7 +190,7 @@ def test_a_low_precision_model_computes_its_loss_in_float32() -> None:
     assert model(tokens(2, 6), tokens(2, 6)).dtype == torch.float32
 
 
-def test_a_token_sees_nothing_of_what_follows() -> None:
+def test_a_token_does_not_depend_on_later_tokens() -> None:
     for positions in ("learned", "rope"):
         model = make(shape_of(None, TINY | {"positions": positions}))
         ids = tokens(1, 9)
@@ -201,7 +201,7 @@ def test_a_token_sees_nothing_of_what_follows() -> None:
         assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-def test_rope_depends_on_distances_alone() -> None:
+def test_rope_scores_depend_only_on_the_distance_of_positions() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 1, 1, 8)
     cos, sin = rotation(64, 8, 100.0)
@@ -253,7 +253,7 @@ def test_every_preset_is_compared_with_a_publication_or_is_the_default() -> None
 
 @given(shape=shapes, length=st.integers(1, 9))
 @settings(max_examples=25, deadline=None)
-def test_flops_per_token_are_those_that_torch_counts(shape: Shape, length: int) -> None:
+def test_flops_per_token_equal_torchs_count(shape: Shape, length: int) -> None:
     model = make(shape)
     inputs = tokens(2, length)
     # The plain kernel: a flash kernel computes the scores a second time, which is not counted.
@@ -262,7 +262,7 @@ def test_flops_per_token_are_those_that_torch_counts(shape: Shape, length: int) 
     assert counter.get_total_flops() == 2 * length * model.flops_per_token(length)
 
 
-def test_initial_weights_are_spread_as_in_gpt2() -> None:
+def test_initial_weights_have_the_standard_deviations_of_gpt2() -> None:
     torch.manual_seed(0)
     shape = shape_of(None, {"num_layers": 8, "d_model": 256, "bias": True})
     model = GPT(shape, vocab_size=512, context_length=128)
@@ -283,7 +283,7 @@ def test_initial_weights_are_spread_as_in_gpt2() -> None:
     assert {"attention.out.weight", "mlp.down.weight", "attention.qkv.weight"} <= seen
 
 
-def test_initial_loss_is_that_of_a_guess() -> None:
+def test_the_initial_loss_is_that_of_a_uniform_guess() -> None:
     torch.manual_seed(0)
     model = GPT(shape_of("char", {}), vocab_size=65, context_length=64)
     ids = torch.randint(65, (8, 64))
@@ -347,13 +347,13 @@ def test_every_parameter_gets_a_gradient() -> None:
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_sequences_longer_than_the_context_or_cache_are_refused() -> None:
     model = make(shape_of(None, TINY))
     with pytest.raises(ValueError, match="10 tokens exceed the context_length, 9"):
         model.logits(tokens(1, 10))
     cache = model.make_cache(2, 4)
     model.logits(tokens(2, 3), cache)
-    with pytest.raises(ValueError, match="2 sequences of 4 tokens cannot take 2 of 5"):
+    with pytest.raises(ValueError, match="2 sequences of 4 tokens cannot contain 2 sequences of 5"):
         model.logits(tokens(2, 2), cache)
     assert cache.length == 3
     assert model.make_cache(1, 100).capacity == 9

@@ -118,8 +118,8 @@ def test_the_context_may_be_longer_than_the_data_but_not_shorter(tiny_run: TinyR
         tiny_run(Gpt(**SMALL, context_length=7), CountingData(), length=1)
 
 
-def test_data_that_is_not_made_of_tokens_is_refused_by_name(tiny_run: TinyRun) -> None:
-    with pytest.raises(SettingsError, match=r"TinySamples\) does not say its vocab_size"):
+def test_data_that_does_not_consist_of_tokens_is_refused_by_name(tiny_run: TinyRun) -> None:
+    with pytest.raises(SettingsError, match=r"TinySamples\) has no vocab_size"):
         tiny_run(Gpt(**SMALL), length=1)
 
 

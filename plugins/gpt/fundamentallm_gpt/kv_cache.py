@@ -1,4 +1,4 @@
-"""The keys and values of tokens already seen, so that generating a token costs one token."""
+"""Cache keys and values, so that generating a token computes only that token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class KeyValueCache:
-    """Keys and values of every layer; ``length`` of ``capacity`` tokens are filled.
+    """Keys and values of every layer, (L, B, K, capacity, D); the first ``length`` are filled.
 
-    ``mask``, (new tokens, all tokens), says which tokens the newest ones may see; None where
-    ``is_causal`` says it, or where a single new token sees everything.
+    ``mask``, (new tokens, all tokens), is true where a new token may attend. It is None if
+    ``is_causal`` is true, or if there is one new token, which attends to all.
     """
 
     def __init__(self, shape: Shape, batch_size: int, capacity: int, *, like: Tensor) -> None:
@@ -30,7 +30,7 @@ class KeyValueCache:
         self._start = 0
 
     def extend(self, tokens: Tensor) -> None:
-        """Make room for ``tokens``, (B, T); every layer then appends its keys and values.
+        """Extend the cache for ``tokens``, (B, T); every layer then appends its keys and values.
 
         Raises ``ValueError`` if they do not fit.
         """
@@ -38,19 +38,19 @@ class KeyValueCache:
         end = self.length + new
         if batch_size != self.batch_size or end > self.capacity:
             raise ValueError(
-                f"a cache for {self.batch_size} sequences of {self.capacity} tokens cannot take "
-                f"{batch_size} of {end}"
+                f"a cache for {self.batch_size} sequences of {self.capacity} tokens cannot "
+                f"contain {batch_size} sequences of {end}"
             )
         self._start, self.length = self.length, end
         self.is_causal = self._start == 0
         self.mask = None
         if self._start and new > 1:
-            # is_causal would align the mask with the first token instead of the last.
-            everything = torch.ones(new, end, dtype=torch.bool, device=self.keys.device)
-            self.mask = everything.tril(diagonal=self._start)
+            # is_causal would align the mask with the first token, not with the last.
+            all_true = torch.ones(new, end, dtype=torch.bool, device=self.keys.device)
+            self.mask = all_true.tril(diagonal=self._start)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one layer's keys and values, (B, K, T, D); return those of all tokens so far."""
+        """Append one layer's keys and values, (B, K, T, D); return those of all tokens."""
         old, new = self._start, self.length
         self.keys[layer, :, :, old:new] = keys
         self.values[layer, :, :, old:new] = values
