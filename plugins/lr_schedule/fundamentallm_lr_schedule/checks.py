@@ -1,4 +1,4 @@
-"""What the settings of a schedule must fulfil by themselves, whatever run they are laid over."""
+"""Check the settings of a schedule that do not depend on the run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from fundamentallm import Period
 
 if TYPE_CHECKING:
-    from fundamentallm_lr_schedule.parts import Choices
+    from fundamentallm_lr_schedule.segments import ScheduleSettings
 
-# The settings of one shape alone, and what a shape cannot do without.
+# The settings that belong to one shape only, and the settings that a shape requires.
 _OWNERS = {
     "decay": "wsd",
     "decay_shape": "wsd",
@@ -29,24 +29,24 @@ _NEEDS = {
 }
 
 
-def check(choices: Choices) -> None:
-    """Raise ``ValueError`` (``field: what is wrong``) for what does not fit the shape."""
+def check_settings(settings: ScheduleSettings) -> None:
+    """Raise ``ValueError`` (``field: what is wrong``) for settings that do not fit the shape."""
     for name, owner in _OWNERS.items():
-        if getattr(choices, name) is not None:
-            owned_by(owner, choices, name)
-    for name in _NEEDS.get(choices.shape, ()):
-        if not getattr(choices, name):
-            raise ValueError(f"{name}: is missing; shape {choices.shape!r} needs it")
+        if getattr(settings, name) is not None:
+            check_owner(owner, settings, name)
+    for name in _NEEDS.get(settings.shape, ()):
+        if not getattr(settings, name):
+            raise ValueError(f"{name}: is missing; shape {settings.shape!r} needs it")
     for name in ("warmup", "length", "decay", "cycle", "at"):
-        value = getattr(choices, name)
+        value = getattr(settings, name)
         for one in value if isinstance(value, list) else [value]:
             _check_fraction(name, one)
 
 
-def owned_by(owner: str, choices: Choices, name: str) -> None:
-    """Raise ``ValueError`` if a setting of one shape is stated for another."""
-    if choices.shape != owner:
-        raise ValueError(f"{name}: belongs to shape {owner!r}, but shape is {choices.shape!r}")
+def check_owner(owner: str, settings: ScheduleSettings, name: str) -> None:
+    """Raise ``ValueError`` if a setting of one shape is set for another shape."""
+    if settings.shape != owner:
+        raise ValueError(f"{name}: belongs to shape {owner!r}, but shape is {settings.shape!r}")
 
 
 def _check_fraction(name: str, value: Period | float | None) -> None:
@@ -54,5 +54,5 @@ def _check_fraction(name: str, value: Period | float | None) -> None:
     if not isinstance(value, Period | None) and not lowest <= value <= 1:
         raise ValueError(
             f"{name}: a fraction of the run is more than 0 and at most 1, got {value:g}; "
-            f"for a number of steps leave out the point"
+            f"for a number of steps write it without a point"
         )

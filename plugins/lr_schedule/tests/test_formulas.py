@@ -126,7 +126,7 @@ OWN: dict[str, dict[str, Any]] = {
     st.floats(0, 1),
     st.integers(0, STEPS - 1),
 )
-def test_equals_torchs_schedulers_in_a_row_at_each_update_after_any_warmup_and_resumed_anywhere(
+def test_equals_torchs_sequential_schedulers_after_any_warmup_and_any_resumption(
     shape: str, warmup: int, lowest: float, resumed: int
 ) -> None:
     def row(optimizer: SGD) -> lr_scheduler.LRScheduler:
@@ -146,7 +146,7 @@ def test_equals_torchs_schedulers_in_a_row_at_each_update_after_any_warmup_and_r
     st.floats(0.05, 1.5),
     st.integers(0, 500),
 )
-def test_steps_are_those_of_torch_at_any_moments_and_after_any_warmup(
+def test_step_equals_torchs_scheduler_at_any_positions_and_after_any_warmup(
     moments: list[int], gamma: float, warmup: int
 ) -> None:
     table = {"at": [Period(moment) for moment in moments], "gamma": gamma}
@@ -156,7 +156,7 @@ def test_steps_are_those_of_torch_at_any_moments_and_after_any_warmup(
     same(mine[:warmup], [(it + 1) / (warmup + 1) for it in range(warmup)])
 
 
-def test_a_schedule_shorter_than_the_run_stays_where_it_ends() -> None:
+def test_a_schedule_shorter_than_the_run_keeps_its_last_value() -> None:
     cosine = scheduled(lambda o: lr_scheduler.CosineAnnealingLR(o, 2500, eta_min=0.1), 2500)
     mine = factors(STEPS, shape="cosine", length=Period(2500), decay_to=0.1)
     same(mine, cosine + [0.1] * 7500)
@@ -187,7 +187,7 @@ def minicpm(
 
 
 def around(length: int, *edges: int) -> list[int]:
-    """Return the updates at and beside the edges of a schedule's parts."""
+    """Return the updates at and next to the ends of a schedule's segments."""
     return [at for edge in edges for at in (edge - 1, edge, edge + 1) if 0 <= at < length]
 
 
@@ -205,7 +205,7 @@ def lead(warmup: int) -> Period | float:
 
 
 @given(runs())
-def test_cosine_is_nanogpts_at_any_warmup_and_resume_point(drawn: Any) -> None:
+def test_cosine_equals_nanogpts_at_any_warmup_and_resume_point(drawn: Any) -> None:
     length, warmup, lowest, at = drawn
     mine = factors(length, at, shape="cosine", warmup=lead(warmup), decay_to=lowest)
     same(mine, [nanogpt(it, warmup, length, lowest) for it in at])
@@ -227,7 +227,9 @@ def test_linear_falls_in_a_straight_line_at_any_warmup_and_resume_point(drawn: A
 
 
 @given(runs(), st.floats(0.1, 5))
-def test_polynomial_is_the_power_of_what_is_left_at_any_warmup(drawn: Any, power: float) -> None:
+def test_polynomial_is_the_power_of_the_remaining_fraction_at_any_warmup(
+    drawn: Any, power: float
+) -> None:
     length, warmup, lowest, at = drawn
     table = {"shape": "polynomial", "power": power, "decay_to": lowest}
     same(
@@ -249,14 +251,14 @@ def test_constant_stays_at_one_after_any_warmup(drawn: Any) -> None:
 
 
 @given(runs())
-def test_inverse_sqrt_is_that_of_attention_is_all_you_need(drawn: Any) -> None:
+def test_inverse_sqrt_equals_the_formula_of_attention_is_all_you_need(drawn: Any) -> None:
     length, warmup, _, at = drawn
     assume(warmup > 0)
     mine = factors(length, at, shape="inverse_sqrt", warmup=Period(warmup))
     same(mine, [vaswani(it + 1, warmup + 1) for it in at])
 
 
-def test_inverse_sqrt_does_so_at_each_of_ten_thousand_updates() -> None:
+def test_inverse_sqrt_equals_its_formula_at_each_of_ten_thousand_updates() -> None:
     mine = factors(STEPS, shape="inverse_sqrt", warmup=Period(400))
     same(mine, [vaswani(it + 1, 401) for it in range(STEPS)])
 
@@ -269,7 +271,7 @@ FALLS: dict[str, Callable[[float, float], float]] = {
 
 
 @given(runs(), st.sampled_from(sorted(FALLS)), st.data())
-def test_wsd_is_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: Any) -> None:
+def test_wsd_equals_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: Any) -> None:
     length, warmup, lowest, at = drawn
     decay = data.draw(st.integers(1, length - warmup))
     at = at + around(length, length - decay)
@@ -284,7 +286,7 @@ def test_wsd_is_minicpms_at_any_warmup_and_decay(drawn: Any, fall: str, data: An
 
 
 @pytest.mark.parametrize("fall", FALLS)
-def test_wsd_is_so_at_each_of_ten_thousand_updates(fall: str) -> None:
+def test_wsd_equals_its_formula_at_each_of_ten_thousand_updates(fall: str) -> None:
     table: dict[str, Any] = {"decay": 0.2, "decay_shape": fall, "decay_to": 0.1}
     mine = factors(STEPS, shape="wsd", warmup=Period(400), **table)
     theirs = FALLS[fall]
@@ -299,7 +301,7 @@ def sgdr(it: int, cycle: int, growth: int, lowest: float) -> float:
 
 
 @given(runs(), st.integers(1, 500), st.integers(1, 12))
-def test_restarts_are_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -> None:
+def test_restarts_equal_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -> None:
     length, warmup, lowest, at = drawn
     at = at + around(length, warmup + cycle, warmup + cycle * (1 + growth))
     table = {"cycle": Period(cycle), "cycle_growth": float(growth), "decay_to": lowest}
@@ -314,7 +316,7 @@ def test_restarts_are_sgdrs_at_any_warmup(drawn: Any, cycle: int, growth: int) -
 
 
 @given(runs(), st.floats(0, 1))
-def test_one_cycle_is_torchs_at_any_warmup(drawn: Any, start: float) -> None:
+def test_one_cycle_equals_torchs_at_any_warmup(drawn: Any, start: float) -> None:
     length, warmup, lowest, at = drawn
     assume(warmup > 1)
 

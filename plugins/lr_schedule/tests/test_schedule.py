@@ -39,7 +39,7 @@ def test_the_optimizers_learning_rate_follows_the_schedule(tiny_run: TinyRun) ->
     assert rates(run) == [0.01 * f for f in (1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25)]
 
 
-def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
+def test_rejected_steps_do_not_advance_the_schedule(tiny_run: TinyRun) -> None:
     @plugin
     class RejectSecond:
         """Rejects every second step."""
@@ -53,9 +53,7 @@ def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
     assert rates(run) == [0.01 * f for f in expected]
 
 
-def test_a_resumed_run_follows_the_schedule_from_where_it_was(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_a_resumed_run_continues_the_schedule(tiny_run: TinyRun, tmp_path: Path) -> None:
     @plugin
     class Resume:
         """Keeps a copy of the run's state after step 3, or begins with one."""
@@ -93,7 +91,7 @@ def test_two_schedules_multiply_in_any_order(tiny_run: TinyRun, tmp_path: Path) 
     assert rates(one) == rates(other) == [0.01 * f for f in expected]
 
 
-def test_a_step_costs_three_python_calls(tiny_run: TinyRun) -> None:
+def test_a_step_makes_three_python_calls(tiny_run: TinyRun) -> None:
     schedule = LrSchedule(warmup=Period(2), decay_to=0.1)
     run = tiny_run(schedule, length=10)
     for applied in (0, 5):
@@ -125,19 +123,19 @@ def factor(run_length: str, progress: Progress, **table: Any) -> float:
     return schedule.lr_factor(run)
 
 
-def test_tokens_are_counted_where_lengths_are_in_tokens() -> None:
+def test_lengths_in_tokens_count_tokens() -> None:
     half = Progress(step=7, applied=7, tokens=500_000)
     assert factor("1e6 tokens", half, shape="linear") == 0.5
     assert factor("1e6 tokens", half, shape="constant", warmup=Period(1e6, "tokens")) == 0.5
     assert factor("1e6 tokens", half, shape="inverse_sqrt", warmup=0.125) == 0.5
 
 
-def test_samples_are_counted_where_lengths_are_in_epochs() -> None:
+def test_lengths_in_epochs_count_samples() -> None:
     at = Progress(step=7, applied=7, samples=250, epoch_samples=100)
     assert factor("10 epochs", at, shape="linear") == 0.75
 
 
-def test_time_is_counted_where_lengths_are_in_any_unit_of_time() -> None:
+def test_lengths_in_units_of_time_count_time() -> None:
     at = Progress(step=7, applied=7, seconds=1800.0)
     assert factor("1 hour", at, shape="linear") == 0.5
     assert factor("1 hour", at, shape="linear", length=Period(120, "minutes")) == 0.75
@@ -159,7 +157,7 @@ def test_a_run_in_epochs_follows_its_schedule_to_the_end(tiny_run: TinyRun) -> N
     assert rates(run) == [0.01 * (1 - i / 8) for i in range(8)]
 
 
-def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
+def test_lengths_in_epochs_are_an_error_if_the_data_has_no_epochs(tiny_run: TinyRun) -> None:
     class Endless:
         epoch_samples = None
         fingerprint = "endless"
@@ -182,7 +180,9 @@ def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
             return Endless()
 
     schedule = LrSchedule(shape="constant", warmup=Period(1, "epochs"))
-    with pytest.raises(SettingsError, match="counted in epochs, but the data source has no"):
+    with pytest.raises(
+        SettingsError, match="its lengths are in epochs, but the data source has no"
+    ):
         tiny_run(EndlessData(), schedule)
 
 
@@ -200,7 +200,7 @@ def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
         ({"shape": "one_cycle", "warmup": Period(1)}, None),
     ],
 )
-def test_lengths_that_do_not_fit_together_are_told_at_the_start(
+def test_lengths_that_do_not_fit_together_are_reported_at_the_start(
     table: dict[str, Any], complaint: str | None
 ) -> None:
     if complaint is None:
@@ -224,7 +224,7 @@ def test_lengths_that_do_not_fit_together_are_told_at_the_start(
         ({"shape": "wsd", "decay": 0.1, "power": 2.0}, "power: belongs to shape 'polynomial'"),
         ({"start": 0.1}, "start: belongs to shape 'one_cycle'"),
         ({"warmup": 1.5}, "warmup: a fraction of the run is more than 0 and at most 1, got 1.5"),
-        ({"warmup": 100.0}, "for a number of steps leave out the point"),
+        ({"warmup": 100.0}, "for a number of steps write it without a point"),
         ({"length": 0.0}, "length: a fraction"),
         ({"warmup": -0.1}, "warmup: a fraction"),
         ({"warmup": "10 stepz"}, "warmup: "),
@@ -235,7 +235,7 @@ def test_lengths_that_do_not_fit_together_are_told_at_the_start(
         ),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -140,7 +140,7 @@ def test_a_setting_follows_its_schedule_and_is_logged(tiny_run: TinyRun) -> None
     assert run.progress.microbatches == 24
 
 
-def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
+def test_rejected_steps_do_not_advance_a_scheduled_setting(tiny_run: TinyRun) -> None:
     @plugin
     class RejectSecond:
         """Rejects every second step."""
@@ -155,7 +155,7 @@ def test_rejected_steps_do_not_move_it_on(tiny_run: TinyRun) -> None:
     assert [count for count, _ in windows.seen] == [1, 2, 2, 3, 3, 4, 4, 5]
 
 
-def test_data_that_is_cut_differently_begins_anew_where_the_last_batch_ended(
+def test_a_changed_batch_size_reopens_the_data_after_the_last_batch(
     tiny_run: TinyRun,
 ) -> None:
     taken: list[range] = []
@@ -176,7 +176,7 @@ def test_data_that_is_cut_differently_begins_anew_where_the_last_batch_ended(
     assert cut.opened == [0, 8, 24]  # no more often than it has to
 
 
-def test_weight_decay_changes_where_it_is_the_settings_own(tiny_run: TinyRun) -> None:
+def test_weight_decay_changes_only_in_groups_that_use_the_settings_value(tiny_run: TinyRun) -> None:
     optimizer = Decaying()
     course = {
         "weight_decay": Scheduled(start=0.0, end=0.4),
@@ -189,7 +189,7 @@ def test_weight_decay_changes_where_it_is_the_settings_own(tiny_run: TinyRun) ->
     assert len(optimizer.seen) == 4
 
 
-def test_the_updates_are_those_of_plain_torch_with_the_same_weight_decay(
+def test_the_updates_equal_those_of_plain_torch_with_the_same_weight_decay(
     tiny_run: TinyRun,
 ) -> None:
     @plugin
@@ -271,7 +271,7 @@ def test_a_run_resumed_anywhere_ends_with_the_same_bits(tiny_run: TinyRun, tmp_p
         assert_same_weights(resumed, whole)
 
 
-def test_a_run_that_goes_back_takes_the_values_of_the_steps_it_repeats(tiny_run: TinyRun) -> None:
+def test_a_rewound_run_uses_the_values_of_the_steps_it_repeats(tiny_run: TinyRun) -> None:
     @plugin
     class GoBack:
         """Goes back once, from step 5 to the state after step 2."""
@@ -295,7 +295,7 @@ def test_a_run_that_goes_back_takes_the_values_of_the_steps_it_repeats(tiny_run:
     assert run.progress.step == 9
 
 
-def test_the_place_in_the_list_does_not_matter_even_to_who_hears_of_the_step(
+def test_the_order_of_the_plugins_list_does_not_change_the_values(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     runs, seen = [], []
@@ -312,7 +312,7 @@ def test_the_place_in_the_list_does_not_matter_even_to_who_hears_of_the_step(
         assert_same_weights(run, runs[0])
 
 
-def test_what_a_run_records_are_the_settings_not_the_last_values(tiny_run: TinyRun) -> None:
+def test_a_run_records_its_settings_and_not_their_last_values(tiny_run: TinyRun) -> None:
     windows = Windows()
     run = tiny_run(windows, schedules(windows={"count": Scheduled(end=5)}), length=8)
     assert run.tables["windows"]["count"] == 1
@@ -330,8 +330,8 @@ def follow(length: str, *plugins: object, **of: dict[str, Scheduled]) -> Schedul
 
 def course(length: str, **table: Any) -> list[float]:
     """Return what a float setting is at every update of a run of some steps."""
-    (one,) = follow(length, Windows(), windows={"ratio": Scheduled(**table)}).followed
-    return [one.course.value(position) for position in range(int(Period.parse(length).amount))]
+    (one,) = follow(length, Windows(), windows={"ratio": Scheduled(**table)}).scheduled_settings
+    return [one.schedule.value(position) for position in range(int(Period.parse(length).amount))]
 
 
 PLAIN: dict[str, dict[str, Any]] = {
@@ -345,7 +345,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from(sorted(PLAIN)), st.floats(0.01, 1), st.floats(0.01, 1))
-def test_each_shape_goes_between_the_values_as_the_learning_rates_goes_from_one_to_zero(
+def test_each_shape_scales_the_learning_rates_shape_to_start_and_end(
     shape: Any, start: float, end: float
 ) -> None:
     schedule = LrSchedule(shape=shape, **PLAIN[shape])
@@ -358,7 +358,7 @@ def test_each_shape_goes_between_the_values_as_the_learning_rates_goes_from_one_
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, STEPS - 1), st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0.01, 1))
-def test_a_warmup_goes_straight_from_start_to_peak_and_on_to_end(
+def test_a_warmup_is_linear_from_start_to_peak_and_the_shape_follows(
     warmup: int, start: float, peak: float, end: float
 ) -> None:
     mine = course(f"{STEPS} steps", start=start, peak=peak, end=end, warmup=Period(warmup))
@@ -368,12 +368,12 @@ def test_a_warmup_goes_straight_from_start_to_peak_and_on_to_end(
         assert math.isclose(value, begin * (1 - x) + to * x, rel_tol=1e-10), i
 
 
-def test_one_cycle_reaches_its_peak_and_its_end_where_it_says() -> None:
+def test_one_cycle_reaches_its_peak_after_the_warmup_and_its_end_at_length() -> None:
     table = {"shape": "one_cycle", "start": 0.95, "peak": 0.85, "end": 0.95}
     (one,) = follow(
         "100 steps", Windows(), windows={"ratio": Scheduled(warmup=Period(30), **table)}
-    ).followed
-    values = [one.course.value(at) for at in (0, 15, 30, 65, 100)]
+    ).scheduled_settings
+    values = [one.schedule.value(at) for at in (0, 15, 30, 65, 100)]
     assert values == pytest.approx([0.95, 0.9, 0.85, 0.9, 0.95])
 
 
@@ -388,7 +388,7 @@ def test_inverse_sqrt_approaches_its_end() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16), st.integers(1, STEPS))
-def test_whole_numbers_are_the_nearest_multiple(
+def test_integer_settings_are_rounded_to_the_nearest_multiple(
     start: int, end: int, multiple: int, length: int
 ) -> None:
     low = min(start, end)
@@ -403,7 +403,7 @@ def test_whole_numbers_are_the_nearest_multiple(
     run = Run(RunSettings(length=Period(length)), {"windows": windows}, Path())
     for applied in {0, length // 3, length // 2, length - 1, length, length + 7}:
         run.progress = Progress(applied=applied, step=applied + 3)
-        made.followed[0].update(run)
+        made.scheduled_settings[0].update(run)
         wanted = start + (end - start) * min(applied / length, 1)
         assert windows.count % multiple == 0
         assert abs(windows.count - wanted) <= multiple / 2 * (1 + 1e-9)
@@ -469,17 +469,17 @@ class Idle:
             {},
             "windows.cont: 'cont' is no setting of windows (did you mean 'count'?)",
         ),
-        ("windows.label", {}, "windows.label: is no number"),
-        ("cut.shuffle", {}, "cut.shuffle: is no number"),
+        ("windows.label", {}, "windows.label: is not a number"),
+        ("cut.shuffle", {}, "cut.shuffle: is not a number"),
         ("cut.opened", {}, "cut.opened: 'opened' is no setting of cut ("),
         ("cut.x", {}, "cut.x: 'x' is no setting of cut (known: batch_size, seed, shuffle)"),
-        ("cut.seed", {}, "cut.seed.start: is missing; the plugin's own table states no value"),
+        ("cut.seed", {}, "cut.seed.start: is missing; the table of the plugin has no value"),
         ("windows.count", {"end": 0.4}, "windows.count.end: count must be >= 1"),
         ("windows.count", {"start": 0.0}, "windows.count.start: count must be >= 1"),
         ("windows.count", {"end": 2.0, "multiple_of": 8}, "windows.count.start: count must be >="),
         ("windows.ratio", {"end": 1.5}, "windows.ratio.end: ratio must be <= 1"),
         ("windows.ratio", {"peak": 2.0, "warmup": 0.1}, "windows.ratio.peak: ratio must be <= 1"),
-        ("windows.ratio", {"multiple_of": 2}, "windows.ratio.multiple_of: is for whole numbers"),
+        ("windows.ratio", {"multiple_of": 2}, "windows.ratio.multiple_of: works with integer"),
         (
             "cut.batch_size",
             {"shape": "step", "at": Period(10), "gamma": 2.0, "end": None},
@@ -501,12 +501,16 @@ class Idle:
             "windows.count.warmup: takes the whole schedule",
         ),
         ("decaying.lr", {}, "decaying.lr: the learning rate follows the plugin lr_schedule"),
-        ("fixed.depth", {}, "fixed.depth: is read at the start only; what can change there: pace"),
-        ("lrschedule.decay_to", {}, "lrschedule.decay_to: is read at the start only"),
-        ("idle.depth", {}, "idle.depth: idle does nothing during the steps"),
+        (
+            "fixed.depth",
+            {},
+            "fixed.depth: is read only at the start; settings that may change: pace",
+        ),
+        ("lrschedule.decay_to", {}, "lrschedule.decay_to: is read only at the start"),
+        ("idle.depth", {}, "idle.depth: idle has no hook during steps"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_built(
+def test_schedules_that_do_not_fit_are_reported_before_anything_is_built(
     where: str, table: dict[str, Any], complaint: str
 ) -> None:
     plugins = (Cut(), Windows(), Decaying(), Fixed(), Idle(), LrSchedule())
@@ -516,7 +520,7 @@ def test_what_does_not_fit_is_told_before_anything_is_built(
     assert any(f"schedules.of.{complaint}" in text for text in caught.value.problems), caught.value
 
 
-def test_all_that_does_not_fit_is_told_at_once() -> None:
+def test_all_schedules_that_do_not_fit_are_reported_at_once() -> None:
     of = {
         "windows": {"count": Scheduled(end=0), "ratio": Scheduled(end=2)},
         "nobody": {"count": Scheduled(end=1)},
@@ -531,7 +535,7 @@ def test_two_schedules_of_one_setting_are_an_error_that_names_both(tiny_run: Tin
     again = {"plugin": "schedules", **table}
     with pytest.raises(SettingsError) as caught:
         tiny_run("schedules", "again", Windows(), settings={"schedules": table, "again": again})
-    assert "schedules.of.windows.count: follows a schedule of again, too" in str(caught.value)
+    assert "schedules.of.windows.count: follows a schedule of again too" in str(caught.value)
 
 
 def test_a_second_instance_may_schedule_what_the_first_does_not(tiny_run: TinyRun) -> None:
@@ -543,13 +547,13 @@ def test_a_second_instance_may_schedule_what_the_first_does_not(tiny_run: TinyRu
     assert windows.seen == [(1, 0.5), (1, 0.4375), (2, 0.375), (2, 0.3125)]
 
 
-def test_weight_decay_of_zero_does_not_tell_what_is_decayed(tiny_run: TinyRun) -> None:
+def test_a_weight_decay_of_zero_cannot_be_scheduled(tiny_run: TinyRun) -> None:
     of = schedules(decaying={"weight_decay": Scheduled(end=0.1)})
-    with pytest.raises(SettingsError, match=r"decaying.weight_decay is 0, so nothing is decayed"):
+    with pytest.raises(SettingsError, match=r"decaying.weight_decay is 0, so no parameter group"):
         tiny_run(Decaying(weight_decay=0.0), of)
 
 
-def test_what_the_optimizers_groups_do_not_have_is_told(tiny_run: TinyRun) -> None:
+def test_a_setting_that_no_parameter_group_has_is_an_error(tiny_run: TinyRun) -> None:
     @plugin
     class Other:
         """An optimizer with a setting of another name."""
@@ -565,7 +569,7 @@ def test_what_the_optimizers_groups_do_not_have_is_told(tiny_run: TinyRun) -> No
         tiny_run(Other(), schedules(other={"damping": Scheduled(end=0.1)}))
 
 
-def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
+def test_a_schedule_in_epochs_is_an_error_if_the_data_has_no_epochs(tiny_run: TinyRun) -> None:
     class Endless(Samples):
         epoch_samples = None  # type: ignore[assignment]
 
@@ -590,8 +594,11 @@ def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
         ({"end": 8, "shape": "triangle"}, ".shape: unknown value"),
         ({"end": 8, "untill": 3}, ".untill: unknown setting"),
         ({"end": 8, "warmup": 5}, ".peak: is missing; it is the value at the end of the warmup"),
-        ({"end": 8, "peak": 5}, ".peak: belongs to a warmup"),
-        ({"shape": "constant"}, ".warmup: is missing; without one, a constant does not change"),
+        ({"end": 8, "peak": 5}, ".peak: needs a warmup"),
+        (
+            {"shape": "constant"},
+            ".warmup: is missing; without a warmup, a constant does not change",
+        ),
         ({"shape": "constant", "warmup": 5, "peak": 2, "end": 8}, ".end: has no meaning"),
         ({"shape": "step", "at": 5}, ".gamma: is missing; shape 'step' needs it"),
         ({"shape": "step", "at": [], "gamma": 2.0}, ".at: is missing"),
@@ -601,7 +608,7 @@ def test_epochs_of_data_that_has_none_are_an_error(tiny_run: TinyRun) -> None:
         ({"end": 8, "multiple_of": 0}, ".multiple_of: must be >= 1"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     of = {"of": {"cut": {"batch_size": table}}}
@@ -613,11 +620,11 @@ def test_wrong_settings_are_told_before_anything_starts(
 
 def test_an_empty_table_is_an_error() -> None:
     tables = {"plugins": ["schedules"], "run": {"length": 10}, "schedules": {"of": {"cut": {}}}}
-    with pytest.raises(SettingsError, match="schedules.of: names no setting"):
+    with pytest.raises(SettingsError, match="schedules.of: is empty"):
         compose(tables)
 
 
-def test_the_readme_tells_every_setting_of_a_schedule() -> None:
+def test_the_readme_lists_every_setting_of_a_schedule() -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text()
     lines = text.partition("## schedules")[2].splitlines()
     for name in setting_fields(Scheduled):

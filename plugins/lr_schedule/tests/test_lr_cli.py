@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from fundamentallm import SettingsError, StorageError, compose, train
 from fundamentallm.testing import compose_tiny
-from fundamentallm_lr_schedule.command import lr
-from fundamentallm_lr_schedule.curve import trace
-from fundamentallm_lr_schedule.drawing import text
+from fundamentallm_lr_schedule.cli import lr
+from fundamentallm_lr_schedule.curve import trace_lr
+from fundamentallm_lr_schedule.plot import text
 
 PARTS = '''
 from fundamentallm import hookimpl, plugin
@@ -53,21 +53,21 @@ def drawn(*arguments: object) -> str:
     return done.output
 
 
-def test_it_draws_the_run_and_tells_its_ends_and_its_highest(settings: Path) -> None:
+def test_lr_draws_the_run_and_prints_its_first_last_and_highest_rate(settings: Path) -> None:
     output = drawn(settings)
     assert "learning rate: first 0.000198, highest 0.02 at update 100, last 0.002" in output
     assert output.count("│") == 16
     assert "1000 steps" in output
 
 
-def test_the_drawing_rises_and_falls_where_the_schedule_does(settings: Path) -> None:
+def test_the_drawing_rises_and_falls_with_the_schedule(settings: Path) -> None:
     overrides = [
         "lr_schedule.shape='wsd'",
         "lr_schedule.warmup=0.5",
         "lr_schedule.decay=0.5",
         "lr_schedule.decay_to=0.0",
     ]
-    picture = text(trace(compose(settings, overrides=overrides)), width=8, height=4)
+    picture = text(trace_lr(compose(settings, overrides=overrides)), width=8, height=4)
     assert picture.splitlines()[:5] == [
         "2.00e-02 │⠀⠀⠀⢠⠿⡄⠀⠀",
         "         │⠀⠀⣠⠏⠀⠹⣄⠀",
@@ -77,16 +77,16 @@ def test_the_drawing_rises_and_falls_where_the_schedule_does(settings: Path) -> 
     ]
 
 
-def test_what_it_draws_is_what_a_run_does(tmp_path: Path) -> None:
+def test_the_curve_equals_the_learning_rates_of_a_run(tmp_path: Path) -> None:
     table = {"shape": "one_cycle", "warmup": 0.3, "decay_to": 0.01}
     composed = compose_tiny("lr_schedule", settings={"lr_schedule": table}, length=20, log_every=1)
-    curve = trace(composed)
+    curve = trace_lr(composed)
     run = train(composed, run_dir=tmp_path / "run")
     assert curve.positions == list(range(20))
     assert curve.rates == [row["optim/lr"] for row in run.history]
 
 
-def test_steps_draws_a_run_of_another_length(settings: Path) -> None:
+def test_the_option_steps_draws_a_run_of_another_length(settings: Path) -> None:
     output = drawn(settings, "--steps", 5000, "--set", "lr_schedule.warmup=0.5")
     assert "5000 steps" in output
     assert "highest 0.02 at update 2500" in output
@@ -111,13 +111,13 @@ def test_the_shortest_runs_can_be_drawn(settings: Path, length: int) -> None:
     assert f"{length} steps" in drawn(settings, "--steps", length, "--set", "lr_schedule.warmup=0")
 
 
-def test_png_writes_a_picture(settings: Path, tmp_path: Path) -> None:
+def test_png_writes_an_image(settings: Path, tmp_path: Path) -> None:
     picture = tmp_path / "lr.png"
     assert f"written: {picture}" in drawn(settings, "--png", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_that_says_where(
+def test_an_image_that_cannot_be_written_is_an_error_that_names_the_file(
     settings: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(StorageError, match=r"missing/lr\.png: cannot be written: No such file"):
@@ -139,7 +139,7 @@ def test_a_picture_that_cannot_be_written_is_an_error_that_says_where(
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_told(
+def test_settings_that_cannot_be_drawn_are_an_error(
     settings: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], complaint: str
 ) -> None:
     monkeypatch.chdir(settings.parent)
@@ -162,7 +162,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_drawing_imports_no_torch(settings: Path) -> None:
     code = f"""
 import sys
-from fundamentallm_lr_schedule.command import lr
+from fundamentallm_lr_schedule.cli import lr
 lr([{str(settings)!r}], standalone_mode=False)
 print(sorted({{"torch", "numpy", "matplotlib"}} & set(sys.modules)))
 """
@@ -171,12 +171,12 @@ print(sorted({{"torch", "numpy", "matplotlib"}} & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_missing_matplotlib_is_told_with_what_installs_it(settings: Path) -> None:
+def test_a_missing_matplotlib_is_an_error_with_the_install_command(settings: Path) -> None:
     code = f"""
 import sys
 sys.modules["matplotlib"] = None
 from fundamentallm import SettingsError
-from fundamentallm_lr_schedule.command import lr
+from fundamentallm_lr_schedule.cli import lr
 try:
     lr([{str(settings)!r}, "--png", "lr.png"], standalone_mode=False)
 except SettingsError as error:

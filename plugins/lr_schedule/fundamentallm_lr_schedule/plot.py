@@ -1,4 +1,4 @@
-"""A curve of learning rates as text for a terminal, and as a picture."""
+"""Draw a curve of learning rates as text for a terminal, or as an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fundamentallm_lr_schedule.curve import Curve
 
-# A braille character is two columns of four dots each; these are their bits, from the top.
+# A braille character has two columns of four dots. These are the bits of each column from the top.
 _BRAILLE = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
@@ -36,7 +36,7 @@ def text(curve: Curve, width: int = 64, height: int = 16) -> str:
 
 
 def summary(curve: Curve) -> str:
-    """Tell the first, the highest and the last learning rate in one line."""
+    """Return a line with the first, the highest and the last learning rate."""
     highest = max(range(len(curve.rates)), key=curve.rates.__getitem__)
     position = curve.positions[highest]
     where = f"update {position}" if curve.unit == "steps" else f"{position:g} {curve.unit}"
@@ -46,7 +46,10 @@ def summary(curve: Curve) -> str:
 
 
 def write_png(curve: Curve, path: Path, title: str) -> None:
-    """Write the curve as a picture; raise a ``FundamentalError`` if that cannot be done."""
+    """Write the curve as a PNG image.
+
+    Raises ``SettingsError`` without matplotlib, ``StorageError`` if the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -76,7 +79,7 @@ def _canvas(curve: Curve, width: int, height: int) -> list[str]:
     cells = [[_BRAILLE] * width for _ in range(height)]
     for column, level in enumerate(levels):
         before = levels[column - 1] if column else level
-        # From the last level to this one, so that steep parts stay one line.
+        # From the previous level to this one, so that a steep line has no gaps.
         for dot in range(min(level, before), max(level, before) + 1):
             row, quarter = divmod(4 * height - 1 - dot, 4)
             cells[row][column // 2] |= _DOTS[column % 2][quarter]
