@@ -1,4 +1,4 @@
-"""Half precision on a device: whether it works there, where it is used, and weights in it."""
+"""Half precision: check a device, make the autocast context, and convert weights."""
 
 from __future__ import annotations
 
@@ -13,37 +13,43 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """Return a context, to be entered again and again, in which torch computes in ``dtype`` where
-    that is safe: in matrix products, say, but not in softmax."""
+    """Return a reusable context in which torch computes safe operations in ``dtype``.
+
+    Matrix products are safe, for example, but softmax is not.
+    """
     return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype])
 
 
-def try_out(device: str, dtype: str) -> None:
-    """Raise ``SettingsError`` unless ``device`` trains in ``dtype``: a tiny step is made on it.
+def check_device(device: str, dtype: str) -> None:
+    """Run a tiny training step on ``device``; raise ``SettingsError`` if ``dtype`` does not work.
 
-    The message begins with what follows the plugin's name, ``dtype: …``. No random number is
+    The message begins with ``dtype: …``, to be put after the plugin's name. No random number is
     drawn.
     """
-    # A card may compute in bf16 without having the units for it, slower than it does in fp32.
+    # A GPU without bf16 units emulates bf16, which is slower than fp32.
     if (device, dtype) == ("cuda", "bf16") and not torch.cuda.is_bf16_supported(
         including_emulation=False
     ):
-        raise _useless(device, dtype, "it has no bf16 units (cards since Ampere, 8.0, have)")
+        raise _not_working(
+            device,
+            dtype,
+            "it has no bf16 units (GPUs since Ampere, compute capability 8.0, have them)",
+        )
     try:
         computed = _tiny_step(device, dtype)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AssertionError) as error:
-        raise _useless(device, dtype, str(error).partition("\n")[0]) from error
+        raise _not_working(device, dtype, str(error).partition("\n")[0]) from error
     if computed is not DTYPES[dtype]:
-        raise _useless(device, dtype, f"torch computes in {computed} there all the same")
+        raise _not_working(device, dtype, f"torch computes in {computed} instead")
 
 
-def keep_in_bf16(model: nn.Module) -> None:
-    """Turn the floating-point weights of a model into bf16, in place.
+def convert_to_bf16(model: nn.Module) -> None:
+    """Convert the floating-point parameters of a model to bf16, in place.
 
-    Buffers stay as they are: they hold what is computed once (the angles of positions) or summed
-    up slowly (running means), and gain nothing from being coarse.
+    Buffers keep their type: they contain constants (such as the angles of positions) or running
+    means, which need the precision.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -51,10 +57,10 @@ def keep_in_bf16(model: nn.Module) -> None:
 
 
 def _tiny_step(device: str, dtype: str) -> torch.dtype:
-    """Do on the device what a step does; return the type that a matrix product came out in."""
+    """Run the operations of a step on the device; return the type of a matrix product."""
     weight = torch.ones(2, 2, device=device, requires_grad=True)
     with warnings.catch_warnings(), autocast(device, dtype):
-        warnings.simplefilter("ignore")  # a warning would say what the type shows
+        warnings.simplefilter("ignore")  # the returned type shows the same
         product = weight @ weight
         loss = product.float().sum()
     if dtype == "fp16":
@@ -69,9 +75,9 @@ def _tiny_step(device: str, dtype: str) -> torch.dtype:
     return product.dtype
 
 
-def _useless(device: str, dtype: str, why: str) -> SettingsError:
+def _not_working(device: str, dtype: str, why: str) -> SettingsError:
     other = "fp16" if dtype == "bf16" else "bf16"
     return SettingsError(
         f"dtype: {dtype!r} does not work on this {device} device: {why}; "
-        f"set dtype = {other!r}, or leave the plugin out"
+        f"set dtype = {other!r}, or remove the plugin"
     )

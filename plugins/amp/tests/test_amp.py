@@ -31,8 +31,8 @@ from fundamentallm import (
 )
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
 from fundamentallm_amp import Amp
-from fundamentallm_amp.precision import keep_in_bf16, try_out
-from fundamentallm_amp.scaling import Scaling
+from fundamentallm_amp.loss_scale import LossScale
+from fundamentallm_amp.precision import check_device, convert_to_bf16
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a run on what happens to be the test's machine.
@@ -150,7 +150,7 @@ def column(run: Run, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_training_and_validation_compute_in_it_and_nothing_after_them(
+def test_training_and_validation_compute_in_half_precision_and_nothing_else_does(
     tiny_run: TinyRun, dtype: Any
 ) -> None:
     @plugin
@@ -177,7 +177,7 @@ def test_training_and_validation_compute_in_it_and_nothing_after_them(
     assert {p.dtype for p in run.parameters} == {torch.float32}
 
 
-def test_it_is_off_again_after_a_forward_that_failed(tiny_run: TinyRun) -> None:
+def test_autocast_ends_after_a_failed_forward(tiny_run: TinyRun) -> None:
     @plugin
     class Broken:
         """Answers with an error."""
@@ -192,7 +192,7 @@ def test_it_is_off_again_after_a_forward_that_failed(tiny_run: TinyRun) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_weights_in_bf16_take_their_gradients_and_the_optimizers_state_along(
+def test_bf16_weights_have_bf16_gradients_and_optimizer_state(
     tiny_run: TinyRun,
 ) -> None:
     run = tiny_run(Amp(params="bf16"), Boosted(), validate_every=2)
@@ -211,7 +211,7 @@ def test_only_floating_point_weights_become_bf16_and_shared_ones_stay_shared() -
     whole = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
     model.register_parameter("count", whole)
     before = model["one"].weight.detach().clone()
-    keep_in_bf16(model)
+    convert_to_bf16(model)
     assert model["one"].weight is model["other"].weight
     assert model["one"].weight.equal(before.bfloat16())
     assert model["one"].weight.requires_grad
@@ -238,12 +238,12 @@ def test_a_resumed_run_ends_in_the_same_bits(
 # The loss scale
 
 
-def test_a_step_that_overflows_changes_nothing_and_is_told(tiny_run: TinyRun) -> None:
+def test_an_overflowing_step_is_rejected_with_its_cause_and_changes_no_weight(tiny_run: TinyRun) -> None:
     reasons = []
 
     @plugin
     class Watch:
-        """Looks at the step that is rejected."""
+        """Records why steps are rejected."""
 
         @hookimpl
         def settle_step(self, run: Run, applied: bool) -> None:
@@ -253,15 +253,15 @@ def test_a_step_that_overflows_changes_nothing_and_is_told(tiny_run: TinyRun) ->
 
     boosted = Boosted(boosts=[OVERFLOW, OVERFLOW])
     run = tiny_run(Amp(dtype="fp16"), boosted, Watch(), log_every=1)
-    told = [Rejection("overflow", "the gradients overflowed in fp16")]
-    assert reasons == [(False, told), (False, told), (True, []), (True, [])]
+    overflow = [Rejection("overflow", "the gradients overflowed in fp16")]
+    assert reasons == [(False, overflow), (False, overflow), (True, []), (True, [])]
     assert (run.progress.step, run.progress.applied) == (4, 2)
     assert column(run, "amp/scale") == [2.0**15, 2.0**14, 2.0**14, 2.0**14]
     assert column(run, "amp/overflows") == [1, 2, 2, 2]
     assert len(column(run, "train/loss")) == 2
 
 
-def test_rows_hold_the_scale_as_it_is_and_the_last_row_does_too(tiny_run: TinyRun) -> None:
+def test_every_row_and_the_last_one_has_the_current_scale(tiny_run: TinyRun) -> None:
     boosts = [OVERFLOW, 1.0, 1.0, OVERFLOW, OVERFLOW]
     run = tiny_run(Amp(dtype="fp16"), Boosted(boosts=boosts), length=5, log_every=3)
     assert [row["step"] for row in run.history] == [3, 5]
@@ -293,12 +293,12 @@ def watching(amp: Amp) -> None:
     compose({"plugins": ["adamw"], "run": {"length": 1}}, plugins=[amp, Boosted(), Watcher()])
 
 
-def test_everyone_who_looks_sees_gradients_without_the_scale(
+def test_all_other_hooks_see_unscaled_gradients(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin
     class Witness:
-        """Copies the gradients as they are judged, edited and left."""
+        """Records the gradients when they are judged, edited and at the end of the step."""
 
         seen: list[list[Tensor]] = field(factory=list)
 
@@ -321,23 +321,37 @@ def test_everyone_who_looks_sees_gradients_without_the_scale(
         torch.testing.assert_close(one, found[0], rtol=2e-3, atol=1e-4)
 
 
-def test_a_step_that_another_rejects_leaves_the_scale_and_its_age_alone(tiny_run: TinyRun) -> None:
+@pytest.mark.parametrize(
+    ("cause", "scales"),
+    [
+        ("spike", [4.0, 4.0, 8.0, 8.0, 8.0, 8.0]),
+        ("nonfinite_loss", [4.0, 4.0, 8.0, 8.0, 8.0, 8.0]),
+        ("nonfinite_gradient", [4.0, 8.0, 8.0, 16.0, 16.0, 32.0]),
+    ],
+)
+def test_a_step_that_another_plugin_rejects_counts_for_the_scale_only_if_its_gradients_are_the_cause(
+    tiny_run: TinyRun, cause: str, scales: list[float]
+) -> None:
     @plugin
     class Guard:
         """Rejects every second step."""
 
+        cause: Any
+
         @hookimpl
         def judge_step(self, run: Run) -> Rejection | None:
-            return Rejection("other", "every second one") if run.progress.step % 2 else None
+            # The text must not decide.
+            text = "every second one, whatever its gradient"
+            return Rejection(self.cause, text) if run.progress.step % 2 else None
 
     amp = Amp(dtype="fp16", init_scale=4.0, growth_interval=2)
-    run = tiny_run(amp, Guard(), Boosted(), length=6, log_every=1)
-    assert column(run, "amp/scale") == [4.0, 4.0, 8.0, 8.0, 8.0, 8.0]
+    run = tiny_run(amp, Guard(cause=cause), Boosted(), length=6, log_every=1)
+    assert column(run, "amp/scale") == scales
     assert column(run, "amp/overflows") == [0] * 6
     assert run.progress.applied == 3
 
 
-def test_a_window_whose_gradients_are_dropped_leaves_the_scale_alone(tiny_run: TinyRun) -> None:
+def test_a_window_without_gradients_does_not_change_the_scale(tiny_run: TinyRun) -> None:
     @plugin
     class Drop:
         """Forgets the gradients of the second step, and never begins the third."""
@@ -360,7 +374,7 @@ def test_a_window_whose_gradients_are_dropped_leaves_the_scale_alone(tiny_run: T
     assert column(run, "amp/scale") == [8.0, 8.0, 8.0, 16.0]
 
 
-def test_gradients_that_went_past_the_scale_are_an_error(tiny_run: TinyRun) -> None:
+def test_gradients_that_were_not_scaled_are_an_error(tiny_run: TinyRun) -> None:
     @plugin
     class Own:
         """Backpropagates by itself."""
@@ -376,7 +390,7 @@ def test_gradients_that_went_past_the_scale_are_an_error(tiny_run: TinyRun) -> N
         tiny_run(Amp(dtype="fp16"), Own(), Boosted())
 
 
-def test_a_run_that_goes_back_takes_the_scale_of_then(tiny_run: TinyRun) -> None:
+def test_a_rewind_restores_the_scale_of_that_step(tiny_run: TinyRun) -> None:
     @plugin
     class Back:
         """Goes back once."""
@@ -406,7 +420,7 @@ def test_a_run_that_goes_back_takes_the_scale_of_then(tiny_run: TinyRun) -> None
     assert column(run, "amp/overflows")[:3] == [1, 1, 1]
 
 
-def test_the_rule_of_a_resumed_run_is_that_of_its_settings(
+def test_a_resumed_run_continues_the_scale_with_the_growth_rule_of_its_settings(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     kept = Resume()
@@ -421,7 +435,7 @@ def test_the_rule_of_a_resumed_run_is_that_of_its_settings(
 
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp16", "bf16")])
-def test_a_run_may_change_its_mind_about_the_precision(
+def test_a_resumed_run_may_have_another_precision(
     tiny_run: TinyRun, tmp_path: Path, before: Any, after: Any
 ) -> None:
     kept = Resume()
@@ -439,7 +453,7 @@ def test_a_run_may_change_its_mind_about_the_precision(
 
 
 @pytest.mark.parametrize(
-    ("boost", "told"),
+    ("boost", "reason"),
     [
         (
             OVERFLOW,
@@ -449,14 +463,14 @@ def test_a_run_may_change_its_mind_about_the_precision(
         (math.inf, "the loss itself is inf: look at the data and the model"),
     ],
 )
-def test_a_scale_that_collapses_ends_the_run_and_says_why(
-    tiny_run: TinyRun, boost: float, told: str
+def test_a_scale_below_the_minimum_ends_the_run_with_the_reason(
+    tiny_run: TinyRun, boost: float, reason: str
 ) -> None:
     boosted = Boosted(boosts=[1.0, *[boost] * 50])
-    with pytest.raises(NotFiniteError, match=told) as caught:
+    with pytest.raises(NotFiniteError, match=reason) as caught:
         tiny_run(Amp(dtype="fp16"), boosted, length=50)
     assert str(caught.value).startswith(
-        "step 18: the gradients overflow in fp16 however small the loss scale, which is down to "
+        "step 18: the gradients overflow in fp16 at every loss scale; it is down to "
         "0.5 (amp.min_scale is 1)"
     )
 
@@ -472,13 +486,13 @@ def test_a_scale_that_collapses_ends_the_run_and_says_why(
     growth_interval=st.integers(1, 4),
     resume=st.integers(0, 5),
 )
-def test_any_losses_move_the_scale_as_a_gradscaler_with_an_optimizer_moves_it(
+def test_the_scale_follows_a_gradscaler_with_an_optimizer_for_any_losses(
     steps: list[list[float]], resume: int, **rule: Any
 ) -> None:
     hand, mine = (nn.Parameter(torch.ones(3)) for _ in range(2))
     optimizer = torch.optim.SGD([hand], lr=0.1)
     theirs = torch.amp.GradScaler("cpu", **rule)
-    ours = Scaling(torch.amp.GradScaler("cpu", **rule), [mine], "cpu")
+    ours = LossScale(torch.amp.GradScaler("cpu", **rule), [mine], "cpu")
     for step, slopes in enumerate(steps):
         hand.grad = mine.grad = None
         for slope in slopes:
@@ -501,7 +515,7 @@ def test_any_losses_move_the_scale_as_a_gradscaler_with_an_optimizer_moves_it(
         assert ours.scale().equal(torch.tensor(theirs.get_scale()))
         if step == resume:
             kept = ours.state()
-            ours = Scaling(torch.amp.GradScaler("cpu", **rule), [mine], "cpu")
+            ours = LossScale(torch.amp.GradScaler("cpu", **rule), [mine], "cpu")
             ours.restore(kept)
 
 
@@ -511,7 +525,7 @@ def test_any_losses_move_the_scale_as_a_gradscaler_with_an_optimizer_moves_it(
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("device", [*ABSENT, "meta"])
-def test_a_device_that_cannot_is_told_at_the_start(device: str, dtype: Any) -> None:
+def test_a_device_that_does_not_support_the_type_is_an_error_at_the_start(device: str, dtype: Any) -> None:
     amp = Amp(dtype=dtype)
     run = Run(RunSettings(length=1), {"adamw": Boosted(), "half": amp}, Path())
     run.device = device
@@ -519,24 +533,24 @@ def test_a_device_that_cannot_is_told_at_the_start(device: str, dtype: Any) -> N
         amp.on_run_start(run)
     (text,) = caught.value.problems
     assert text.startswith(f"half.dtype: {dtype!r} does not work on this {device} device: ")
-    assert text.endswith("or leave the plugin out")
+    assert text.endswith("or remove the plugin")
     assert "\n" not in text
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_trying_a_device_out_draws_no_random_number(dtype: str) -> None:
+def test_checking_a_device_draws_no_random_number(dtype: str) -> None:
     before = torch.get_rng_state()
-    try_out("cpu", dtype)
+    check_device("cpu", dtype)
     assert torch.get_rng_state().equal(before)
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_weights_in_fp16_are_told_before_the_first_step(tiny_run: TinyRun) -> None:
+def test_weights_in_fp16_are_an_error_before_the_first_step(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"amp\.dtype: .* the model has hidden\.weight in fp16"):
         tiny_run(Amp(dtype="fp16"), Boosted(broken=True))
 
 
-def test_it_cannot_be_listed_twice() -> None:
+def test_two_instances_are_an_error() -> None:
     tables = {"more": {"plugin": "amp", "dtype": "fp16"}, "run": {"length": 1}}
     with pytest.raises(SettingsError, match="backward: amp .* and more .* both answer"):
         compose({"plugins": ["amp", "more", "adamw"], **tables}, plugins=[Boosted()])
@@ -547,13 +561,13 @@ def test_it_cannot_be_listed_twice() -> None:
     [
         ({"dtype": "float16"}, "amp.dtype: unknown value"),
         ({"params": "fp16"}, "amp.params: "),
-        ({"dtype": "fp16", "params": "bf16"}, "amp.params: weights in bf16 go with dtype 'bf16'"),
+        ({"dtype": "fp16", "params": "bf16"}, "amp.params: weights in bf16 need dtype 'bf16'"),
         ({"init_scale": 4.0}, "amp.init_scale: belongs to dtype 'fp16', but dtype is 'bf16'"),
         ({"growth_interval": 5}, "amp.growth_interval: belongs to dtype 'fp16'"),
         ({"dtype": "fp16", "init_scale": 0.0}, "amp.init_scale: must be > 0"),
         ({"dtype": "fp16", "init_scale": math.inf}, "amp.init_scale: must be <="),
         ({"dtype": "fp16", "init_scale": math.nan}, "amp.init_scale: must be"),
-        ({"dtype": "fp16", "init_scale": 0.5}, "amp.min_scale: is more than init_scale, 0.5"),
+        ({"dtype": "fp16", "init_scale": 0.5}, "amp.min_scale: must not exceed init_scale, 0.5"),
         ({"dtype": "fp16", "growth_factor": 1.0}, "amp.growth_factor: must be > 1"),
         ({"dtype": "fp16", "backoff_factor": 1.0}, "amp.backoff_factor: must be < 1"),
         ({"dtype": "fp16", "backoff_factor": 0.0}, "amp.backoff_factor: must be > 0"),
@@ -562,7 +576,7 @@ def test_it_cannot_be_listed_twice() -> None:
         ({"dtype": "fp16", "min_scale": -1.0}, "amp.min_scale: must be > 0"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -590,7 +604,7 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @plugin
 class Descent:
-    """Plain gradient descent, which reads nothing."""
+    """Plain gradient descent, which reads no device value."""
 
     @hookimpl
     def build_optimizer(self, run: Run) -> torch.optim.Optimizer:
@@ -615,7 +629,7 @@ class Between:
 
 
 @pytest.mark.parametrize(("dtype", "reads"), [("bf16", 0), ("fp16", 1)])
-def test_only_fp16_makes_the_host_wait_and_once_in_a_step(
+def test_only_fp16_makes_the_host_wait_once_per_step(
     tiny_run: TinyRun, dtype: Any, reads: int
 ) -> None:
     counter = HostReads()
@@ -641,7 +655,7 @@ def calls(tiny_run: TinyRun, folder: Path, *plugins: object) -> float:
     return found / 4
 
 
-def test_bf16_costs_a_few_calls_besides_those_of_autocast(
+def test_bf16_adds_few_python_calls_to_those_of_autocast(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin

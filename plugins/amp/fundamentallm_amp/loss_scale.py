@@ -1,6 +1,6 @@
-"""The loss scale of fp16: torch's ``GradScaler``, asked at the moments that a step has.
+"""The loss scale of fp16: torch's ``GradScaler``, called in the phases of a step.
 
-Micikevicius et al., "Mixed Precision Training" (2018), section 3.2, say why a loss is scaled.
+Micikevicius et al., "Mixed Precision Training" (2018, arXiv:1710.03740), section 3.2.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 
-class Verdict:
-    """What a ``GradScaler`` takes for an optimizer, to learn what it thinks of the gradients.
+class OverflowProbe:
+    """A stand-in for an optimizer that records whether a ``GradScaler`` would update.
 
-    ``GradScaler.step`` makes the update exactly if no gradient overflowed. Here the "update" is a
-    note that it would have been made, so that the verdict is known before the true one. It is no
-    ``torch.optim.Optimizer``, since hooks on all optimizers should not hear of it.
+    ``GradScaler.step`` calls the optimizer's ``step`` exactly if no gradient overflowed. This one
+    records the call and changes nothing, so that overflow is known before the real update. It is no
+    ``torch.optim.Optimizer``, so that torch's global optimizer hooks are not called.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        # All of the model's, so that gradients which no optimizer uses become true as well.
+        # All parameters of the model, so that gradients which no optimizer uses are unscaled too.
         self.param_groups = [{"params": parameters}]
         self.accepts = True
 
     def step(self) -> None:
-        """Note that a ``GradScaler`` would update."""
+        """Record that a ``GradScaler`` would update."""
         self.accepts = True
 
 
-class Scaling:
+class LossScale:
     """A dynamic loss scale over the gradients of ``parameters``.
 
-    In every step: ``backward`` for each micro-batch, ``unscale``, ``overflows``, ``settle``.
+    The calls of a step are ``backward`` for each micro-batch, ``unscale``, ``overflows`` and
+    ``settle``.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class Scaling:
     ) -> None:
         self.scaler = scaler
         self.parameters = parameters
-        self.verdict = Verdict(parameters)
+        self.probe = OverflowProbe(parameters)
         self.one = torch.ones((), device=device)
-        self.scaled = False  # whether ``backward`` made the gradients at hand
+        self.scaled = False  # whether ``backward`` made the current gradients
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate the loss times the scale."""
@@ -56,54 +57,54 @@ class Scaling:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def unscale(self) -> bool:
-        """Divide the gradients by the scale, where there are any.
+        """Divide the gradients by the scale.
 
-        Return False if they cannot be: there are some that ``backward`` did not make.
+        Return False if there are gradients that ``backward`` did not make.
         """
-        there = any(parameter.grad is not None for parameter in self.parameters)
-        if there and not self.scaled:
+        have_gradients = any(parameter.grad is not None for parameter in self.parameters)
+        if have_gradients and not self.scaled:
             return False
-        self.scaled = there
-        if there:
-            self.scaler.unscale_(cast("Optimizer", self.verdict))
+        self.scaled = have_gradients
+        if have_gradients:
+            self.scaler.unscale_(cast("Optimizer", self.probe))
         return True
 
     def overflows(self) -> bool:
-        """Tell whether a gradient is infinite or NaN. The host waits for the device here."""
-        self.verdict.accepts = not self.scaled
+        """Return whether a gradient is infinite or NaN. The host waits for the device here."""
+        self.probe.accepts = not self.scaled
         if self.scaled:
-            self.scaler.step(cast("Optimizer", self.verdict))
-        return not self.verdict.accepts
+            self.scaler.step(cast("Optimizer", self.probe))
+        return not self.probe.accepts
 
     def settle(self, counts: bool = True) -> bool:
-        """Let the scale follow: back off, or grow when the time has come.
+        """Update the scale: back off after an overflow, or grow when due.
 
-        Return whether it backed off. A step that does not count leaves everything as it was.
+        Return whether it backed off. A step that does not count changes nothing.
         """
         if self.scaled and counts:
             self.scaler.update()
-        elif self.scaled:  # told its scale, a GradScaler forgets the step, and not how old that is
+        elif self.scaled:  # given its own scale, a GradScaler ends the step and keeps its counter
             self.scaler.update(self.scaler.get_scale())
         self.scaled = False
-        return counts and not self.verdict.accepts
+        return counts and not self.probe.accepts
 
     def scale(self) -> Tensor:
         """Return the scale, a 0-d tensor on the device that does not change later."""
         return self.scaler.scale(self.one)
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint holds: the scale, and how far it is from growing."""
+        """Return the state for a checkpoint: the scale, and the steps since its last change."""
         full = self.scaler.state_dict()
         return {"scale": full["scale"], "growth_tracker": full["_growth_tracker"]}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Go on from what a checkpoint holds. By which rule is not in there: settings say that."""
+        """Restore the state of a checkpoint; the growth rule is that of the settings."""
         found = {"scale": kept["scale"], "_growth_tracker": kept["growth_tracker"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | found)
 
 
-def diagnosis(run: Run) -> str:
-    """Say what of the step at hand is not finite. Reads the device."""
+def diagnose(run: Run) -> str:
+    """Return what is not finite in the current step. Reads device values."""
     losses = [float(loss) for loss in run.losses]
     bad = [loss for loss in losses if not math.isfinite(loss)]
     if bad:
