@@ -1,4 +1,4 @@
-"""Train low-rank adapters beside frozen weights, and merge them at the end."""
+"""Train low-rank adapters on frozen weights, and merge them at the end."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ log = logging.getLogger("fundamentallm")
 
 @plugin
 class Lora:
-    """Give linear layers a trainable product of two small matrices, and freeze all the rest.
+    """Give linear layers a trainable product of two small matrices, and freeze all other weights.
 
     A layer computes ``W x + alpha / rank * B A x`` with its weight W frozen (Hu et al., "LoRA:
-    Low-Rank Adaptation of Large Language Models", 2021). B begins as zeros, so the run begins with
-    exactly what the model computes without adapters.
+    Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685). B starts at zero, so the
+    model first computes exactly what it computes without adapters.
     """
 
     role = "training"
 
     targets: list[str] = field(factory=lambda: ["*"])
-    """Globs on the names of linear layers (`*` matches dots too) that get adapters, such as
-    `["*.attention.qkv"]`. By default all of them."""
+    """Glob patterns on the names of the linear layers that get adapters (`*` also matches dots),
+    such as `["*.attention.qkv"]`. By default all linear layers."""
     except_for: list[str] = field(factory=list)
-    """Globs on the names of linear layers that get none although a target matches."""
+    """Glob patterns on the names of linear layers that get no adapter although a target matches."""
     rank: int = field(default=8, validator=ge(1))
-    """Rows of A and columns of B: what an adapter can express, and its size."""
+    """Rows of A and columns of B. More rows express more and use more memory."""
     alpha: float = field(default=16.0, validator=gt(0))
-    """The adapters' output is multiplied by this over `rank`."""
+    """The output of the adapters is multiplied by this divided by `rank`."""
     dropout: float = field(default=0.0, validator=[ge(0), lt(1)])
-    """Probability of dropping an input of an adapter; the frozen weight gets all of them."""
+    """Probability of dropping an input of an adapter. The frozen layer gets all inputs."""
     train_also: list[str] = field(factory=list)
-    """Globs on the names of parameters that are trained beside the adapters, such as
+    """Glob patterns on the names of parameters that are trained as well as the adapters, such as
     `["*norm*", "*.bias"]`."""
     base: Path | None = None
-    """Where the frozen weights come from: a safetensors file, or a checkpoint's folder. Without it
-    they are the model's initial ones."""
+    """The source of the frozen weights: a safetensors file, or the folder of a checkpoint. By
+    default the model's initial weights."""
 
     _missing: str = field(init=False, repr=False, default="")
 
@@ -55,19 +55,19 @@ class Lora:
 
     @hookimpl
     def adapt_model(self, run: Run) -> None:
-        """Load the base weights, add the adapters and freeze the rest."""
-        from fundamentallm_lora.adapting import adapt
-        from fundamentallm_lora.base import file_of, load
+        """Load the base weights, add the adapters, and freeze all other weights."""
+        from fundamentallm_lora.adapt import adapt
+        from fundamentallm_lora.base import load, weights_file
 
-        name = next((n for n, one in run.plugins.items() if one is self), "lora")
+        name = run.name_of(self)
         if self.base is not None:
-            file = file_of(self.base)
+            file = weights_file(self.base)
             self._missing = "" if file.is_file() else f"{name}.base: there is no file {file}"
             if not self._missing:
                 load(run.model, file, f"{name}.base")
         adapted = adapt(run, self, name)
         sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
-        trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+        trained, total = sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)
         log.info(
             "%s: %d adapters; %s of %s weights are trained",
             name,
@@ -78,8 +78,15 @@ class Lora:
 
     @hookimpl(wrapper=True)
     def read_checkpoint(self) -> Generator[None, Any, Any]:
-        """Refuse to start without the base weights; who goes on has them in the checkpoint."""
+        """Refuse a start without the base weights. A resumed run has them in its checkpoint."""
         snapshot = yield
         if snapshot is None and self._missing:
             raise SettingsError(self._missing)
         return snapshot
+
+    @hookimpl
+    def finish_model(self, run: Run) -> None:
+        """Merge the adapters into the weights of ``run.model``."""
+        from fundamentallm_lora.merge import merge_adapters
+
+        merge_adapters(run.model)

@@ -1,4 +1,4 @@
-"""Adapters compute and learn what the paper says, and nothing else learns beside them."""
+"""Adapters compute and learn what the paper says, and no other weight changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fundamentallm.testing import (
     weights,
 )
 from fundamentallm_lora import Lora
-from fundamentallm_lora.layer import LoraLinear
+from fundamentallm_lora.layer import LoraLinear, add_adapter
 
 
 class TestContract(PluginContract):
@@ -45,7 +45,7 @@ def tiny(dropout: float = 0.0) -> nn.Module:
 
 @plugin
 class Build:
-    """Builds a model and keeps copies of a run's states."""
+    """Builds a model and records snapshots."""
 
     def __attrs_post_init__(self) -> None:
         self.make: Callable[[], nn.Module] = tiny
@@ -106,7 +106,7 @@ class Reference(nn.Module):
         return nn.functional.mse_loss(self.layer("out", hidden), targets)
 
 
-def test_a_run_learns_what_the_formula_written_out_learns(tiny_run: TinyRun) -> None:
+def test_a_run_learns_the_weights_of_the_formula_written_out(tiny_run: TinyRun) -> None:
     build = building(lambda: tiny().double())
     run = tiny_run(build, Lora(rank=3, alpha=7.5), length=6)
     reference = Reference(build.kept[0]["model"], scale=2.5)
@@ -122,7 +122,7 @@ def test_a_run_learns_what_the_formula_written_out_learns(tiny_run: TinyRun) -> 
     assert not found["hidden.lora_b"].equal(build.kept[0]["model"]["hidden.lora_b"])
 
 
-def test_only_adapters_have_gradients_and_optimizer_state_and_the_rest_keeps_its_bits(
+def test_only_adapters_have_gradients_and_optimizer_state_and_other_weights_keep_their_bits(
     tiny_run: TinyRun,
 ) -> None:
     build = building(tiny)
@@ -134,7 +134,7 @@ def test_only_adapters_have_gradients_and_optimizer_state_and_the_rest_keeps_its
     assert {name for name in after if not after[name].equal(before[name])} == adapters
 
 
-def test_names_and_shapes_are_those_of_the_base_with_adapters_beside(tiny_run: TinyRun) -> None:
+def test_names_and_shapes_are_those_of_the_base_and_the_adapters(tiny_run: TinyRun) -> None:
     run = tiny_run(building(tiny), Lora(rank=3, targets=["hidden"]), length=1)
     shapes = {name: list(tensor.shape) for name, tensor in weights(run).items()}
     assert shapes == {
@@ -148,7 +148,7 @@ def test_names_and_shapes_are_those_of_the_base_with_adapters_beside(tiny_run: T
     assert "rank=3, scale=5.33333" in repr(run.model.hidden)
 
 
-def test_before_the_first_step_the_model_computes_what_it_did_without_adapters(
+def test_before_the_first_step_the_model_computes_the_same_as_without_adapters(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"length": 1, "validate_first": True, "validate_every": 1}
@@ -159,7 +159,9 @@ def test_before_the_first_step_the_model_computes_what_it_did_without_adapters(
     assert adapted.history[1]["train/loss"] == plain.history[1]["train/loss"]
 
 
-def test_a_begins_uniform_within_the_root_of_the_inputs_and_b_as_zeros(tiny_run: TinyRun) -> None:
+def test_a_starts_uniform_within_one_over_the_root_of_the_inputs_and_b_as_zeros(
+    tiny_run: TinyRun,
+) -> None:
     build = building(Wide)
     tiny_run(build, Lora(rank=64), length=1)
     state = build.kept[0]["model"]
@@ -179,7 +181,7 @@ class Wide(nn.Module):
         return nn.functional.mse_loss(self.out(self.inner(self.into(inputs))), targets)
 
 
-def test_an_adapter_begins_the_same_whatever_others_there_are(
+def test_an_adapter_starts_with_the_same_values_whichever_other_adapters_there_are(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     states = []
@@ -194,9 +196,9 @@ def test_an_adapter_begins_the_same_whatever_others_there_are(
     assert not other.kept[0]["model"]["out.lora_a"].equal(states[0]["model"]["out.lora_a"])
 
 
-def test_dropout_drops_inputs_of_adapters_alone_and_in_training_alone() -> None:
+def test_dropout_drops_only_inputs_of_adapters_and_only_in_training() -> None:
     layer = nn.Linear(64, 4)
-    LoraLinear.adapt(layer, Lora(rank=2, dropout=0.5), torch.Generator())
+    add_adapter(layer, Lora(rank=2, dropout=0.5), torch.Generator())
     with torch.no_grad():
         layer.lora_b.fill_(1)
     x = torch.ones(1, 64)
@@ -209,7 +211,7 @@ def test_dropout_drops_inputs_of_adapters_alone_and_in_training_alone() -> None:
     assert layer(x).equal(plain + (x @ layer.lora_a.T * 8) @ layer.lora_b.T)
 
 
-def test_train_also_names_what_else_is_trained(tiny_run: TinyRun) -> None:
+def test_train_also_selects_other_trained_parameters(tiny_run: TinyRun) -> None:
     build = building(tiny)
     tiny_run(build, Lora(targets=["hidden"], train_also=["*.bias", "out.*"]), length=1)
     assert build.trained == {
@@ -221,7 +223,7 @@ def test_train_also_names_what_else_is_trained(tiny_run: TinyRun) -> None:
     }
 
 
-def test_targets_and_exceptions_choose_the_layers(tiny_run: TinyRun) -> None:
+def test_targets_and_except_for_select_the_layers(tiny_run: TinyRun) -> None:
     run = tiny_run(building(tiny), Lora(except_for=["o*"]), length=1)
     assert [type(run.model.hidden), type(run.model.out)] == [LoraLinear, nn.Linear]
 
@@ -239,7 +241,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
 
 
 @pytest.mark.parametrize("names", [("freeze", "lora"), ("lora", "freeze")])
-def test_it_comes_before_freeze_wherever_they_are_listed(
+def test_lora_is_applied_before_freeze_in_any_order_of_the_list(
     tiny_run: TinyRun, names: tuple[str, str]
 ) -> None:
     tables = {"freeze": {"patterns": ["hidden.*"], "unfreeze": {"*": 2}}, "lora": {"rank": 2}}
@@ -250,7 +252,7 @@ def test_it_comes_before_freeze_wherever_they_are_listed(
     assert trainable == {"hidden.lora_a", "hidden.lora_b", "out.lora_a", "out.lora_b"}
 
 
-def test_the_log_tells_how_much_is_trained(
+def test_the_log_states_how_many_weights_are_trained(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="fundamentallm")
@@ -275,7 +277,7 @@ def test_a_layer_that_shares_its_weight_with_another_is_refused(tiny_run: TinyRu
     with pytest.raises(SettingsError) as caught:
         tiny_run(building(Tied), Lora(), length=1)
     assert str(caught.value) == (
-        "lora.targets: head has its weight in common with embed: merged, it would be wrong there; "
+        "lora.targets: head shares its weight with embed, and the merged weight would be wrong there; "
         "untie them, or add 'head' to lora.except_for"
     )
 
@@ -297,7 +299,7 @@ class Attention(nn.Module):
 
 
 def test_a_layer_whose_weight_is_read_without_calling_it_is_refused(tiny_run: TinyRun) -> None:
-    with pytest.raises(SettingsError, match=r"around encoder\.linear1 passes by the adapter"):
+    with pytest.raises(SettingsError, match=r"around encoder\.linear1 skips the adapter"):
         tiny_run(building(Attention), Lora(), length=1)
     with pytest.raises(SettingsError, match=r"out_proj is a NonDynamicallyQuantizableLinear"):
         tiny_run(building(Attention), Lora(targets=["*.out_proj"]), length=1)
@@ -307,6 +309,51 @@ def test_a_layer_whose_weight_is_read_without_calling_it_is_refused(tiny_run: Ti
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     assert type(run.model.encoder.linear1) is LoraLinear
+
+
+class Conv1D(nn.Module):
+    """A copy of transformers' Conv1D, which its GPT-2 uses in place of nn.Linear."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.empty(nx, nf).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
+
+class Gpt2(nn.Module):
+    """A model of Conv1D layers with different numbers of inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(1, 24)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.c_proj(self.c_attn(inputs).tanh()), targets)
+
+
+def test_the_conv1d_layers_of_transformers_are_adapted_and_merged(tiny_run: TinyRun) -> None:
+    build = building(lambda: Gpt2().double())
+    run = tiny_run(build, Lora(rank=3), length=5)
+    found = weights(run)
+    assert list(found["c_attn.lora_a"].shape) == [3, 8]
+    assert list(found["c_attn.lora_b"].shape) == [24, 3]
+    assert build.trained == {f"{n}.lora_{m}" for n in ("c_attn", "c_proj") for m in "ab"}
+    assert isinstance(run.model.c_attn, Conv1D)
+    batch = [tensor.double() for tensor in run.data.validation()["val"][0].data]
+    with torch.no_grad():
+        loss = run.model(*batch)
+        plain = Gpt2().double()
+        plain.load_state_dict({n: t for n, t in found.items() if "lora" not in n})
+        assert not torch.allclose(plain(*batch), loss, rtol=1e-6)
+        run.hook.finish_model(run=run)
+        assert type(run.model.c_attn) is Conv1D
+        assert set(weights(run)) == set(plain.state_dict())
+        torch.testing.assert_close(run.model(*batch), loss, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -328,11 +375,11 @@ def test_a_layer_whose_weight_is_read_without_calling_it_is_refused(tiny_run: Ti
         ({"except_for": ["*"]}, "lora.except_for: leaves no layer to adapt"),
         (
             {"train_also": ["*.gain"]},
-            "lora.train_also: '*.gain' matches no parameter (known: hidden.w",
+            "lora.train_also: '*.gain' matches no parameter (known: hidden.*",
         ),
     ],
 )
-def test_globs_that_do_not_fit_the_model_are_told_with_what_does(
+def test_patterns_that_do_not_fit_the_model_are_reported_with_ones_that_do(
     tiny_run: TinyRun, settings: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -351,7 +398,7 @@ def test_globs_that_do_not_fit_the_model_are_told_with_what_does(
         ({"dropout": 1.0}, "lora.dropout: must be < 1"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_reported_before_anything_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -379,9 +426,7 @@ class TestBase:
         found = weights(tiny_run(TinyModel(), Lora(base=base), length=1))
         assert all(found[name].equal(tensor) for name, tensor in weights(first).items())
 
-    def test_tied_weights_may_be_in_the_file_but_once(
-        self, tiny_run: TinyRun, tmp_path: Path
-    ) -> None:
+    def test_tied_weights_may_be_in_the_file_once(self, tiny_run: TinyRun, tmp_path: Path) -> None:
         state = {name: torch.full_like(t, 0.5) for name, t in Tied().state_dict().items()}
         for name in ("head.weight", "again.weight", "inner.bias"):
             del state[name]
@@ -391,7 +436,7 @@ class TestBase:
         assert bool((run.model.head.weight == 0.5).all())
         assert run.model.head.weight is run.model.embed.weight
 
-    def test_a_run_goes_on_without_its_base_but_does_not_start_without(
+    def test_a_resumed_run_needs_no_base_but_a_new_run_does(
         self, tiny_run: TinyRun, tmp_path: Path, state: dict[str, Tensor]
     ) -> None:
         file, whole, resumed = tmp_path / "base.safetensors", building(tiny), building(tiny)
@@ -407,15 +452,15 @@ class TestBase:
     @pytest.mark.parametrize(
         ("change", "complaint"),
         [
-            (lambda state: state.pop("out.bias"), "is not of this model: it lacks out.bias"),
+            (lambda state: state.pop("out.bias"), "does not fit the model: it lacks out.bias"),
             (lambda state: state.update(more=torch.ones(1)), "the model has no more"),
             (
                 lambda state: state.update({"out.bias": torch.ones(2)}),
-                "another shape than the model's has out.bias ([2] for [1])",
+                "other shapes than in the model: out.bias ([2], expected [1])",
             ),
             (
                 lambda state: state.update({"out.lora_a": torch.ones(2)}),
-                "it holds adapters of another run; merge them with: fundamentallm lora-merge",
+                "it contains adapters of another run; merge them with: fundamentallm lora-merge",
             ),
             (
                 lambda state: (state.clear(), state.update(x=torch.ones(1))),
@@ -423,7 +468,7 @@ class TestBase:
             ),
         ],
     )
-    def test_a_file_of_another_model_is_told_with_what_differs(
+    def test_a_base_of_another_model_is_an_error_with_the_differences(
         self,
         tiny_run: TinyRun,
         tmp_path: Path,
@@ -438,9 +483,9 @@ class TestBase:
         assert complaint in str(caught.value)
 
     @pytest.mark.parametrize("content", [b"", b"no", b'\x08\0\0\0\0\0\0\0{"a": 1', bytes(64)])
-    def test_a_damaged_file_is_told(
+    def test_a_damaged_base_is_an_error_that_names_it(
         self, tiny_run: TinyRun, tmp_path: Path, content: bytes
     ) -> None:
         (tmp_path / "base.safetensors").write_bytes(content)
-        with pytest.raises(StorageError, match=r"base\.safetensors is no sound safetensors file"):
+        with pytest.raises(StorageError, match=r"base\.safetensors is not a safetensors file"):
             tiny_run(building(tiny), Lora(base=tmp_path / "base.safetensors"), length=1)

@@ -1,4 +1,4 @@
-"""A merged model has the names of the base, computes what the adapted one does, and is whole."""
+"""A merged model has the names of the base and computes the same as the adapted model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from fundamentallm import Run, SettingsError, StorageError, load_run, train
 from fundamentallm_lora import Lora
-from fundamentallm_lora.command import lora_merge
-from fundamentallm_lora.layer import LoraLinear
-from fundamentallm_lora.merging import merged_state, write
+from fundamentallm_lora.cli import lora_merge
+from fundamentallm_lora.layer import LoraLinear, add_adapter
+from fundamentallm_lora.merge import write_weights
 
 MODEL = '''
 import torch
@@ -125,7 +125,7 @@ def plain(run: Run) -> nn.Module:
     return type(run.model)()
 
 
-def test_the_file_fits_the_model_without_adapters_which_then_computes_the_same(
+def test_the_file_fits_the_model_without_adapters_and_computes_the_same(
     run: Run, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged.safetensors"
@@ -141,7 +141,7 @@ def test_the_file_fits_the_model_without_adapters_which_then_computes_the_same(
     assert not found["again.weight"].equal(run.model.inner.weight)
 
 
-def test_a_merged_file_is_a_base_and_the_same_model_again(run: Run, tmp_path: Path) -> None:
+def test_a_merged_file_can_be_the_base_of_another_run(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"
     merge(run.folder, out)
     tables = {
@@ -158,23 +158,23 @@ def test_a_merged_file_is_a_base_and_the_same_model_again(run: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_merged_layer_computes_what_the_adapted_one_does(
+def test_a_merged_layer_computes_the_same_as_the_adapted_one(
     dtype: torch.dtype, limit: float
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32, dtype=dtype)
-    LoraLinear.adapt(layer, Lora(rank=4, alpha=3.0), torch.Generator())
+    add_adapter(layer, Lora(rank=4, alpha=3.0), torch.Generator())
     assert isinstance(layer, LoraLinear)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(16, 64, dtype=dtype)
-    merged = nn.functional.linear(x, layer.merged(), layer.bias)
-    assert layer.merged().dtype == dtype
+    merged = nn.functional.linear(x, layer.merged_weight(), layer.bias)
+    assert layer.merged_weight().dtype == dtype
     assert float((merged - layer(x)).detach().abs().max()) < limit
     a, b, weight = (p.detach().double() for p in (layer.lora_a, layer.lora_b, layer.weight))
-    assert float((layer.merged().double() - (weight + 3.0 / 4 * b @ a)).abs().max()) < limit
+    assert float((layer.merged_weight().double() - (weight + 3.0 / 4 * b @ a)).abs().max()) < limit
 
 
-def test_at_names_the_checkpoint(run: Run, tmp_path: Path) -> None:
+def test_the_option_at_selects_the_checkpoint(run: Run, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("first", "last", "latest")]
     merge(run.folder, outs[0], "--at", "step-00000001")
     merge(run.folder, outs[1], "--at", "step-00000003")
@@ -190,7 +190,7 @@ def merged_by_hand(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("place", [0, 3])
-def test_averaged_the_weights_that_the_run_is_validated_with_are_merged(
+def test_averaged_merges_the_weights_that_the_run_is_validated_with(
     tmp_path: Path, place: int
 ) -> None:
     names = ["net8.py", "lora", "checkpoint"]
@@ -220,7 +220,7 @@ def test_averaged_the_weights_that_the_run_is_validated_with_are_merged(
     assert not load_file(outs[0])["again.weight"].equal(load_file(outs[1])["again.weight"])
 
 
-def test_averaged_without_an_average_is_refused_with_what_there_is(
+def test_averaged_without_an_average_is_refused_with_the_list_of_plugins(
     run: Run, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match="no averaged weights") as caught:
@@ -237,7 +237,7 @@ def test_averaged_before_the_average_has_begun_is_refused(tmp_path: Path) -> Non
     merge(run.folder, tmp_path / "out", "--averaged")
 
 
-def test_the_run_stays_as_it_was(run: Run, tmp_path: Path) -> None:
+def test_merging_changes_no_file_of_the_run(run: Run, tmp_path: Path) -> None:
     def contents() -> dict[Path, bytes]:
         return {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
 
@@ -246,17 +246,17 @@ def test_the_run_stays_as_it_was(run: Run, tmp_path: Path) -> None:
     assert contents() == before
 
 
-def test_a_file_that_is_there_stays_unless_it_is_to_be_replaced(run: Run, tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced_only_with_overwrite(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "merged.safetensors"
     out.write_text("mine")
-    with pytest.raises(StorageError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(StorageError, match="exists already; --overwrite replaces it"):
         merge(run.folder, out)
     assert out.read_text() == "mine"
     merge(run.folder, out, "--overwrite")
     assert load_file(out)
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_leaves_no_draft(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"missing/out: cannot be written: No such file"):
         merge(run.folder, tmp_path / "missing" / "out")
     (tmp_path / "folder").mkdir()
@@ -266,10 +266,10 @@ def test_what_cannot_be_written_leaves_nothing_behind(run: Run, tmp_path: Path) 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_file_has_the_permissions_that_other_new_files_have(run: Run, tmp_path: Path) -> None:
+def test_the_file_has_the_permissions_of_other_new_files(run: Run, tmp_path: Path) -> None:
     out, other = tmp_path / "merged.safetensors", tmp_path / "other"
     other.touch()
-    write(merged_state(run.model), out)
+    write_weights(run.model.state_dict(), out)
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
@@ -284,14 +284,14 @@ def test_a_run_without_adapters_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_weights_are_read_from_the_checkpoint_without_the_base(run: Run) -> None:
+def test_a_loaded_run_has_the_adapters_of_its_checkpoint(run: Run) -> None:
     assert load_run(run.folder).model.inner.lora_b.equal(run.model.inner.lora_b)
 
 
-def test_asking_for_help_imports_no_torch() -> None:
+def test_the_help_imports_no_torch() -> None:
     code = """
 import sys
-from fundamentallm_lora.command import lora_merge
+from fundamentallm_lora.cli import lora_merge
 try:
     lora_merge(["--help"])
 except SystemExit:

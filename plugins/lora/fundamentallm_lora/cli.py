@@ -1,8 +1,7 @@
-"""``fundamentallm lora-merge``: the trained model without adapters."""
+"""``fundamentallm lora-merge``: write the trained model without adapters."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -15,19 +14,22 @@ from fundamentallm import StorageError
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--at", default="latest", help='Checkpoint: "latest", "best" or "step-00000500".')
 @click.option("--averaged", is_flag=True, help="Merge the averaged weights, not the trained ones.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def lora_merge(run: Path, out: Path, at: str, averaged: bool, overwrite: bool) -> None:
-    """Merge the adapters that run folder RUN trained into the weights they are beside.
+    """Merge the adapters that run folder RUN trained into the base weights.
 
     Writes the safetensors file OUT, which fits the model without adapters and computes the same.
-    With --averaged it is the model that the run's validations and samples are made with.
+    With --averaged it contains the weights that the run is validated and sampled with.
     """
     if out.exists() and not overwrite:
-        raise StorageError(f"{out}: is there already; --overwrite replaces it")
+        raise StorageError(f"{out}: exists already; --overwrite replaces it")
     from fundamentallm import load_run
-    from fundamentallm_lora.merging import averaged_weights, merged_state, write
+    from fundamentallm_lora.merge import check_adapters, take_averaged_weights, write_weights
 
     loaded = load_run(run, at=at)
-    with averaged_weights(loaded) if averaged else nullcontext():
-        write(merged_state(loaded.model), out)
+    check_adapters(loaded)
+    if averaged:
+        take_averaged_weights(loaded)
+    loaded.hook.finish_model(run=loaded)
+    write_weights(loaded.model.state_dict(), out)
     click.echo(f"written: {out}")
