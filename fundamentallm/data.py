@@ -54,12 +54,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     vocab_size: int
+    eos_id: int | None
+    """The id of the token that ends a text; None if there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of some ids; of ids that are no text by themselves, what can be read."""
+
+    def to_json(self) -> str:
+        """Return the text of a ``tokenizer.json`` that the ``tokenizers`` library can read."""
 
 
 @attrs.frozen

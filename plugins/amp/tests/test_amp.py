@@ -238,7 +238,9 @@ def test_a_resumed_run_ends_in_the_same_bits(
 # The loss scale
 
 
-def test_an_overflowing_step_is_rejected_with_its_cause_and_changes_no_weight(tiny_run: TinyRun) -> None:
+def test_an_overflowing_step_is_rejected_with_its_cause_and_changes_no_weight(
+    tiny_run: TinyRun,
+) -> None:
     reasons = []
 
     @plugin
@@ -293,9 +295,7 @@ def watching(amp: Amp) -> None:
     compose({"plugins": ["adamw"], "run": {"length": 1}}, plugins=[amp, Boosted(), Watcher()])
 
 
-def test_all_other_hooks_see_unscaled_gradients(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_all_other_hooks_see_unscaled_gradients(tiny_run: TinyRun, tmp_path: Path) -> None:
     @plugin
     class Witness:
         """Records the gradients when they are judged, edited and at the end of the step."""
@@ -525,7 +525,9 @@ def test_the_scale_follows_a_gradscaler_with_an_optimizer_for_any_losses(
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("device", [*ABSENT, "meta"])
-def test_a_device_that_does_not_support_the_type_is_an_error_at_the_start(device: str, dtype: Any) -> None:
+def test_a_device_that_does_not_support_the_type_is_an_error_at_the_start(
+    device: str, dtype: Any
+) -> None:
     amp = Amp(dtype=dtype)
     run = Run(RunSettings(length=1), {"adamw": Boosted(), "half": amp}, Path())
     run.device = device
@@ -655,9 +657,7 @@ def calls(tiny_run: TinyRun, folder: Path, *plugins: object) -> float:
     return found / 4
 
 
-def test_bf16_adds_few_python_calls_to_those_of_autocast(
-    tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_bf16_adds_few_python_calls_to_those_of_autocast(tiny_run: TinyRun, tmp_path: Path) -> None:
     @plugin
     class Plain:
         """Enters autocast with nothing around it."""

@@ -20,8 +20,6 @@ log = logging.getLogger("fundamentallm")
 class WeightAveraging(ABC):
     """Update an ``Average`` of the weights, save it in checkpoints, and evaluate with it."""
 
-    role = "control"
-
     start: Period | float
     every: Period
     evaluate: bool

@@ -53,7 +53,9 @@ class Witness:
     @hookimpl
     def judge_step(self, run: Run) -> Rejection | None:
         return (
-            Rejection("other", "chosen by the test") if run.progress.step + 1 in self.rejects else None
+            Rejection("other", "chosen by the test")
+            if run.progress.step + 1 in self.rejects
+            else None
         )
 
     @hookimpl

@@ -89,7 +89,6 @@ class Text:
     cache_dir: Path | None = None
     """The folder of cached tokens. By default fundamentallm/text in the user's cache folder."""
 
-    role = "data"
     # Settings that may change during a run; all others are read at its start.
     changeable = ("batch_size", "context_length")
     # Settings that may differ when a run is resumed: where the text is, if its fingerprint is the
