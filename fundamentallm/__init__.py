@@ -21,6 +21,7 @@ from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
+from fundamentallm.process import command_line
 from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order, role_of
 from fundamentallm.run import Run, Snapshot
 from fundamentallm.loop import train_window
@@ -56,6 +57,7 @@ __all__ = [
     "about_hook",
     "and_",
     "attribute_docs",
+    "command_line",
     "compose",
     "deep_iterable",
     "described",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import click
 from fundamentallm import host
 from fundamentallm.errors import FundamentalError, StorageError
 from fundamentallm.folder import is_run
+from fundamentallm.process import command_line
 from fundamentallm.settings import Composed, compose
 
 
@@ -56,16 +56,14 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
     click.echo(f"{run.outcome} after {run.progress.step} steps: {run.folder}")
     if run.outcome == "interrupted":
         if is_run(run.folder):  # its disk may have refused even that
-            click.echo(
-                f"resume with: fundamentallm resume {shlex.quote(str(run.folder))}", err=True
-            )
+            click.echo(f"resume with: {command_line('resume', run.folder)}", err=True)
         sys.exit(128 + (run.signal or 0))
 
 
 def main() -> None:
     """Run the command line; every error that its user can act on ends with its exit code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name=command_line(), standalone_mode=False)
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:

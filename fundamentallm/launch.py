@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,10 @@ from fundamentallm.errors import (
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
 from fundamentallm.host import blame, freeze, register
+from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
-from fundamentallm.settings import HOST, Composed, compose, find_plugins
+from fundamentallm.settings import HOST, Composed, compose, find_plugins, hook_methods
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from fundamentallm.data import Data
 
 log = logging.getLogger("fundamentallm")
-ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 
 def train(
@@ -58,6 +57,7 @@ def train(
     run, registry = prepare(settings, run_dir)
     run.wanted_checkpoint = at
     with locked(run.folder), signals(run):
+        _announce(run, settings)
         try:
             with naming_the_plugin(registry, settings.brought):
                 run.hook.on_run_start(run=run)
@@ -76,6 +76,21 @@ def train(
         finally:
             _end(run, registry, settings)
     return run
+
+
+def _announce(run: Run, settings: Composed) -> None:
+    """Say what starts, also where no listed plugin shows it."""
+    log.info("training for %s in %s", run.settings.length, run.folder)
+    savers = [
+        name
+        for name, plugin in run.plugins.items()
+        for hook, options, _ in hook_methods(type(plugin))
+        if hook == "read_checkpoint" and not options["wrapper"]
+    ]
+    if not savers:
+        # A program that gives a dict gets the trained model as an object.
+        level = logging.WARNING if settings.source.path else logging.INFO
+        log.log(level, "nothing will be saved: no listed plugin saves checkpoints")
 
 
 def load_run(  # noqa: PLR0913 - what the command line offers
@@ -228,32 +243,6 @@ def _missing_observers(folder: Path) -> list[str]:
             log.warning("plugin %r is not installed; it only observes and is left out", name)
             names.append(name)
     return names
-
-
-@contextlib.contextmanager
-def signals(run: Run) -> Iterator[None]:
-    """Let SIGINT, SIGTERM, SIGUSR1 and ``max_time`` ask for the end at the next safe point;
-    a SIGINT after that ends at once."""
-
-    def ask(number: int, _: object) -> None:
-        if run.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        # Time that is up is what a batch system warns of with SIGUSR1.
-        run.signal = run.signal or (signal.SIGUSR1 if number == signal.SIGALRM else number)
-        log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
-
-    # Explicitly, since a shell's background job inherits SIGINT as ignored.
-    main, limit = threading.current_thread() is threading.main_thread(), run.settings.max_time
-    before = {number: signal.signal(number, ask) for number in ASKS if main}
-    if main and limit:
-        signal.setitimer(signal.ITIMER_REAL, limit.seconds or 0)
-    try:
-        yield
-    finally:
-        if main and limit:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _end(run: Run, registry: PluginManager, settings: Composed) -> None:

@@ -50,7 +50,14 @@ from fundamentallm import DataError, SettingsError, StorageError, hookimpl, plug
 class Trouble:
     """Fails in a way of choice."""
 
-    kind: Literal["diverge", "data", "storage", "settings", "plugin", "memory", "bug", "end", "stop"]
+    kind: Literal[
+        "diverge", "data", "storage", "settings", "plugin", "memory", "bug", "end", "stop", "start"
+    ]
+
+    @hookimpl
+    def on_run_start(self):
+        if self.kind == "start":
+            raise DataError("corpus.txt: is gone")
 
     @hookimpl
     def on_train_start(self, run):
@@ -578,8 +585,8 @@ def test_a_signal_ends_the_run_at_a_safe_point_and_prints_the_command_that_resum
     steps = int(last.split()[2])
     advice = err.splitlines()[-1]
     command = shlex.split(advice.removeprefix("resume with: "))
-    assert command == ["fundamentallm", "resume", str(folder)]
-    resumed = call(*command[1:], "--set", f"run.length={steps + 2}")
+    assert command == [sys.executable, "-m", "fundamentallm", "resume", str(folder)]
+    resumed = call(*command[3:], "--set", f"run.length={steps + 2}")
     assert resumed.code == 0
     assert resumed.out.splitlines() == [
         f"step {steps + 1}",
@@ -606,8 +613,173 @@ class Slow:
     assert process.stderr is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGINT)
-    assert "stopping at the next safe point" in process.stderr.readline()
+    assert any("stopping at the next safe point" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
     assert out.startswith("interrupted after 1 steps")
+
+
+# ---------------------------------------------------------------------------------------------
+# How it was called, and what a start says
+
+
+SCRIPT = Path(sys.executable).with_name("fundamentallm")
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "expected"),
+    [
+        ([sys.executable, "-m", "fundamentallm"], "/nowhere", f"{sys.executable} -m fundamentallm"),
+        ([str(SCRIPT)], "/nowhere", str(SCRIPT)),
+        (["RELATIVE"], "/nowhere", "RELATIVE"),
+        ([str(SCRIPT)], str(SCRIPT.parent), "fundamentallm"),
+        ([sys.executable, "-c", "PROGRAM"], str(SCRIPT.parent), "fundamentallm"),
+        ([sys.executable, "-c", "PROGRAM"], "/nowhere", f"{sys.executable} -m fundamentallm"),
+    ],
+    ids=["module", "path", "relative path", "name", "program", "program without the name"],
+)
+def test_the_command_to_call_next_is_written_as_this_one_was_called(words, path, expected):
+    program = "from fundamentallm import command_line; print(command_line('resume', 'a b'))"
+    tell = "import click\n@click.command()\ndef say():\n    " + program + "\n"
+    info = Path("site/acme_say-1.0.dist-info")
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-say\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fundamentallm.commands]\nsay = acme_say:say\n")
+    Path("site/acme_say.py").write_text(tell)
+    where = Path.cwd()
+    meant = {"PROGRAM": program, "RELATIVE": os.path.relpath(SCRIPT)}
+    done = subprocess.run(
+        [*(meant.get(word, word) for word in words), "say"],
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(where / "site")},
+        capture_output=True,
+        text=True,
+    )
+    expected = meant.get(expected, expected)
+    assert done.stdout == f"{expected} resume 'a b'\n", done.stderr
+
+
+def test_the_help_names_the_command_as_it_was_called() -> None:
+    done = spawn("train", "--help")
+    out, _ = done.communicate(timeout=60)
+    assert out.startswith(f"Usage: {sys.executable} -m fundamentallm train ")
+
+
+LOADER = """
+import os, torch
+from fundamentallm import Batch, hookimpl, plugin
+from fundamentallm.testing import TinyModel, TinyOptimizer, TinySamples
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+    def __getitem__(self, index):
+        return TinySamples(1, "cpu").batch(range(index, index + 1)).data
+
+class Source(TinySamples):
+    def batches(self, progress):
+        while True:
+            for one, other in torch.utils.data.DataLoader(Numbers(), num_workers=2):
+                yield Batch((one[:, 0], other[:, 0]), 1, 1, 1)
+
+@plugin
+class Loader:
+    "Reads samples in two worker processes."
+    @hookimpl
+    def build_data(self, run):
+        return Source(1, run.device)
+    @hookimpl
+    def build_model(self):
+        return TinyModel().build_model()
+    @hookimpl
+    def build_optimizer(self, run):
+        return TinyOptimizer().build_optimizer(run)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_with_loader_workers_prints_one_line(
+    number: signal.Signals,
+) -> None:
+    Path("loader.py").write_text(LOADER)
+    Path("loader.toml").write_text(
+        'plugins = ["./loader.py", "./saver.py"]\n[run]\nlength = 1000000\ndevice = "cpu"\n'
+    )
+    process = spawn("train", "loader.toml", "--run-dir", "mine", start_new_session=True)
+    assert process.stdout is not None
+    for _ in range(20):
+        assert process.stdout.readline().startswith("step ")
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert err.count("stopping at the next safe point") == 1
+    assert "Traceback" not in err
+
+
+def test_a_start_says_what_is_trained_and_that_nothing_will_be_saved() -> None:
+    _, err = spawn("train", "tiny.toml").communicate(timeout=120)
+    assert err.splitlines() == [
+        f"training for 4 steps in {Path.cwd()}/runs/tiny",
+        "nothing will be saved: no listed plugin saves checkpoints",
+    ]
+    process = spawn("train", "tiny.toml", "--plugin", "saver.py")
+    out, err = process.communicate(timeout=120)
+    assert err.splitlines() == [f"training for 4 steps in {Path.cwd()}/runs/tiny-2"]
+    assert out.splitlines()[-1] == f"finished after 4 steps: {Path.cwd()}/runs/tiny-2"
+
+
+def test_a_start_that_fails_leaves_its_name_to_the_next_start(call: Call) -> None:
+    missing = "mps" if sys.platform != "darwin" else "cuda"
+    assert call("train", "tiny.toml", "--set", f"run.device={missing}").code == 2
+    assert not Path("runs").exists()
+    Path("lost.py").write_text("""
+from fundamentallm import DataError, hookimpl, plugin
+@plugin
+class Lost:
+    "Does not find its data."
+    there: bool = False
+    @hookimpl
+    def on_run_start(self):
+        if not self.there:
+            raise DataError("corpus.txt: no such file")
+""")
+    words = ("train", "tiny.toml", "--plugin", "lost.py")
+    assert call(*words).code == 4
+    listed = call("runs", "--json").out
+    assert [(row["run"], row["state"], row["step"]) for row in json.loads(listed)] == [
+        ("tiny", "failed", 0)
+    ]
+    ended = call(*words, "--set", "lost.there=true")
+    assert ended.out.endswith("runs/tiny\n")
+    assert ended.code == 0
+
+
+def test_an_interrupted_start_can_be_resumed(call: Call) -> None:
+    Path("early.py").write_text("""
+import os, signal
+from fundamentallm import hookimpl, plugin
+@plugin
+class Early:
+    "Is interrupted twice while it starts."
+    times: int = 2
+    @hookimpl
+    def on_run_start(self):
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGINT)
+""")
+    ended = call("train", "tiny.toml", "--plugin", "early.py")
+    assert ended.code == 130
+    assert ended.err == f"resume with: fundamentallm resume {Path.cwd()}/runs/tiny\n"
+    resumed = call("resume", "runs/tiny", "--set", "early.times=0")
+    assert resumed.out == "finished after 4 steps: runs/tiny\n"
+
+
+def test_a_run_that_cannot_be_continued_does_not_say_that_it_is_at_step_0(call: Call) -> None:
+    words = ("train", "tiny.toml", "--plugin", "saver.py", "--plugin", "console")
+    assert call(*words).code == 0
+    words = ("--plugin", "trouble.py", "--set", "trouble.kind=start")
+    ended = call("resume", "runs/tiny", *words)
+    assert ended.code == 4
+    log = Path("runs/tiny/train.log").read_text()
+    assert "failed while starting, before any step" in log
+    assert "at step 0" not in log

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fundamentallm import DataError, SettingsError, StorageError
+from fundamentallm import DataError, SettingsError, StorageError, command_line
 from fundamentallm_checkpoint import run_id, settings_diff
 from fundamentallm_checkpoint.storage import directory, manifest, retention, snapshot
 from fundamentallm_checkpoint.storage.manifest import (
@@ -172,7 +172,7 @@ def add_advice(run: Run, instance: Checkpoint) -> None:
     useful = [folder for folder in folders if folder.absolute() not in instance.unsound]
     if useful:
         newest = shlex.quote(str(useful[-1]))
-        command = f"fundamentallm resume {shlex.quote(str(run.folder))}"
+        command = command_line("resume", run.folder)
         run.error.add_note(f"the newest finite checkpoint is {newest}; resume with: {command}")
 
 

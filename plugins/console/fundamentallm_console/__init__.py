@@ -101,14 +101,17 @@ class Console:
             self._open(run)
         why = f" ({run.stop_reason})" if outcome == "stopped" else ""
         counts = run.progress
-        log.info(
-            "%s%s at step %d, after %.1f s of training and %s tokens",
-            outcome,
-            why,
-            counts.step,
-            counts.seconds,
-            f"{counts.tokens:,}",
-        )
+        if run.begun:
+            log.info(
+                "%s%s at step %d, after %.1f s of training and %s tokens",
+                outcome,
+                why,
+                counts.step,
+                counts.seconds,
+                f"{counts.tokens:,}",
+            )
+        else:  # a run that was to be continued does not know its step yet
+            log.info("%s while starting, before any step", outcome)
         if run.error is not None:
             # To the file alone: whoever started the run hears of the error by itself, but not of
             # the lines that led to it and to its causes.
