@@ -14,6 +14,7 @@ from fundamentallm.errors import FundamentalError, StorageError
 from fundamentallm.folder import is_run
 from fundamentallm.process import command_line
 from fundamentallm.settings import Composed, compose
+from fundamentallm.threads import sharing_cores
 
 
 @click.group(cls=host.Commands, entries="fundamentallm.commands")
@@ -50,9 +51,10 @@ def show(settings: Path, **choice: Any) -> None:
 
 def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from fundamentallm.launch import train as launch
+    with sharing_cores():
+        from fundamentallm.launch import train as launch
 
-    run = launch(composed, run_dir=run_dir, at=at)
+        run = launch(composed, run_dir=run_dir, at=at)
     click.echo(f"{run.outcome} after {run.progress.step} steps: {run.folder}")
     if run.outcome == "interrupted":
         if is_run(run.folder):  # its disk may have refused even that

@@ -28,6 +28,7 @@ from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
 from fundamentallm.settings import HOST, Composed, compose, find_plugins, hook_methods
+from fundamentallm.threads import computing_threads
 
 if TYPE_CHECKING:
     from pluggy import PluginManager
@@ -56,7 +57,7 @@ def train(
         settings = compose(settings, overrides=overrides, plugins=plugins)
     run, registry = prepare(settings, run_dir)
     run.wanted_checkpoint = at
-    with locked(run.folder), signals(run):
+    with locked(run.folder), signals(run), computing_threads(run):
         _announce(run, settings)
         try:
             with naming_the_plugin(registry, settings.brought):

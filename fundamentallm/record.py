@@ -113,6 +113,7 @@ def write_record(folder: Path, composed: Composed) -> None:
         ("fundamentallm", "torch"),
         seed=composed.run.seed,
         threads=torch.get_num_threads(),
+        roles={name: _role(plugin) for name, plugin in composed.plugins.items()},
     )
     try:
         (folder / OUTCOME).unlink(missing_ok=True)
@@ -120,6 +121,10 @@ def write_record(folder: Path, composed: Composed) -> None:
         raise StorageError(f"{folder / OUTCOME}: cannot be deleted: {why.strerror}") from why
     write_settings(folder, composed)
     write_durably(folder / ENVIRONMENT, json.dumps(around, indent=2) + "\n")
+
+
+def _role(plugin: object) -> str:
+    return str(getattr(plugin, "role", "observer" if getattr(plugin, "observer", False) else ""))
 
 
 def write_settings(folder: Path, composed: Composed) -> None:

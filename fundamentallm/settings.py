@@ -73,6 +73,9 @@ class RunSettings:
     """The one seed: initial weights, data order, dropout and samples all derive from it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train; "auto" takes the GPU if there is one."""
+    threads: int | None = field(default=None, validator=optional(ge(1)))
+    """How many threads compute on the CPU; by default as many as torch and the environment
+    (``OMP_NUM_THREADS``) choose. Results may depend on it: a resumed run keeps its number."""
     name: str | None = field(default=None, validator=optional(matches_re(r"\w[\w.+-]*")))
     """The run's name, and its folder's; by default that of the settings file."""
     folder: Path = Path("runs")
