@@ -19,6 +19,7 @@ from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, Ou
 from fundamentallm.errors import PluginError, SettingsError, StorageError
 from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
+from fundamentallm.local_code import code_changes
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period
 from fundamentallm.process import command_line
@@ -57,6 +58,7 @@ __all__ = [
     "about_hook",
     "and_",
     "attribute_docs",
+    "code_changes",
     "command_line",
     "compose",
     "deep_iterable",

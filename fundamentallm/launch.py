@@ -24,6 +24,7 @@ from fundamentallm.errors import (
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
 from fundamentallm.host import blame, freeze, register
+from fundamentallm.local_code import code_changes
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
@@ -64,7 +65,7 @@ def train(
                 run.hook.on_run_start(run=run)
                 build(run)
                 # Not before: settings that do not fit a run's checkpoints must not replace its own.
-                write_record(run.folder, settings)
+                write_record(run.folder, settings, run.progress.step)
                 run.begun = True
                 loop.train(run)
             done = run.progress.closed and run.settings.length.reached(run.progress)
@@ -80,8 +81,10 @@ def train(
 
 
 def _announce(run: Run, settings: Composed) -> None:
-    """Say what starts, also where no listed plugin shows it."""
+    """Say what starts, also where no listed plugin shows it, and which local code has changed."""
     log.info("training for %s in %s", run.settings.length, run.folder)
+    for line in code_changes(run.folder):
+        log.warning("%s", line)
     savers = [
         name
         for name, plugin in run.plugins.items()

@@ -28,6 +28,8 @@ from fundamentallm.folder import (
     is_running,
     owner,
 )
+from fundamentallm.local_code import keep_code, local_files
+from fundamentallm.settings import role_of
 
 if TYPE_CHECKING:
     from fundamentallm.run import Run
@@ -104,16 +106,19 @@ def _lock(lock: TextIO, folder: Path) -> None:
         return
 
 
-def write_record(folder: Path, composed: Composed) -> None:
-    """Write ``settings.toml`` and ``environment.json`` and remove the outcome of an earlier end."""
+def write_record(folder: Path, composed: Composed, step: int) -> None:
+    """Write ``settings.toml``, ``environment.json`` and copies of local code for a run that starts
+    or continues at ``step``; remove the outcome of an earlier end."""
     import torch
 
+    code = keep_code(folder, local_files(composed.plugins.values()), step)
     around = host.environment(
         composed,
         ("fundamentallm", "torch"),
         seed=composed.run.seed,
         threads=torch.get_num_threads(),
-        roles={name: _role(plugin) for name, plugin in composed.plugins.items()},
+        roles={name: role_of(plugin) for name, plugin in composed.plugins.items()},
+        code=code,
     )
     try:
         (folder / OUTCOME).unlink(missing_ok=True)
@@ -121,10 +126,6 @@ def write_record(folder: Path, composed: Composed) -> None:
         raise StorageError(f"{folder / OUTCOME}: cannot be deleted: {why.strerror}") from why
     write_settings(folder, composed)
     write_durably(folder / ENVIRONMENT, json.dumps(around, indent=2) + "\n")
-
-
-def _role(plugin: object) -> str:
-    return str(getattr(plugin, "role", "observer" if getattr(plugin, "observer", False) else ""))
 
 
 def write_settings(folder: Path, composed: Composed) -> None:

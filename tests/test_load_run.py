@@ -64,7 +64,6 @@ from fundamentallm import hookimpl, plugin
 class Watches:
     """Only observes."""
 
-    observer = True
     role = "observer"
 
     @hookimpl
