@@ -36,7 +36,15 @@ def generator_has_learned_the_mean(folder: Path) -> None:
     assert abs(float(mean) - 3) < 0.5
 
 
+def resumed_run_equals_one_that_never_stopped(folder: Path) -> None:
+    run('fundamentallm train loader.toml --run-dir runs/whole --set run.length="4 epochs"', folder)
+    last = "checkpoints/step-00000080/model.safetensors"
+    resumed, whole = ((folder / "runs" / name / last) for name in ("loader", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
 CHECKS = {
+    "Your own module and a DataLoader with workers": resumed_run_equals_one_that_never_stopped,
     "A GAN with alternating steps": generator_has_learned_the_mean,
 }
 
