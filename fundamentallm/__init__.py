@@ -10,8 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
-from fundamentallm.host import Found, attribute_docs, described, field, plugin, plugin_name
-from fundamentallm.host import setting_fields, settings_options, state, state_fields, suggest, table
+from fundamentallm.host import Found, attribute_docs, choice_options, described, field, plugin
+from fundamentallm.host import (
+    plugin_name,
+    setting_fields,
+    settings_options,
+    state,
+    state_fields,
+    suggest,
+    table,
+)
 
 from fundamentallm import folder
 from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
@@ -58,6 +66,7 @@ __all__ = [
     "about_hook",
     "and_",
     "attribute_docs",
+    "choice_options",
     "code_changes",
     "command_line",
     "compose",

@@ -1,4 +1,4 @@
-"""Text that the model writes, during training and after it."""
+"""Write texts with the model, during training and after it."""
 
 from __future__ import annotations
 
@@ -37,48 +37,48 @@ BETWEEN = "\n" + 15 * "-" + "\n"
 class Sample:
     """Let the model continue a prompt every period and at the end of the run.
 
-    The texts go to the log and to ``samples/step-00000500.txt`` in the run folder. Training does
-    not notice: weights, modes and random numbers are afterwards what they were before.
+    The texts go to the log and to ``samples/step-00000500.txt`` in the run folder. Sampling does
+    not change the training: weights, module modes and random numbers are restored afterwards.
     """
 
     role = "observer"
 
     every: Period = Period(500)
-    """How often to write samples; the end of the run brings some in any case."""
+    """How often to write samples. The end of the run writes samples too."""
 
     prompt: str = "\n"
-    """The text to continue; at least one token long. The model sees as much of its end as fits."""
+    """The text to continue, at least one token. If it is too long, the model gets its end."""
 
     max_tokens: int = field(default=200, validator=ge(1))
-    """Tokens to add to the prompt."""
+    """The number of tokens to add to the prompt."""
 
     num_samples: int = field(default=1, validator=ge(1))
-    """Texts to write, side by side in one batch."""
+    """The number of texts, generated in one batch."""
 
     temperature: float = field(default=0.8, validator=ge(0))
-    """What the logits are divided by: below 1 the likely becomes likelier; 0 always takes the
+    """The divisor of the logits. Below 1, likely tokens become likelier; 0 always takes the
     likeliest token."""
 
     top_k: int | None = field(default=None, validator=optional(ge(1)))
-    """Choose among this many of the likeliest tokens only."""
+    """Choose only among this many of the likeliest tokens."""
 
     top_p: float | None = field(default=None, validator=optional([gt(0), le(1)]))
-    """Choose among the fewest likeliest tokens that have this probability together."""
+    """Choose only among the fewest likeliest tokens whose total probability is at least this."""
 
     def __attrs_post_init__(self) -> None:
         if not self.prompt:
-            raise ValueError("prompt: is empty; there must be a token to continue, '\\n' say")
+            raise ValueError("prompt: is empty; it needs a token to continue, for example '\\n'")
 
     @hookimpl(wrapper=True)
     def build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
-        """Refuse to start without a tokenizer, or with a model that cannot be sampled from."""
-        # Here and not in an event: there the failure of an observer would only silence it.
+        """Refuse a start without a tokenizer, or with a model that cannot be sampled from."""
+        # Not in an event, where an error would only mute this observer.
         from fundamentallm_sample.generate import check_model
 
         if run.tokenizer is None:
             raise SettingsError(
                 f"sample: needs a tokenizer, but the data ({type(run.data).__name__}) has none: "
-                f"take 'sample' out of the plugins, or list data with a tokenizer ('text', say)"
+                f"remove 'sample' from the plugins, or list data with a tokenizer, such as 'text'"
             )
         model = yield
         check_model(model)
@@ -86,20 +86,21 @@ class Sample:
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
-        """Write samples, if a period or the run is over."""
-        # After a signal there may be seconds left, and they belong to whoever saves.
+        """Write samples when they are due, and at the end of the run."""
+        # After a signal there may be only seconds left, which saving needs.
         if run.rank or run.signal is not None:
             return
         if run.ending or self.every.due(run.progress):
             self._write(run)
 
     def _write(self, run: Run) -> None:
-        from fundamentallm_sample.texts import random_source, texts
+        from fundamentallm_sample.sampling import random_source, sample_texts
 
         step = run.progress.step
-        # Seeded by the step: a resumed run writes what the uninterrupted one would have written.
+        # Seeded by the step, so that a resumed run writes the same texts as an uninterrupted one.
         source = random_source(run, run.seed_for(f"sample/{step}"))
-        text = BETWEEN.join(texts(run, self, source))
+        with run.evaluating():
+            text = BETWEEN.join(sample_texts(run, self, source))
         logger.info("sample at step %d:\n%s", step, text)
         path = self._folder(run) / f"step-{step:08d}.txt"
         try:
@@ -109,6 +110,6 @@ class Sample:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _folder(self, run: Run) -> Path:
-        """Return where samples go; a second instance under another name has a folder of its own."""
-        name = next((n for n, instance in run.plugins.items() if instance is self), "sample")
+        """Return the folder for samples. An instance with another name has its own subfolder."""
+        name = run.name_of(self)
         return run.folder / "samples" / ("" if name == "sample" else name)

@@ -207,7 +207,7 @@ def test_generating_leaves_no_graph_and_no_trace_in_the_global_generator() -> No
     before = torch.get_rng_state()
     prompt = torch.zeros(1, 1, dtype=torch.int64)
     for _ in generate(Watched(8), prompt, 3, Choice(), source()):
-        # Whoever takes the tokens is outside of the no_grad.
+        # The consumer of the tokens is outside of the no_grad.
         assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -1,4 +1,4 @@
-"""The plugin in real runs: what it writes, when, and that training does not notice."""
+"""The plugin writes samples in real runs, and does not change the training."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def sampled(run: Run, folder: str = "samples") -> dict[str, str]:
     }
 
 
-def test_tells_how_far_the_writing_is(tiny_run: TinyRun) -> None:
+def test_sampling_reports_its_progress(tiny_run: TinyRun) -> None:
     trace = Recorder()
     how = Sample(every=Period(2), prompt="ab", max_tokens=3, num_samples=2)
     tiny_run(how, TinyLanguage(), length=2, trace=trace)
-    told = [given for _, given in trace.calls if given.get("task") == "sampling"]
-    assert [(given["done"], given["total"]) for given in told] == [(1, 3), (2, 3), (3, 3)]
+    reports = [given for _, given in trace.calls if given.get("task") == "sampling"]
+    assert [(given["done"], given["total"]) for given in reports] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_writes_a_file_every_period_and_one_at_the_end(tiny_run: TinyRun) -> None:
@@ -125,7 +125,7 @@ def test_writes_a_file_every_period_and_one_at_the_end(tiny_run: TinyRun) -> Non
         assert other.startswith("ab")
 
 
-def test_what_was_learned_shows_in_the_sample(tiny_run: TinyRun) -> None:
+def test_a_trained_model_writes_what_it_learned(tiny_run: TinyRun) -> None:
     how = Sample(prompt="a", max_tokens=9, temperature=0)
     run = tiny_run(how, TinyLanguage(), length=300)
     assert sampled(run)["step-00000300.txt"] == "abcdefg\nab\n"
@@ -137,7 +137,9 @@ def test_the_log_shows_the_samples(tiny_run: TinyRun, caplog: pytest.LogCaptureF
     assert f"sample at step 2:\n{sampled(run)['step-00000002.txt'][:-1]}" in caplog.messages
 
 
-def test_training_does_not_notice_samples(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_training_is_bit_identical_with_and_without_samples(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     with_samples = tiny_run(
         Sample(every=Period(1)), TinyLanguage(), length=9, log_every=1, run_dir=tmp_path / "with"
     )
@@ -156,7 +158,9 @@ class Freeze:
         run.model.get_submodule("frozen").eval()
 
 
-def test_the_model_is_evaluated_and_gets_its_modes_back(tiny_run: TinyRun) -> None:
+def test_the_model_is_sampled_in_evaluation_mode_and_its_modes_are_restored(
+    tiny_run: TinyRun,
+) -> None:
     model = tiny_run(Sample(max_tokens=3), TinyLanguage(), Freeze(), length=1).model
     assert isinstance(model, NextLetter)
     assert model.modes == [False] * 3
@@ -164,7 +168,7 @@ def test_the_model_is_evaluated_and_gets_its_modes_back(tiny_run: TinyRun) -> No
     assert modes == {"": True, "table": True, "dropout": True, "frozen": False}
 
 
-def test_the_same_run_writes_the_same_samples_and_every_step_others(
+def test_the_same_run_writes_the_same_samples_and_every_step_different_ones(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     how = {"every": Period(1), "max_tokens": 40, "temperature": 5.0}
@@ -179,7 +183,7 @@ def test_the_same_run_writes_the_same_samples_and_every_step_others(
 
 @plugin
 class OnlyC:
-    """Validates with weights that let only the letter c follow."""
+    """Evaluates with weights that make c the next letter."""
 
     inside: int = 0
 
@@ -195,7 +199,7 @@ class OnlyC:
         table.copy_(kept)
 
 
-def test_the_weights_of_validation_write_and_only_for_as_long(
+def test_samples_use_the_weights_of_validation_and_training_its_own(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     how, only_c = Sample(every=Period(2), prompt="a", max_tokens=3, temperature=0), OnlyC()
@@ -205,7 +209,7 @@ def test_the_weights_of_validation_write_and_only_for_as_long(
     assert_same_weights(run, tiny_run(TinyLanguage(), length=4, run_dir=tmp_path / "without"))
 
 
-def test_a_second_instance_has_a_folder_of_its_own(tiny_run: TinyRun) -> None:
+def test_a_second_instance_has_its_own_folder(tiny_run: TinyRun) -> None:
     run = tiny_run(
         "sample",
         "greedy",
@@ -223,7 +227,7 @@ def test_a_run_without_a_tokenizer_does_not_start(tiny_run: TinyRun) -> None:
 
 
 @plugin
-class Deaf:
+class NoLogits:
     """Letters, and a model that has a loss and nothing else."""
 
     @hookimpl
@@ -237,10 +241,10 @@ class Deaf:
 
 def test_a_run_with_a_model_that_cannot_be_sampled_from_does_not_start(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"Linear, which lacks a method logits"):
-        tiny_run(Sample(), Deaf())
+        tiny_run(Sample(), NoLogits())
 
 
-def test_an_empty_prompt_is_a_mistake_in_the_settings(tiny_run: TinyRun) -> None:
+def test_an_empty_prompt_is_an_error(tiny_run: TinyRun) -> None:
     with pytest.raises(SettingsError, match=r"sample.prompt: is empty"):
         tiny_run("sample", TinyLanguage(), settings={"sample": {"prompt": ""}})
 
@@ -258,7 +262,7 @@ def test_a_folder_that_cannot_be_written_ends_the_samples_and_not_the_run(
 
 @plugin
 class Interrupt:
-    """A terminal whose user presses Ctrl-C in step 2."""
+    """Sends SIGINT in step 2."""
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:

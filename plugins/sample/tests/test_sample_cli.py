@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tomli
+import tomli_w
+import torch
 from click.testing import CliRunner, Result
 
 from fundamentallm import SettingsError, train
-from fundamentallm_sample.command import sample
+from fundamentallm_sample.cli import sample
 
 LOCAL = '''
 import torch
@@ -19,7 +24,7 @@ TEXT = "\\nabcdefg\\u00e9"
 
 
 class Letters:
-    """Bytes, so that a letter may come in two tokens."""
+    """Bytes, so that a letter may be two tokens."""
 
     vocab_size = 256
 
@@ -60,7 +65,7 @@ class NextByte(nn.Module):
 
 @plugin
 class Everything:
-    """Data, model, optimizer and a store in one file."""
+    """Data, model, optimizer and checkpoints in one file."""
 
     @hookimpl
     def build_data(self):
@@ -92,7 +97,7 @@ from fundamentallm import hookimpl, plugin
 
 @plugin
 class OnlyX:
-    """Validates with weights that let only the letter x follow."""
+    """Evaluates with weights that make x the next letter."""
 
     @hookimpl
     @contextmanager
@@ -107,7 +112,7 @@ class OnlyX:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that has learned TEXT by heart; its [sample] table says greedy."""
+    """A finished run that has memorized TEXT; its [sample] table chooses greedily."""
     return trained(tmp_path_factory.mktemp("letters"))
 
 
@@ -131,7 +136,7 @@ def call(folder: Path, *options: str, typed: str | None = None) -> Result:
     return result
 
 
-def test_what_is_not_given_is_as_in_the_runs_settings(folder: Path) -> None:
+def test_options_that_are_not_given_are_those_of_the_runs_settings(folder: Path) -> None:
     # Seven tokens: c d e f g and the two bytes of é.
     assert call(folder, "--seed", "1").stdout == "abcdefgé\n"
 
@@ -141,25 +146,27 @@ def test_options_replace_the_runs_settings(folder: Path) -> None:
     assert found.stdout == "efg\n---------------\nefg\n"
 
 
-def test_the_same_seed_gives_the_same_text_and_no_seed_another(folder: Path) -> None:
+def test_the_same_seed_gives_the_same_text_and_every_call_without_a_seed_another(
+    folder: Path,
+) -> None:
     hot = ("--temperature", "50", "--max-tokens", "30")
     texts = [call(folder, *hot, "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
     unseeded = call(folder, *hot)
-    told = unseeded.stderr.removeprefix("seed ").strip()
-    assert call(folder, *hot, "--seed", told).stdout == unseeded.stdout
+    seed = unseeded.stderr.removeprefix("seed ").strip()
+    assert call(folder, *hot, "--seed", seed).stdout == unseeded.stdout
 
 
-def test_the_weights_of_validation_write(tmp_path: Path) -> None:
+def test_the_command_samples_with_the_weights_of_validation(tmp_path: Path) -> None:
     (tmp_path / "only_x.py").write_text(ONLY_X, encoding="utf-8")
     run = trained(tmp_path, str(tmp_path / "only_x.py"))
     assert call(run, "--seed", "1").stdout == "abxxxxxxx\n"
-    spoken = call(run, "--interactive", "--seed", "1", typed="e\n").stdout
-    assert "exxxxxxx\n" in spoken
+    typed = call(run, "--interactive", "--seed", "1", typed="e\n").stdout
+    assert "exxxxxxx\n" in typed
 
 
 @pytest.mark.parametrize("narrow", [("--top-k", "1"), ("--top-p", "0.0001")])
-def test_filters_reach_the_choice(folder: Path, narrow: tuple[str, str]) -> None:
+def test_top_k_and_top_p_limit_the_choice(folder: Path, narrow: tuple[str, str]) -> None:
     assert call(folder, "--temperature", "50", *narrow, "--seed", "3").stdout == "abcdefgé\n"
 
 
@@ -171,7 +178,7 @@ def test_interactive_continues_one_prompt_after_the_other(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "problem"),
     [
         (("--temperature", "-1"), "temperature"),
         (("--top-p", "0"), "top_p"),
@@ -180,12 +187,14 @@ def test_interactive_continues_one_prompt_after_the_other(folder: Path) -> None:
         (("--prompt", ""), "prompt: is empty"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(options: tuple[str, str], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_wrong_options_are_reported_before_a_model_is_loaded(
+    options: tuple[str, str], problem: str
+) -> None:
+    with pytest.raises(SettingsError, match=problem):
         call(Path("no-such-run"), *options)
 
 
-def test_a_folder_that_is_no_run_is_told_as_such(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is not a run folder"):
         call(tmp_path)
 
@@ -193,3 +202,74 @@ def test_a_folder_that_is_no_run_is_told_as_such(tmp_path: Path) -> None:
 def test_the_help_comes_from_the_settings() -> None:
     text = " ".join(CliRunner().invoke(sample, ["--help"]).stdout.split())
     assert "0 always takes the likeliest token" in text
+
+
+FINISH = '''
+from fundamentallm import hookimpl, plugin
+
+
+@plugin
+class Finish:
+    """Makes x the next letter of the finished model."""
+
+    @hookimpl
+    def finish_model(self, run):
+        run.model.table.weight.data.zero_()[:, ord("x")] = 1
+'''
+
+
+def test_plugins_and_settings_can_be_changed_for_the_command(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "finish.py").write_text(FINISH, encoding="utf-8")
+    changed = call(folder, "--plugin", str(tmp_path / "finish.py"), "--seed", "1")
+    assert changed.stdout == "abxxxxxxx\n"
+    assert call(folder, "--set", "sample.max_tokens=2", "--seed", "1").stdout == "abcd\n"
+    assert call(folder, "--no-plugin", "sample", "--max-tokens", "2", "--seed", "1").stdout
+
+
+def test_a_plugin_can_be_left_out_for_the_command(tmp_path: Path) -> None:
+    (tmp_path / "only_x.py").write_text(ONLY_X, encoding="utf-8")
+    run = trained(tmp_path, str(tmp_path / "only_x.py"))
+    assert call(run, "--no-plugin", "only_x", "--seed", "1").stdout == "abcdefgé\n"
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_a_copied_run_is_sampled_without_its_corpus_its_device_and_its_logger(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tokenizer: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    corpus = tmp_path / "home" / "corpus.txt"
+    corpus.parent.mkdir()
+    corpus.write_text("the cat and the hat\n" * 40, encoding="utf-8")
+    run = tmp_path / "home" / "run"
+    text = {"path": str(corpus), "tokenizer": tokenizer, "vocab_size": 270, "context_length": 8}
+    train(
+        {
+            "plugins": ["text", "gpt", "adamw", "ema", "checkpoint", "sample"],
+            "run": {"length": 3, "device": "cpu"},
+            "text": text,
+            "gpt": {"num_layers": 1, "num_heads": 1, "d_model": 8},
+            "sample": {"prompt": "the ", "max_tokens": 9},
+        },
+        run_dir=run,
+    )
+    before = call(run, "--seed", "1").stdout
+    settings = tomli.loads((run / "settings.toml").read_text(encoding="utf-8"))
+    settings["plugins"].append("absent_logger")
+    settings["absent_logger"] = {"uri": "http://127.0.0.1:1"}
+    settings["run"]["device"] = "cuda"
+    (run / "settings.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment["roles"]["absent_logger"] = "observer"
+    (run / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    shutil.rmtree(tmp_path / "home")
+    assert call(copied, "--seed", "1").stdout == before
+    warnings = " ".join(record.message for record in caplog.records)
+    assert "'cuda'" in warnings
+    assert "'absent_logger'" in warnings
+    assert not (tmp_path / "home").exists(), "nothing was read or cached again"
