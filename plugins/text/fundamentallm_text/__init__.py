@@ -144,7 +144,7 @@ class Text:
         from fundamentallm_text.corpus import Corpus
         from fundamentallm_text.recorded import recorded_corpus
 
-        recorded = None if getattr(run, "training", True) else recorded_corpus(self, run)
+        recorded = None if run.training else recorded_corpus(self, run)
         self._corpus = recorded or Corpus(self, run)
         data: Data = self._corpus
         return data

@@ -1,4 +1,4 @@
-"""The plugin in real runs: what it feeds a model, and that it is the same whatever the way."""
+"""The plugin in real runs: its batches are the same for every way of reading them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _written(folder: Path, content: str, name: str = "corpus.txt") -> Path:
 
 
 def _samples(data: Corpus, first: int, count: int) -> list[list[int]]:
-    """Return ``count`` samples of the stream from ``first`` on, whatever its batches."""
+    """Return ``count`` samples of the stream from ``first`` on, in batches of any size."""
     found: list[list[int]] = []
     for batch in data.batches(Progress(samples=first)):
         found += _rows(batch)

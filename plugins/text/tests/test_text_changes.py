@@ -191,18 +191,18 @@ def test_a_batch_size_of_zero_is_an_error(changing_run: ChangingRun) -> None:
 
 @plugin
 class Terminates:
-    """Sends the process a signal while a task is at work, and waits until the run has heard it."""
+    """Sends the process a signal during a task, and waits until the run has noted it."""
 
     task: str
     """The task."""
 
     def __attrs_post_init__(self) -> None:
-        self.heard: list[str] = []
+        self.reported: list[str] = []
         self.signal: int | None = None
 
     @hookimpl
     def on_progress(self, run: Run, task: str) -> None:
-        self.heard.append(task)
+        self.reported.append(task)
         if task == self.task:
             os.kill(os.getpid(), signal.SIGTERM)
             patience = time.monotonic() + 10
@@ -212,7 +212,7 @@ class Terminates:
 
     @hookimpl
     def on_train_start(self) -> None:
-        self.heard.append("on_train_start")
+        self.reported.append("on_train_start")
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_a_signal_ends_the_reading_of_text_at_once_and_leaves_no_draft(
     cache = tmp_path / "kept"
     run = changing_run(terminates, tokenizer=tokenizer, cache_dir=cache, max_bytes=3_500_000)
     assert (run.outcome, run.signal, terminates.signal) == ("interrupted", *2 * [signal.SIGTERM])
-    assert terminates.heard[-1] == task
-    assert terminates.heard.count(task) == 1
+    assert terminates.reported[-1] == task
+    assert terminates.reported.count(task) == 1
     assert not list(cache.glob("*.tmp"))
     (tmp_path / "verse.txt").write_text(VERSE)
     assert changing_run(tokenizer=tokenizer, cache_dir=cache).outcome == "finished"

@@ -1,4 +1,4 @@
-"""The order of windows: a pure function of (seed, index), whatever asks for it and how."""
+"""The order of windows is a pure function of (seed, index)."""
 
 from __future__ import annotations
 

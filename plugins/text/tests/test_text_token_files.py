@@ -17,9 +17,9 @@ from fundamentallm_text.tokenizers import learn_bpe
 IDS = np.arange(1000) % 77
 
 
-def _read(folder: Path, heard: list[Any] | None = None, **text: Any) -> Splits:
-    def report(*said: Any) -> None:
-        (heard if heard is not None else []).append(said)
+def _read(folder: Path, reported: list[Any] | None = None, **text: Any) -> Splits:
+    def report(*given: Any) -> None:
+        (reported if reported is not None else []).append(given)
 
     return TokenReader(
         Text(**{"vocab_size": 77} | text), TokenCache(folder / "store"), report
@@ -79,13 +79,13 @@ def test_a_tokenizer_json_defines_the_vocabulary(tmp_path: Path) -> None:
 def test_ids_are_checked_once_block_by_block(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     np.zeros(BLOCK + 10, dtype=np.uint16).tofile(path)
-    heard: list[Any] = []
-    _read(tmp_path, heard, path=path)
-    assert heard == [
+    reported: list[Any] = []
+    _read(tmp_path, reported, path=path)
+    assert reported == [
         ("checking tokens", BLOCK, BLOCK + 10),
         ("checking tokens", BLOCK + 10, BLOCK + 10),
     ]
-    _read(tmp_path, heard, path=path)
-    assert len(heard) == 2
-    _read(tmp_path, heard, path=path, vocab_size=5)
-    assert len(heard) == 4
+    _read(tmp_path, reported, path=path)
+    assert len(reported) == 2
+    _read(tmp_path, reported, path=path, vocab_size=5)
+    assert len(reported) == 4
