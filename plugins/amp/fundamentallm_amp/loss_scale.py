@@ -97,9 +97,9 @@ class LossScale:
         full = self.scaler.state_dict()
         return {"scale": full["scale"], "growth_tracker": full["_growth_tracker"]}
 
-    def restore(self, kept: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint; the growth rule is that of the settings."""
-        found = {"scale": kept["scale"], "_growth_tracker": kept["growth_tracker"]}
+        found = {"scale": state["scale"], "_growth_tracker": state["growth_tracker"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | found)
 
 

@@ -1,4 +1,4 @@
-"""Half precision where it is asked for, and a loss scale that is PyTorch's own."""
+"""Half precision in forward passes, and a loss scale that is bit-identical to PyTorch's."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_training_and_validation_compute_in_half_precision_and_nothing_else_does
 ) -> None:
     @plugin
     class Outside:
-        """Looks whether autocast is on where it should not be."""
+        """Records whether autocast is on where it should not be."""
 
         found: list[bool] = field(factory=list)
 
@@ -520,7 +520,7 @@ def test_the_scale_follows_a_gradscaler_with_an_optimizer_for_any_losses(
 
 
 # ---------------------------------------------------------------------------------------------
-# What is told at the start
+# Errors at the start
 
 
 @pytest.mark.parametrize("dtype", HALVES)

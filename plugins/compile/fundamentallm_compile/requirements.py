@@ -1,4 +1,4 @@
-"""Check what a compiler backend needs besides PyTorch, before anything is built."""
+"""Check what a compiler backend needs in addition to PyTorch, before anything is built."""
 
 from __future__ import annotations
 

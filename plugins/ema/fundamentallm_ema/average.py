@@ -116,23 +116,24 @@ class Average:
         self._check()
         return {"count": self.count, "weights": dict(self._averages)}
 
-    def restore(self, kept: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """Continue from what ``state`` returned; raise ``StorageError`` if it does not fit."""
-        for name, average in kept["weights"].items():
+        for name, average in saved["weights"].items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != average.shape:
                 raise StorageError(f"the checkpoint contains the average of another model: {name}")
             self._join(name, parameter, average)
-        self.count = kept["count"]
+        self.count = saved["count"]
 
     def _join(self, name: str, parameter: Tensor, average: Tensor | None = None) -> None:
         weight = parameter.detach()
         dtype = torch.float32 if weight.dtype in LOW else weight.dtype
-        begun = torch.empty_like(weight, dtype=dtype).copy_(weight if average is None else average)
+        source = weight if average is None else average
+        initial = torch.empty_like(weight, dtype=dtype).copy_(source)
         averages, weights = self._groups.setdefault((weight.device, weight.dtype), ([], []))
-        averages.append(begun)
+        averages.append(initial)
         weights.append(weight)
-        self._averages[name], self._weights[name] = begun, weight
+        self._averages[name], self._weights[name] = initial, weight
         del self._waiting[name]
 
     def _check(self) -> None:
@@ -146,6 +147,6 @@ class Average:
 
 
 def _exchange(one: Tensor, other: Tensor) -> None:
-    kept = one.clone()
+    saved = one.clone()
     one.copy_(other)
-    other.copy_(kept)
+    other.copy_(saved)

@@ -58,7 +58,7 @@ class WeightAveraging(ABC):
 
     @hookimpl
     def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
-        """Return a context in which the model holds the average, once it has begun."""
+        """Return a context in which the model contains the average, once it has begun."""
         in_place: AbstractContextManager[None] = self.average_of(run).in_place()
         return in_place
 
@@ -96,9 +96,9 @@ class WeightAveraging(ABC):
             return state
         return self._restored or {"count": 0, "weights": {}}
 
-    def set_state(self, kept: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a saved average, which may replace a later one (after a rewind)."""
-        self._average, self._restored = None, kept
+        self._average, self._restored = None, state
 
     def _has_started(self, run: Run) -> bool:
         if isinstance(self.start, Period):

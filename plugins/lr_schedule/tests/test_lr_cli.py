@@ -20,7 +20,7 @@ from fundamentallm import hookimpl, plugin
 
 @plugin
 class Parts:
-    """A model that nobody may build, with an optimizer's learning rate."""
+    """A model that must not be built, with an optimizer's learning rate."""
 
     lr: float = 0.02
     """Base learning rate."""

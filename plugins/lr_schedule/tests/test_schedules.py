@@ -523,7 +523,7 @@ def test_schedules_that_do_not_fit_are_reported_before_anything_is_built(
 def test_all_schedules_that_do_not_fit_are_reported_at_once() -> None:
     of = {
         "windows": {"count": Scheduled(end=0), "ratio": Scheduled(end=2)},
-        "nobody": {"count": Scheduled(end=1)},
+        "missing": {"count": Scheduled(end=1)},
     }
     with pytest.raises(SettingsError) as caught:
         follow("100 steps", Windows(), **of)
