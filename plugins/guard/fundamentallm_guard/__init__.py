@@ -21,11 +21,9 @@ from fundamentallm import (
     state_fields,
 )
 from fundamentallm_guard import spikes
-from fundamentallm_guard.rejection import Fault, find_fault
+from fundamentallm_guard.rejection import find_rejection, is_overflow
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fundamentallm import Batch, Run
 
 log = logging.getLogger("fundamentallm")
@@ -71,13 +69,12 @@ class Guard:
     _before: Any = field(init=False, repr=False)  # the StepState
     _parameters: list[Any] = field(init=False, repr=False)
     _check: Any = field(init=False, default=None, repr=False)
-    _fault: Fault | None = field(init=False, default=None)
+    _rejection: Rejection | None = field(init=False, default=None)
     _loss: float = field(init=False, default=0.0)
     _judges: bool = field(init=False, default=True)
     _keeps_losses: bool = field(init=False, default=False)
     _warned: bool = field(init=False, default=False)
     _memory_text: str = field(init=False, default="")
-    _folders: set[Any] = field(init=False, factory=set, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # A wrapper costs about ten calls a step; None in place of the method removes the hook.
@@ -100,7 +97,6 @@ class Guard:
         self._keeps_losses = self.spike != "off" or self.nonfinite == "rewind"
         self._before = StepState(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
-        self._folders.add(run.folder / "checkpoints")
         if not self._keeps_losses and run.world_size == 1:
             from fundamentallm_guard.nonfinite_check import NonfiniteCheck
 
@@ -108,7 +104,7 @@ class Guard:
 
     @hookimpl
     def on_step_start(self) -> None:
-        """Copy random state and running statistics, which a rejected step must not change."""
+        """Copy the running statistics, which a rejected step must not change."""
         if self._judges or self.oom != "stop":
             self._before.save()
 
@@ -139,7 +135,7 @@ class Guard:
         # After the except clause, which keeps the tensors of the failed attempt alive.
         if self.oom == "skip":
             split_batch.abandon(run)
-            self._fault = Fault("memory", text)
+            self._rejection = Rejection("memory", text)
         else:
             self.halvings += 1
             log.warning("%s\nfrom now on micro-batches are split into %d", text, 2**self.halvings)
@@ -148,29 +144,28 @@ class Guard:
     @hookimpl
     def judge_step(self, run: Run) -> Rejection | None:
         """Reject a step whose loss or gradients are not finite, or whose loss is a spike."""
-        if self._fault is None and self._judges:
+        if self._rejection is None and self._judges:
             if self._check is not None and self._check.passes(run, self._parameters):
                 return None
             from fundamentallm_guard.nonfinite_check import loss_and_gradient
 
             self._loss, gradient = loss_and_gradient(run, self._parameters)
             if self.spike != "off" or not math.isfinite(self._loss + gradient):
-                self._fault = find_fault(self, self._loss, gradient)
-        fault = self._fault
-        return None if fault is None else Rejection(fault.cause, f"guard: {fault.text}")
+                self._rejection = find_rejection(self, self._loss, gradient)
+        return self._rejection
 
     @hookimpl
     def settle_step(self, run: Run, applied: bool) -> None:
         """Record the loss of an update; skip, rewind or stop after a rejected step."""
-        fault, self._fault = self._fault, None
+        mine, self._rejection = self._rejection, None
         if applied:
             self.in_a_row = 0
             if self._keeps_losses and math.isfinite(self._loss):
                 self.steps.append(run.progress.step)
                 self.losses.append(self._loss)
                 del self.steps[: -self.spike_window], self.losses[: -self.spike_window]
-        elif fault is not None and not fault.is_overflow(run.rejected):
-            self._react(run, fault)
+        elif mine is not None and not is_overflow(mine, run.rejected):
+            self._react(run, mine)
         if self.skipped and (
             run.settings.log_every.due(run.progress) or run.settings.length.reached(run.progress)
         ):
@@ -193,11 +188,6 @@ class Guard:
         """Log the number of rewinds."""
         run.log("guard/rewinds", self.rewinds)
 
-    @hookimpl
-    def on_checkpoint_saved(self, folder: Path) -> None:
-        """Record the folder of the checkpoints."""
-        self._folders.add(folder.parent)
-
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore the state. `skipped`, `rewinds` and `halvings` never decrease, also in a rewind,
         so that their limits still apply."""
@@ -208,21 +198,23 @@ class Guard:
             else:
                 setattr(self, name, list(kept) if isinstance(kept, list) else kept)
 
-    def _react(self, run: Run, fault: Fault) -> None:
-        """Skip, rewind or end the run, with a message about the fault and where it began."""
+    def _react(self, run: Run, rejection: Rejection) -> None:
+        """Skip, rewind or end the run, with a message about the cause and where it began."""
         from fundamentallm_guard.diagnose import describe
 
-        how = {"memory": "skip", "spike": self.spike}.get(fault.cause, self.nonfinite)
-        text = describe(run, fault, self._before)
+        how = {"memory": "skip", "spike": self.spike}.get(rejection.cause, self.nonfinite)
+        text = describe(run, rejection, self._before)
         self._before.restore()
         if how == "stop":
-            setting = f"{run.name_of(self)}.{'spike' if fault.cause == 'spike' else 'nonfinite'}"
+            setting = (
+                f"{run.name_of(self)}.{'spike' if rejection.cause == 'spike' else 'nonfinite'}"
+            )
             raise NotFiniteError(f"{text}; {setting} = 'skip' skips such steps")
         if how == "rewind" and self._rewind(run, text):
             return
         self.in_a_row += 1
         if self.in_a_row > self.max_skips:
-            kind = OutOfMemoryError if fault.cause == "memory" else NotFiniteError
+            kind = OutOfMemoryError if rejection.cause == "memory" else NotFiniteError
             raise kind(
                 f"{text}; the {self.max_skips} steps before it were skipped already, as many as "
                 f"{run.name_of(self)}.max_skips allows"
@@ -242,7 +234,7 @@ class Guard:
             )
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
         # The update before the onset may be its cause, so undo it as well.
-        target = checkpoints.newest_sound(run, self._folders, began - 1)
+        target = checkpoints.newest_sound(run, began - 1)
         if target is None:
             if not self._warned:
                 log.warning(

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import StorageError
+from fundamentallm import StorageError, folder
 from fundamentallm_guard.diagnose import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
     from fundamentallm import Run
 
 log = logging.getLogger("fundamentallm")
 
 
-def newest_sound(run: Run, folders: Iterable[Path], before: int) -> str | None:
+def newest_sound(run: Run, before: int) -> str | None:
     """Return the name of the newest checkpoint from before a step to rewind to, or None.
 
     It is sound, and its weights and optimizer state are finite: checkpoints are read, newest first,
-    until one fits. ``folders`` contain checkpoints, or folders of checkpoints.
+    until one fits.
     """
     tried: list[int] = []
     # "latest" first: the saver then waits for the save under way, so that which checkpoints exist
     # does not depend on the speed of the disk.
     step = _read(run, "latest", tried)
-    left = _steps(folders)
+    left = [one.step for one in folder.checkpoints(run.folder)]
     while step is None or step >= before:
         left = [one for one in left if one < before and one not in tried]
         if not left:
@@ -40,15 +36,6 @@ def newest_sound(run: Run, folders: Iterable[Path], before: int) -> str | None:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _steps(folders: Iterable[Path]) -> list[int]:
-    """Return the steps of all folders that are named like a checkpoint, sound or not."""
-    paths = [
-        path for folder in folders for form in ("step-*", "*/step-*") for path in folder.glob(form)
-    ]
-    found = [re.fullmatch(r"step-(\d+)", path.name) for path in paths]
-    return [int(name[1]) for name in found if name]
 
 
 def _read(run: Run, name: str, tried: list[int]) -> int | None:

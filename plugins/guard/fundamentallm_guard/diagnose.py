@@ -13,18 +13,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fundamentallm import Run
-    from fundamentallm_guard.rejection import Fault
+    from fundamentallm import Rejection, Run
     from fundamentallm_guard.step_state import StepState
 
 
-def describe(run: Run, fault: Fault, before: StepState) -> str:
+def describe(run: Run, rejection: Rejection, before: StepState) -> str:
     """Return the message about a rejected step: its number, its data, and where a value that is not
     finite appears first. ``before`` is the state at the beginning of the step."""
-    if fault.cause == "memory":
-        return fault.text
-    text = f"step {run.progress.step}: {fault.text} ({samples(run)})"
-    return text if fault.cause == "spike" else f"{text}; {first_nonfinite(run, before)}"
+    if rejection.cause == "memory":
+        return rejection.text
+    text = f"step {run.progress.step}: {rejection.text} ({samples(run)})"
+    return text if rejection.cause == "spike" else f"{text}; {first_nonfinite(run, before)}"
 
 
 def samples(run: Run) -> str:

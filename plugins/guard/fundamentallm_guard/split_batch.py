@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fundamentallm import Batch
+from fundamentallm import Batch, train_window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,15 +41,10 @@ def train_again(run: Run, before: StepState) -> None:
             "the data of the micro-batches does not show how many targets each row has: all rows"
             " get the same weight"
         )
-    halved = [part for part in split(run.window, 1) if part.weight]
-    # The loop that trains the old window finds it empty, and ends.
+    halved = split(run.window, 1)
+    # The loop over the old window finds it empty, and ends.
     run.window.clear()
-    run.window, run.losses = halved, []
-    total, last = run.hook.weigh_window(run=run, window=halved), halved[-1]
-    for batch in halved:
-        run.weight = batch.weight
-        share = batch.weight / total
-        run.hook.train_microbatch(run=run, batch=batch, share=share, is_last=batch is last)
+    train_window(run, halved)
 
 
 def abandon(run: Run) -> None:
