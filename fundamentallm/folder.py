@@ -133,7 +133,8 @@ def ending(folder: Path) -> Ending | None:
         "time": int | float,
     }
     sound = {n: facts[n] for n, kind in kinds.items() if isinstance(facts.get(n), kind)}
-    return Ending(facts["outcome"], **sound) if facts.get("outcome") in _ENDS else None
+    outcome = facts.get("outcome")
+    return Ending(facts["outcome"], **sound) if str(outcome) in _ENDS else None
 
 
 def state(folder: Path) -> State:

@@ -1,1 +1,1 @@
-"""Commands that look at runs: what a run folder holds is all they need."""
+"""Commands that list, watch, compare and repeat runs, from their folders alone."""

@@ -14,15 +14,15 @@ from typing import Literal, TypeAlias
 import attrs
 
 from fundamentallm import SettingsError, StorageError
-from fundamentallm_runs.record import Record
+from fundamentallm_runs.run_record import Record
 
 Axis: TypeAlias = Literal["step", "tokens", "time"]
 AXES = ("step", "tokens", "time")
 LABELS = {"step": "step", "tokens": "tokens", "time": "seconds since the first row"}
-POINTS = 2000  # more than a picture has columns are only slow
+POINTS = 2000  # more than a picture has columns would only take time
 SIZE = (96, 24)  # of a drawing, in columns and lines
-LARGEST = 1e300  # of what is drawn: the length of an axis must be a number, too
-LEGEND = 8  # curves that a drawing of this size has room to name
+LARGEST = 1e300  # largest value that is drawn: the length of an axis must be finite, too
+LEGEND = 8  # largest number of curves in the legend of a drawing
 MARKS = "1234567890" + string.ascii_letters
 SUFFIXES = (".png", ".svg", ".html")
 
@@ -59,8 +59,8 @@ def curve(record: Record, metric: str, axis: Axis, smoothing: float) -> Curve | 
 def drawable(
     places: Sequence[int], values: Sequence[float]
 ) -> tuple[Sequence[int], Sequence[float]]:
-    """Return the values that are finite and not too large to be drawn, and their places."""
-    # All are, if their sum and their ends are: which is quicker to tell.
+    """Return the values that are finite and not too large to draw, and their places."""
+    # If the sum and the extremes are, all values are: quicker than a test per value.
     if values and math.isfinite(sum(values)) and -LARGEST < min(values) <= max(values) < LARGEST:
         return places, values
     both = [
@@ -70,8 +70,8 @@ def drawable(
 
 
 def extremes(values: Sequence[float], most: int) -> list[int]:
-    """Return the places of at most ``most`` + 2 values: of equal parts of the list the lowest and
-    the highest, so that no spike is lost, and the ends."""
+    """Return the places of at most ``most`` + 2 values: the ends, and the lowest and the highest
+    value of equal parts of the list, so that no spike is lost."""
     if len(values) <= most:
         return list(range(len(values)))
     size = -(-len(values) // (most // 2))
@@ -95,8 +95,8 @@ def smoothed(values: Sequence[float], weight: float) -> Sequence[float]:
 
 
 def drawn(curves: list[Curve], metric: str, axis: Axis, colours: bool = True) -> str:
-    """Return the curves as text: told apart by the colours of a terminal, or else, and if they are
-    many, by digits and letters."""
+    """Return the curves as text, in different colours; without colours, and if there are many,
+    drawn of different digits and letters."""
     import plotext
 
     figure = plotext.figure
@@ -115,20 +115,20 @@ def drawn(curves: list[Curve], metric: str, axis: Axis, colours: bool = True) ->
         if len(one.x) > 1:
             signal.lines()
         figure.draw(signal)
-    told = str(figure.build().string(colorless=not colours))
+    text = str(figure.build().string(colorless=not colours))
     legend = "  ".join(f"{mark} {one.name}" for mark, one in marked)
-    return f"{told.rstrip()}\n{legend}\n" if is_full else told
+    return f"{text.rstrip()}\n{legend}\n" if is_full else text
 
 
 def check_form(path: Path) -> None:
-    """Raise a ``SettingsError`` unless a picture's name tells a form that it can have."""
+    """Raise a ``SettingsError`` unless the suffix of a picture's name is a known form."""
     if path.suffix not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise SettingsError(f"{path}: unknown form of a picture {path.suffix!r}; known: {known}")
+        raise SettingsError(f"{path}: unknown form {path.suffix!r} of a picture; known: {known}")
 
 
 def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
-    """Write the curves to a picture, whose form is the suffix of its name."""
+    """Write the curves to a picture in the form of its suffix."""
     check_form(path)
     try:
         from matplotlib.figure import Figure
@@ -151,7 +151,7 @@ def write(path: Path, curves: list[Curve], metric: str, axis: Axis) -> None:
 
 
 def _literal(text: str) -> str:
-    """Return text that stands for itself: what is between two ``$`` would be a formula."""
+    """Return text without formulas: matplotlib reads text between two ``$`` as one."""
     return text.replace("$", r"\$")
 
 

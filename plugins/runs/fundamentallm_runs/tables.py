@@ -1,4 +1,4 @@
-"""Tables as a terminal shows them; imported when there is one to show, since rich is not light."""
+"""Tables for a terminal; imported only when one is shown, because rich loads slowly."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GAP = 2  # columns of a terminal between two of a table
 
 
 def console(width: int) -> Console:
-    """Return where to print: the terminal, or else lines of this width. Names and values are shown
-    as they are: a ``[b]`` or ``:smile:`` in them means nothing."""
+    """Return the console of the terminal, or one with lines of this width. Markup and emoji codes
+    in names and values, such as ``[b]``, are printed as they are."""
     width_there = None if Console().is_terminal else width
     return Console(width=width_there, markup=False, emoji=False, highlight=False)
 
@@ -23,8 +23,8 @@ def console(width: int) -> Console:
 def show(
     screen: Console, head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()
 ) -> None:
-    """Print a table with a head. The columns that do not fit beside the others follow below, each
-    time behind the first one again; those whose names are in ``right`` are flush right."""
+    """Print a table with a head. Columns that do not fit are printed below, after the first column
+    again. Columns whose names are in ``right`` are flush right."""
     widths = [max(map(cell_len, column)) for column in zip(head, *rows, strict=True)]
     for part in parts(widths, screen.width):
         made = Table(box=None, pad_edge=False, header_style="bold")
@@ -37,8 +37,8 @@ def show(
 
 
 def parts(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Return the places of the columns of each part of a table: as many as there is room for, at
-    least one beside the first. A column may take half of the room, and is folded."""
+    """Return the columns of each part of a table: as many as fit into ``room``, at least one after
+    the first. A column has at most half of the room; longer values are folded."""
     widths = [min(width, (room - GAP) // 2) for width in widths]
     left, found = 0, []
     for place in itertools.islice(range(len(widths)), 1, None):

@@ -1,4 +1,4 @@
-"""The end of a metrics file that is being written, and may be replaced meanwhile."""
+"""Follow a metrics file that is being written and may be replaced."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from array import array
 from pathlib import Path
 
-from fundamentallm_runs.rows import Row, parsed
+from fundamentallm_runs.metrics_file import Row, parsed
 
 
 class Tail:
-    """The rows of a file that have not been seen yet.
+    """The new rows of a file.
 
-    A run that is resumed or goes back puts another file in place, which begins with the same lines:
-    those are not shown again. Eight bytes are kept of every line.
+    A resumed or rewound run replaces the file by one that begins with the same lines; those are not
+    returned again. It stores eight bytes for each line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +23,7 @@ class Tail:
         self._place = 0
 
     def rows(self) -> list[Row]:
-        """Return the rows that have come since the last look; none if there is no file yet."""
+        """Return the rows since the last call; none if there is no file yet."""
         found = ((line, parsed(line)) for line in self._lines())
         return [row for line, row in found if row is not None and self._is_new(line)]
 
@@ -43,7 +43,7 @@ class Tail:
         return lines
 
     def _is_new(self, line: bytes) -> bool:
-        """Take the next line; false if it was the one in its place in the file before."""
+        """Register the next line; return False if the replaced file had it in the same place."""
         place, known = self._place, hash(line)
         self._place += 1
         if self._seen[place : place + 1] == array("q", [known]):

@@ -1,4 +1,4 @@
-"""Runs as their folders tell them: real ones, going on, killed, cut short, and broken by hand."""
+"""Runs as their folders show them: finished, running, killed, and damaged by hand."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ from fundamentallm import (
     train,
 )
 from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer, TinySamples
-from fundamentallm_runs.comparing import compare, differences
+from fundamentallm_runs.cli import compare, rerun, runs, watch
+from fundamentallm_runs.compare import differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
-from fundamentallm_runs.listing import runs, watch
-from fundamentallm_runs.record import Record, read
-from fundamentallm_runs.repeating import Kept, data_told, different_weights, rerun, saved
-from fundamentallm_runs.rows import Columns, Row, gathered, parsed, read_rows
+from fundamentallm_runs.metrics_file import Columns, Row, gathered, parsed, read_rows
+from fundamentallm_runs.rerun import (
+    Comparison,
+    Saved,
+    changed_code,
+    data_change,
+    different_weights,
+    newest_saved,
+)
+from fundamentallm_runs.run_record import Record, read
 from fundamentallm_runs.tail import Tail
 
 LOCAL = '''
@@ -162,25 +169,24 @@ def ended(folder, **facts):
 
 
 @pytest.mark.parametrize("length", ["2 epochs", "3 hours", "90 seconds", 8])
-def test_a_run_of_any_length_that_says_it_finished_has_finished(copies, length):
+def test_a_run_of_any_length_is_finished_if_its_outcome_says_so(copies, length):
     settings = tomli.loads((copies[0] / "settings.toml").read_text())
     settings["run"]["length"] = length
     (copies[0] / "settings.toml").write_text(tomli_w.dumps(settings))
     ended(copies[0])
     assert re.search(r"^slow +finished +8 +100%", said(runs, copies[0].parent), re.MULTILINE)
     (copies[0] / "outcome.json").unlink()
-    assert (read(copies[0]).state, read(copies[0]).share) == (
-        ("finished", 1.0) if length == 8 else ("cut", None)
-    )
+    share = 1.0 if length == 8 else None
+    assert (read(copies[0]).state, read(copies[0]).share) == ("killed", share)
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "interrupted", "failed"])
-def test_a_run_that_ended_otherwise_is_listed_as_it_says(copies, outcome):
+def test_a_run_is_listed_with_the_outcome_that_it_recorded(copies, outcome):
     ended(copies[0], outcome=outcome)
     assert re.search(rf"^slow +{outcome} +8 +100%", said(runs, copies[0].parent), re.MULTILINE)
 
 
-def test_what_a_run_failed_with_is_told(tmp_path):
+def test_the_error_of_a_failed_run_is_shown(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     with pytest.raises(PluginError):
         trained(tmp_path / "one", plugins=[str(tmp_path / "fails.py")])
@@ -196,41 +202,79 @@ def test_what_a_run_failed_with_is_told(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"outcome": "eaten"}', '{"outcome": []}', "\0"]
 )
-def test_an_outcome_that_says_nothing_is_as_none(copies, text):
+def test_a_damaged_outcome_counts_as_missing(copies, text):
     (copies[0] / "outcome.json").write_text(text)
-    assert read(copies[0]).state == "finished"  # by its rows
+    assert (read(copies[0]).state, read(copies[0]).step) == ("killed", 8)
     assert read(copies[0]).error is None
 
 
-def test_a_run_that_was_cut_short_without_a_word_is_told_from_its_rows(copies):
+def test_a_killed_run_is_as_far_as_its_last_row_or_its_newest_checkpoint(copies):
     (copies[0] / "outcome.json").unlink()
+    shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
     path = copies[0] / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:40])
     record = read(copies[0])
-    assert (record.state, record.step, record.share) == ("cut", 4, 0.5)
-    (copies[0] / "crash").mkdir()
-    (copies[0] / "crash" / "crash.json").write_text("{}")
-    assert read(copies[0]).state == "failed"
-    assert "slow" in said(runs, copies[0].parent)
+    assert (record.state, record.step, record.share) == ("killed", 4, 0.5)
+    path.unlink()
+    assert (read(copies[0]).step, read(copies[0]).share) == (4, 0.5)
+    assert re.search(r"^slow +killed +4 +50%", said(runs, copies[0].parent), re.MULTILINE)
 
 
-def test_a_run_without_a_row_is_a_run_all_the_same(copies):
+def unlogged(folder, tmp_path):
+    """Train a tiny run without a plugin that writes rows."""
+    (tmp_path / "parts.py").write_text(LOCAL)
+    settings = {
+        "plugins": [str(tmp_path / "parts.py"), "checkpoint"],
+        "run": {"length": 8, "device": "cpu"},
+        "checkpoint": {"every": 4},
+    }
+    train(settings, run_dir=folder)
+    return folder
+
+
+def test_a_run_without_jsonl_is_shown_with_its_step_and_the_reason_for_no_rows(tmp_path):
+    one = unlogged(tmp_path / "runs" / "one", tmp_path)
+    reason = "no rows: jsonl is not listed"
+    listed = said(runs, tmp_path / "runs")
+    assert re.search(r"^one +finished +8 +100% ", listed, re.MULTILINE)
+    assert listed.endswith(f"\none: {reason}\n")
+    (row,) = json.loads(said(runs, tmp_path / "runs", "--json"))
+    assert (row["step"], row["note"]) == (8, reason)
+    assert said(watch, one) == f"{reason}; the last step is 8\n{one}: finished\n"
+    compared = said(compare, one)
+    assert re.search(r"^step +8 *$", compared, re.MULTILINE)
+    assert compared.endswith(f"\none: {reason}\n")
+    (one / "outcome.json").unlink()  # as after kill -9
+    assert re.search(r"^one +killed +8 ", said(runs, tmp_path / "runs"), re.MULTILINE)
+
+
+def test_a_start_that_failed_is_listed_as_failed_before_its_first_step(tmp_path):
+    settings = {"plugins": ["text", "gpt", "adamw"], "run": {"length": 8, "device": "cpu"}}
+    with pytest.raises(DataError):
+        train(settings | {"text": {"path": str(tmp_path / "none")}}, run_dir=tmp_path / "r" / "one")
+    (row,) = json.loads(said(runs, tmp_path / "r", "--json"))
+    assert (row["state"], row["step"]) == ("failed before its first step", 0)
+    assert "none" in row["error"]
+    assert "failed before its first step" in said(watch, tmp_path / "r" / "one")
+
+
+def test_a_run_without_a_row_is_shown(copies):
     (copies[0] / "metrics.jsonl").unlink()
-    assert (read(copies[0]).step, read(copies[0]).written) == (0, None)
-    assert "slow" in said(runs, copies[0].parent)
+    assert (read(copies[0]).step, read(copies[0]).written) == (8, None)
+    assert said(runs, copies[0].parent).endswith("\nslow: no rows\n")
     told = said(compare, copies[0], "--curve", "train/loss")
-    assert re.search(r"^step +0 *$", told, re.MULTILINE)
-    assert told.endswith("\nno rows yet\n")
+    assert re.search(r"^step +8 *$", told, re.MULTILINE)
+    assert told.endswith("\nslow: no rows\n")
     assert "┌" in said(compare, *copies)  # the other one has a curve
 
 
 @given(st.binary(max_size=80))
-def test_no_line_whatever_ends_in_an_error(line):
+def test_no_line_of_a_metrics_file_raises_an_error(line):
     assert parsed(line) is None or isinstance(parsed(line), Row)
 
 
-def test_a_damaged_line_is_passed_over_and_null_is_no_number(tmp_path):
+def test_a_damaged_line_is_skipped_and_null_is_nan(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = '{"time": 1.0, "step": 1, "tokens": 4, "metrics": {"train/loss": null}}\n'
     path.write_bytes(
@@ -260,7 +304,7 @@ def test_last_and_best_metrics_stand_side_by_side(two):
     assert re.search(r"^metric +slow +fast", shown, re.MULTILINE)
 
 
-def test_a_metric_that_nobody_logged_is_told_with_those_that_are_known(two):
+def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(two):
     text = said(compare, *two, "--metric", "val/los", fails=SettingsError)
     assert "val/los: none of the runs has logged it" in text
     assert "val/loss" in text
@@ -367,7 +411,7 @@ def test_a_folder_that_cannot_be_read_hides_no_other(copies):
     }
     assert str(copies[0]) in listed["slow"]["error"]
     assert listed["fast"]["state"] == "finished"
-    assert f"{copies[0]}: cannot be read" in done.stderr
+    assert f"{copies[0]}/settings.toml: cannot be read" in done.stderr
     assert re.search("^slow +unreadable", said(runs, copies[0].parent), re.MULTILINE)
 
 
@@ -488,7 +532,8 @@ def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_eac
     tmp_path, monkeypatch
 ):
     """Counted, not timed: what is read, what is parsed, what Python calls, what is drawn."""
-    from fundamentallm_runs import comparing, rows
+    from fundamentallm_runs import compare as comparing
+    from fundamentallm_runs import metrics_file as rows
 
     folders = [long_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
     halves = [long_run(tmp_path / name, seed, LONG // 2) for seed, name in enumerate("cd")]
@@ -568,7 +613,7 @@ LINES = st.lists(
 
 @given(LINES, st.booleans(), st.sampled_from([1, 100, 1000]))
 def test_the_rows_of_many_lines_are_those_of_each_line_whatever_the_lines_are(lines, ends, part):
-    from fundamentallm_runs import rows
+    from fundamentallm_runs import metrics_file as rows
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "PART", part)
@@ -719,7 +764,7 @@ def test_a_run_is_repeated_bit_by_bit(two, tmp_path):
     assert "was" not in shown  # the same versions
 
 
-def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
+def test_a_difference_is_named_and_ends_with_exit_code_1(two, tmp_path):
     done = CliRunner().invoke(
         rerun, [str(two[0]), "--run-dir", str(tmp_path / "again"), "--set", "parts.noise=true"]
     )
@@ -728,7 +773,7 @@ def test_what_is_not_the_same_is_named_and_ends_with_exit_code_1(two, tmp_path):
     assert "the run is not reproduced" in done.output
 
 
-def test_without_a_checkpoint_the_metrics_are_compared_all_the_same(copies, tmp_path):
+def test_without_a_checkpoint_only_the_metrics_are_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints")
     shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
     assert (
@@ -782,18 +827,24 @@ def test_weights_are_the_same_if_their_bits_are():
         "e": zero.bfloat16(),
         "f": zero == 0,
     }
-    assert (
-        different_weights(old, {n: t.clone() for n, t in old.items()})
-        == "weights: 6 tensors, identical"
+    assert different_weights(old, {n: t.clone() for n, t in old.items()}) == Comparison(
+        "weights", "identical", "6 tensors, identical"
     )
-    assert different_weights({"b": zero}, {"b": -zero}) == "weights: b differs"
-    assert different_weights({"b": zero}, {"b": zero.double()}) == "weights: b differs"
-    assert different_weights({"a": nan}, {"a": nan[:1]}) == "weights: a differs"
+    assert different_weights({"b": zero}, {"b": -zero}) == Comparison(
+        "weights", "different", "b differs"
+    )
+    assert different_weights({"b": zero}, {"b": zero.double()}) == Comparison(
+        "weights", "different", "b differs"
+    )
+    assert different_weights({"a": nan}, {"a": nan[:1]}) == Comparison(
+        "weights", "different", "a differs"
+    )
 
 
 def test_weights_that_only_one_of_the_runs_has_are_named():
-    assert different_weights({"a": None}, {}) == "weights: only the first run has a"
-    assert different_weights({}, {"a": None}) == "weights: only the repeated run has a"
+    first, repeated = different_weights({"a": None}, {}), different_weights({}, {"a": None})
+    assert (first.outcome, first.text) == ("different", "only the first run has a")
+    assert (repeated.outcome, repeated.text) == ("different", "only the repeated run has a")
 
 
 def test_other_versions_are_named(copies, tmp_path):
@@ -807,19 +858,45 @@ def test_other_versions_are_named(copies, tmp_path):
     assert f"\nthreads: was {kept['threads']}, is {kept['threads'] - 3}\n" in shown
 
 
-def test_a_folder_that_holds_something_is_not_trained_into(two, tmp_path):
+def test_a_changed_local_file_is_reported(copies, tmp_path):
+    path = copies[0] / "environment.json"
+    kept = json.loads(path.read_text())
+    old = {"/a/parts.py": {"sha256": "1", "copy": "code/a/parts.py"}}
+    for changed, line in (
+        (old, "/a/parts.py: is used by the first run only"),
+        ({}, None),
+    ):
+        path.write_text(json.dumps(kept | {"code": kept.get("code", {}) | changed}))
+        shown = said(rerun, copies[0], "--run-dir", tmp_path / f"x{len(changed)}")
+        assert (line in shown) if line else ("/a/parts.py" not in shown)
+    before, after = (
+        Record(
+            copies[0],
+            {},
+            {"code": {"/a/parts.py": {"sha256": sha, "copy": "code/a/parts.py"}}},
+            Columns(),
+        )
+        for sha in "12"
+    )
+    copy = copies[0] / "code/a/parts.py"
+    assert changed_code(before, after) == [
+        f"/a/parts.py: has changed since the run; the old version is {copy}"
+    ]
+
+
+def test_a_folder_with_files_is_not_trained_into(two, tmp_path):
     (tmp_path / "kept").touch()
     assert "is not empty" in said(rerun, two[0], "--run-dir", tmp_path, fails=SettingsError)
 
 
-def test_a_run_that_was_cut_is_compared_as_far_as_it_came(copies, tmp_path):
+def test_a_killed_run_is_compared_up_to_its_last_row(copies, tmp_path):
     for name in ("outcome.json", "checkpoints/step-00000008"):
         path = copies[0] / name
         path.unlink() if path.is_file() else shutil.rmtree(path)
     rows = copies[0] / "metrics.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
     told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "did not come to its end (cut): it is compared up to step 6" in told
+    assert "did not come to its end (killed): it is compared up to step 6" in told
     assert (
         "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced" in told
     )
@@ -878,6 +955,11 @@ def test_a_run_of_objects_is_refused_with_their_names_before_anything_is_made(tm
         run_dir=tmp_path / "one",
         plugins=given,
     )
+    path = tmp_path / "one" / "environment.json"
+    kept = json.loads(path.read_text())
+    facts = {name: {"kind": "object", "name": "a_module"} for name in kept["plugins"]}
+    facts["jsonl"] = {"kind": "distribution", "name": "fundamentallm-jsonl", "version": "0.1.0"}
+    path.write_text(json.dumps(kept | {"plugins": facts}))
     told = said(rerun, tmp_path / "one", fails=SettingsError)
     assert "tiny_data, tiny_model, tiny_optimizer came as Python objects" in told
     assert "fundamentallm compare" in told
@@ -893,12 +975,12 @@ def test_a_run_that_was_continued_says_so(copies, tmp_path):
 
 
 def test_data_that_are_no_longer_the_same_are_named(copies, tmp_path):
-    assert data_told(Kept(8, {}, "small"), SimpleNamespace(data=TinySamples(4, "cpu"))) == [
+    assert data_change(Saved(8, {}, "small"), SimpleNamespace(data=TinySamples(4, "cpu"))) == [
         "data: are not what they were: their fingerprint was small, is tiny"
     ]
-    assert data_told(Kept(8, {}, "tiny"), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
-    assert data_told(saved(copies[1]), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
-    assert saved(copies[1]).data == "tiny"
+    assert data_change(Saved(8, {}, "tiny"), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
+    assert data_change(newest_saved(copies[1]), SimpleNamespace(data=TinySamples(4, "cpu"))) == []
+    assert newest_saved(copies[1]).data == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -911,7 +993,7 @@ def test_data_that_are_no_longer_the_same_are_named(copies, tmp_path):
         '{"plugins": {"a": 1}}',
     ],
 )
-def test_an_environment_that_tells_nothing_ends_no_repetition(copies, tmp_path, text):
+def test_a_damaged_environment_does_not_prevent_a_rerun(copies, tmp_path, text):
     (copies[0] / "environment.json").write_text(text)
     told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
     assert told.endswith("the run is reproduced\n")
@@ -945,7 +1027,7 @@ def test_a_file_is_no_folder_to_train_into(copies):
 
 
 def test_the_commands_import_nothing_heavy():
-    code = "import sys, fundamentallm_runs.comparing, fundamentallm_runs.listing, fundamentallm_runs.repeating; print(*sys.modules)"
+    code = "import sys, fundamentallm_runs.cli, fundamentallm_runs.list_runs, fundamentallm_runs.compare, fundamentallm_runs.rerun; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True
     )

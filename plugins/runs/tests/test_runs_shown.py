@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from fundamentallm import SettingsError
-from fundamentallm_runs import comparing, tables
-from fundamentallm_runs.comparing import compare
+from fundamentallm_runs import compare as comparing
+from fundamentallm_runs import tables
+from fundamentallm_runs.cli import compare, runs, watch
+from fundamentallm_runs.console_io import replace_unknown_characters
 from fundamentallm_runs.curves import Curve, drawn
-from fundamentallm_runs.listing import runs, watch
-from fundamentallm_runs.streams import take_any_text
 
 
 def made(folder: Path, seed: int = 1) -> Path:
@@ -56,7 +56,7 @@ def drawing(told):
     return told[told.index("┌") :]
 
 
-def test_runs_of_the_same_name_are_told_apart_in_table_and_drawing(tmp_path, monkeypatch):
+def test_runs_of_the_same_name_have_different_names_in_table_and_drawing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = said(compare, made(Path("a/one")), made(Path("b/one"), 2))
     assert re.search("^setting +a/one +b/one", told, re.MULTILINE)
@@ -78,7 +78,7 @@ def test_a_run_that_is_given_twice_is_drawn_once(tmp_path):
 def test_a_link_to_a_run_keeps_the_name_it_has(tmp_path):
     made(tmp_path / "run-7")
     (tmp_path / "latest").symlink_to("run-7")
-    assert re.search("^latest +finished", said(runs, tmp_path), re.MULTILINE)
+    assert re.search("^latest +killed", said(runs, tmp_path), re.MULTILINE)
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
@@ -100,7 +100,7 @@ def test_of_any_number_of_runs_every_value_is_shown_whole_in_any_width(
 def test_in_a_narrow_terminal_no_value_of_the_list_is_cut(tmp_path, monkeypatch):
     made(tmp_path / "a-run-of-some-name")
     told = shown(40, monkeypatch, runs, tmp_path)
-    assert {"a-run-of-some-name", "finished", "100%", "0.25"} <= set(told.split())
+    assert {"a-run-of-some-name", "killed", "100%", "0.25"} <= set(told.split())
     assert "…" not in told
 
 
@@ -224,4 +224,4 @@ def test_no_name_is_beyond_any_encoding(tmp_path, words):
 
 def test_an_output_that_is_no_stream_of_text_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    take_any_text()
+    replace_unknown_characters()

@@ -13,7 +13,7 @@ import attrs
 import orjson
 
 PART = 1 << 16  # bytes that are parsed at once
-LATEST = 1e12  # Unix seconds: no row is of a later time, and none can be drawn
+LATEST = 1e12  # Unix time in seconds: no row can have a later one
 _STEP, _TOKENS, _TIME, _METRICS = map(itemgetter, ("step", "tokens", "time", "metrics"))
 
 
@@ -29,8 +29,7 @@ class Row(NamedTuple):
 
 @attrs.frozen
 class Block:
-    """The rows that have the same metrics: their places among all rows, and their values one row
-    after the other."""
+    """The rows with the same metrics: their places among all rows, and their values, row by row."""
 
     places: array[int] = attrs.field(factory=lambda: array("q"))
     values: array[float] = attrs.field(factory=lambda: array("d"))
@@ -38,7 +37,7 @@ class Block:
 
 @attrs.frozen
 class Columns:
-    """All rows of a run, in eight bytes for each number; nothing is done per number in Python."""
+    """All rows of a run as columns, with eight bytes and no Python call for each number."""
 
     steps: list[int] = attrs.field(factory=list)
     tokens: list[int] = attrs.field(factory=list)
@@ -55,15 +54,15 @@ class Columns:
         self.times.append(row.time)
 
     def add_all(self, rows: list[Any]) -> None:
-        """Append the rows of some lines, with nothing done per row in Python; raise, and append
-        none, if one of them is not as a logger writes it, all of whose numbers are finite."""
+        """Append the rows of some lines, without a Python call per row. If one of them is not as a
+        logger writes it, with finite numbers, raise an error and append none."""
         steps, tokens = list(map(_STEP, rows)), list(map(_TOKENS, rows))
         times = array("d", map(_TIME, rows))
         if {*map(type, steps), *map(type, tokens)} != {int}:
-            raise TypeError("a step or a count that is no integer")
+            raise TypeError("a step or a count is no integer")
         if not -LATEST < min(times) <= max(times) < LATEST:
-            raise ValueError("a time that is none")
-        stretches = []  # rows with the same metrics, one behind the other
+            raise ValueError("a time is out of range")
+        stretches = []  # consecutive rows with the same metrics
         for names, following in groupby(map(_METRICS, rows), tuple):
             metrics = list(following)
             values = array("d", chain.from_iterable(map(dict.values, metrics)))
@@ -90,7 +89,7 @@ class Columns:
         return {name for names in self._blocks for name in names}
 
     def parts(self, metric: str) -> list[tuple[array[int], array[float]]]:
-        """Return what ``series`` does in parts, each in order: putting them together takes time."""
+        """Return the values of ``series`` in ordered parts, which saves the time of merging."""
         return [
             (block.places, block.values[names.index(metric) :: len(names)])
             for names, block in self._blocks.items()
@@ -107,7 +106,7 @@ class Columns:
 
 
 def gathered(path: Path) -> Columns:
-    """Return the columns of a metrics file; what is not a whole line is passed over."""
+    """Return the columns of a metrics file; skip lines that are no whole rows."""
     columns = Columns()
     if not path.exists():
         return columns
@@ -115,23 +114,23 @@ def gathered(path: Path) -> Columns:
         while lines := file.readlines(PART):
             try:
                 columns.add_all(_together(lines))
-            except (ArithmeticError, LookupError, TypeError, ValueError):  # so one by one
+            except (ArithmeticError, LookupError, TypeError, ValueError):  # then parse line by line
                 for row in filter(None, map(parsed, lines)):
                     columns.add(row)
     return columns
 
 
 def _together(lines: list[bytes]) -> list[Any]:
-    """Return the values of lines that are parsed at once, which is quicker than each of them."""
-    # The ends of the lines stay: in JSON, no string that was cut short goes on behind one.
+    """Parse all lines at once, which is quicker than one by one."""
+    # The line ends stay: in JSON, a truncated string cannot continue after one.
     values: list[Any] = orjson.loads(b"[" + b",".join(lines) + b"]")
     if len(values) != len(lines):
-        raise ValueError("a line that is not one value")
+        raise ValueError("a line is not one value")
     return values
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a metrics file; what is not a whole line is passed over."""
+    """Yield the rows of a metrics file; skip lines that are no whole rows."""
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -146,7 +145,7 @@ def parsed(line: bytes) -> Row | None:
     try:
         kept = orjson.loads(line)
         numbers = kept["metrics"]
-        if {*map(type, numbers.values())} != {float}:  # integers, and what is no number in JSON
+        if {*map(type, numbers.values())} != {float}:  # integers, NaN and infinity
             numbers = {n: float("nan" if v is None else v) for n, v in numbers.items()}
         step, tokens, time = kept["step"], kept["tokens"], kept["time"]
         if {type(step), type(tokens)} != {int} or not abs(time) < LATEST:

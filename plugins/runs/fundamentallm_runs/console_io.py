@@ -1,4 +1,4 @@
-"""What goes into the commands, and out of them."""
+"""Check numbers of the command line; let standard output accept any text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 def number(context: Context, parameter: Parameter, value: float) -> float:
-    """Refuse what is in no range, and passes for being in every one."""
+    """Refuse NaN, which click's ranges accept."""
     if math.isnan(value):
         raise click.BadParameter("nan is not a number", context, parameter)
     return value
 
 
-def take_any_text() -> None:
-    """Let standard output take any text: what its encoding lacks comes out as a question mark, such
-    as the bytes of a file name that are no text."""
+def replace_unknown_characters() -> None:
+    """Print a question mark for each character that the encoding of standard output lacks, such as
+    the bytes of a file name that are no text."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
