@@ -41,8 +41,8 @@ def plugin(cls: C) -> C:
     - ``produces``: metric names (or ``*`` patterns) it logs, so that a ``monitor`` finds them.
     - ``has_epochs``: whether the data it builds has epochs; a property may answer by the settings.
     - ``changeable``: settings that may be given another value while a run goes on.
-    - ``free``: of a plugin that decides what data or model are, the settings that may still be
-      others when a run is resumed.
+    - ``free``: of a plugin that changes data or weights, the settings (names or patterns) that
+      may still differ when a run is resumed; ``("*",)``: it may also be added and removed.
     - ``speaks_for_all``: exclusive hooks that one instance answers for all instances of the class.
     """
     # Equality by value would make pluggy take two equal instances for one.

@@ -24,6 +24,8 @@ class ActivationCheckpointing:
     """
 
     role = "training"
+    # A resumed run may add, change or remove it: the gradients are the same bits.
+    free = ("*",)
 
     mode: Literal["full", "selective"] = "full"
     """`full` recomputes the whole block; `selective` stores the results of matrix products and

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 import click
 
-from fundamentallm import SettingsError, StorageError, compose
+from fundamentallm import SettingsError, StorageError, compose, folder
 from fundamentallm_checkpoint import run_id
 from fundamentallm_checkpoint.storage import directory, manifest, retention
 from fundamentallm_checkpoint.storage.manifest import Manifest, NewerFormatError, UnsoundError
@@ -96,7 +96,7 @@ def rows(run: Path, *, verify: bool) -> list[Row]:
 
     ``verify`` reads every byte. Raises ``SettingsError`` if ``run`` is not a run folder.
     """
-    if not (run / "settings.toml").is_file() and not (run / "checkpoints").is_dir():
+    if not folder.is_run(run) and not (run / folder.CHECKPOINTS).is_dir():
         raise SettingsError(f"{run}: is not a run folder: it has neither settings nor checkpoints")
     known = run_id.read_id(run)
     return [
@@ -108,7 +108,7 @@ def rows(run: Path, *, verify: bool) -> list[Row]:
 
 def _homes(run: Path, known: str) -> dict[Path, tuple[str, Rules]]:
     """Return the folders of all instances, listed or not, with their names and rules."""
-    found = {run / "checkpoints": ("checkpoint", _DEFAULT_RULES)}
+    found = {run / folder.CHECKPOINTS: ("checkpoint", _DEFAULT_RULES)}
     found |= {home: (_name(run, home), _DEFAULT_RULES) for home in run_id.homes(run)[1:]}
     return found | _listed(run, known)
 
@@ -121,7 +121,7 @@ def _listed(run: Path, known: str) -> dict[Path, tuple[str, Rules]]:
     from fundamentallm_checkpoint import Checkpoint
 
     try:
-        plugins = compose(run / "settings.toml").plugins
+        plugins = compose(run / folder.SETTINGS).plugins
     except SettingsError:  # the checkpoints can be listed without them
         return {}
     return {
@@ -133,31 +133,31 @@ def _listed(run: Path, known: str) -> dict[Path, tuple[str, Rules]]:
 
 def _rows(home: Path, prefix: str, rules: Rules, how: tuple[str, bool]) -> Iterator[Row]:
     known, verify = how
-    there = sorted(directory.folders(home), key=lambda folder: folder.name)
-    newer = {folder: str(error) for folder in there if (error := _newer(folder))}
-    read = {f: (None, "") if f in newer else _read(f, verify=verify) for f in there}
+    there = sorted(directory.folders(home), key=lambda path: path.name)
+    newer = {path: str(error) for path in there if (error := _newer(path))}
+    read = {p: (None, "") if p in newer else _read(p, verify=verify) for p in there}
     others = set(directory.split_by_owner(read, known)[1])
     sound = [
         facts
-        for folder, (facts, problem) in read.items()
-        if facts is not None and not problem and folder not in others
+        for path, (facts, problem) in read.items()
+        if facts is not None and not problem and path not in others
     ]
     best = retention.ranked(sound, rules)[:1]
-    for folder, (facts, problem) in read.items():
+    for path, (facts, problem) in read.items():
         yield Row(
-            name=prefix + folder.name,
+            name=prefix + path.name,
             facts=facts,
             rules=rules,
             best=facts in best,
-            other_run=folder in others,
+            other_run=path in others,
             problem=problem,
-            newer=newer.get(folder, ""),
+            newer=newer.get(path, ""),
         )
 
 
-def _newer(folder: Path) -> NewerFormatError | None:
+def _newer(checkpoint: Path) -> NewerFormatError | None:
     try:
-        manifest.read(folder)
+        manifest.read(checkpoint)
     except NewerFormatError as error:
         return error
     except UnsoundError:
@@ -165,12 +165,12 @@ def _newer(folder: Path) -> NewerFormatError | None:
     return None
 
 
-def _read(folder: Path, *, verify: bool) -> tuple[Manifest | None, str]:
+def _read(checkpoint: Path, *, verify: bool) -> tuple[Manifest | None, str]:
     facts = None
     try:
-        facts = manifest.read(folder)
+        facts = manifest.read(checkpoint)
         if verify:
-            manifest.verify(folder, facts)
+            manifest.verify(checkpoint, facts)
     except UnsoundError as error:
         return facts, str(error)
     return facts, ""

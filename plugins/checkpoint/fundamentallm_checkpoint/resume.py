@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
 from fundamentallm import DataError, SettingsError, StorageError, command_line
 from fundamentallm_checkpoint import run_id, settings_diff
@@ -125,7 +126,7 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
         return None
     for instance in instances.values():
         instance.run_id = loaded.manifest.run
-    record = loaded.snapshot.pop("settings", None)
+    record = loaded.snapshot.pop("settings")
     if resumes:
         _compare(instances, run, loaded, record)
     log.info("loaded %s", loaded.folder)
@@ -223,20 +224,47 @@ def _manifest(folder: Path) -> Manifest | None:
 
 
 def _compare(
-    instances: dict[str, Checkpoint], run: Run, loaded: Loaded, record: dict[str, Any] | None
+    instances: dict[str, Checkpoint], run: Run, loaded: Loaded, record: dict[str, Any]
 ) -> None:
     """Log what has changed since the checkpoint; raise ``SettingsError`` for what must not."""
     allowed = [pattern for one in instances.values() for pattern in one.allow_changes]
     # The setting that allows a change is not itself worth a line.
     own = {f"{name}.allow_changes" for name in instances}
-    found = [] if record is None else settings_diff.between(record, run)
-    found = [change for change in found if change.key not in own]
+    found = [change for change in settings_diff.between(record, run) if change.key not in own]
     before, now = loaded.manifest.data[:12], run.data.fingerprint[:12]
     if loaded.manifest.data != run.data.fingerprint:
         found.append(settings_diff.Change("data", before, now, binds=True))
-    settings_diff.check(found, allowed, f"{next(iter(instances))}.allow_changes")
+    # Compared only with such a change: without one, the core reports what does not fit.
+    misfit = _misfit(run, loaded.snapshot) if any(change.binds for change in found) else ""
+    settings_diff.check(found, allowed, f"{next(iter(instances))}.allow_changes", misfit)
     for change in found if run.rank == 0 else ():
         log.log(logging.WARNING if change.binds else logging.INFO, "%s", change)
+
+
+def _misfit(run: Run, snapshot: Snapshot) -> str:
+    """Return why the snapshot cannot be loaded into this model and optimizer; empty if it can."""
+    saved, now = (_shapes(state) for state in (snapshot["model"], run.model.state_dict()))
+    differing = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if differing:
+        name = differing[0]
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        return (
+            f"the checkpoint's weights do not fit the model: {name} has"
+            f" {saved.get(name, 'no tensor')} in the checkpoint and {now.get(name, 'no tensor')} in"
+            f" the model{more}"
+        )
+    kind, optimizer = snapshot["optimizer_class"], str(type(run.optimizer))
+    if kind != optimizer:
+        return f"the checkpoint has the state of {kind}, which {optimizer} cannot load"
+    return ""
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"shape {[*value.shape]}"
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _warn_of_other_runs(folder: Path | None, run: Run, known: str) -> None:

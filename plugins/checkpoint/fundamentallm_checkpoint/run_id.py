@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import tomli_w
 
 from fundamentallm import StorageError
+from fundamentallm import folder as run_folder
 from fundamentallm_checkpoint.storage import directory, durable_files
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fundamentallm")
 
-FILE, FOLDERS, SETTINGS = "run-id", "checkpoint-folders", "settings.toml"
+FILE, FOLDERS, SETTINGS = "run-id", run_folder.ELSEWHERE, run_folder.SETTINGS
 _FORM = re.compile(r"[0-9a-f]{8,64}")
 _LIMIT = 2**20  # bytes
 
@@ -99,32 +100,32 @@ def other_runs(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("*/") if _FORM.fullmatch(path.name))
 
 
-def homes(run_folder: Path) -> list[Path]:
+def homes(folder: Path) -> list[Path]:
     """Return all folders that may hold checkpoints of a run, those in the run folder first.
 
     They include those of instances and settings that the run no longer has.
     """
-    own = run_folder / "checkpoints"
-    return list(dict.fromkeys([own, *directory.homes_below(own), *_noted(run_folder)]))
+    own = folder / run_folder.CHECKPOINTS
+    return list(dict.fromkeys([own, *directory.homes_below(own), *_noted(folder)]))
 
 
-def note_home(run_folder: Path, home: Path) -> None:
+def note_home(folder: Path, home: Path) -> None:
     """Record a folder outside of the run folder that holds checkpoints of the run, durably.
 
     A run whose settings change can then still resume from it.
     """
-    home, known = home.absolute(), _noted(run_folder)
-    if home.is_relative_to(run_folder.absolute()) or home in known:
+    home, known = home.absolute(), _noted(folder)
+    if home.is_relative_to(folder.absolute()) or home in known:
         return
     lines = b"".join(os.fsencode(path) + b"\n" for path in [*known, home])
     try:
-        durable_files.replace(run_folder / FOLDERS, lines)
+        durable_files.replace(folder / FOLDERS, lines)
     except OSError as error:
         raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
 
-def _noted(run_folder: Path) -> list[Path]:
-    path = run_folder / FOLDERS
+def _noted(folder: Path) -> list[Path]:
+    path = folder / FOLDERS
     try:
         lines = durable_files.read(path, _LIMIT).splitlines()
     except FileNotFoundError:

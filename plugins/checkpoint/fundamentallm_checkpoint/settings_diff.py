@@ -1,29 +1,37 @@
-"""What has changed in a run's settings since a checkpoint, and whether it may."""
+"""Compare a run's settings with those of a checkpoint, and refuse what makes it another run.
+
+What a plugin does to weights and data decides, by its ``role``: a run whose data, model, optimizer
+or way of updating the weights has changed would not end with the same weights. Plugins of other
+roles (loggers, validation, samples, averages) may be added, removed and changed.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fundamentallm import Period, SettingsError, hook_methods, setting_fields
+from fundamentallm import Period, SettingsError, matches, role_of, setting_fields
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from fundamentallm import Run
 
-BUILDS = {"build_data", "build_tokenizer", "build_model", "adapt_model"}
+BINDING_ROLES = {"data", "model", "optimizer", "training"}
 UNSET = "(not set)"
+LISTED, NOT_LISTED = "listed", "not listed"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @attrs.frozen
 class Change:
-    """One setting that is not what it was; ``binds``: a run that goes on with it is another."""
+    """One setting that differs. With ``binds`` the change makes the run another one.
+
+    ``key`` is the path of the setting, or the name of a plugin that was added or removed.
+    """
 
     key: str
     before: str
@@ -35,29 +43,76 @@ class Change:
 
 
 def record(run: Run) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the settings: all, and the keys of those that bind.
+    """Return what a checkpoint stores about the settings: all of them, and the keys that bind.
 
-    ``run.seed`` binds, and so do all settings of plugins that answer one of ``BUILDS``, but for
-    those that the class lists in ``free``; and which class such a plugin has.
+    These are ``run.seed``, and the name, the class and all settings of every plugin with one of
+    ``BINDING_ROLES``, except for the settings that its class lists in ``free``; ``free = ("*",)``
+    also lets the plugin be added and removed.
     """
     tables = {**run.tables, "plugins": sorted(run.plugins)}
     binding = {"run.seed"}
     for name, instance in run.plugins.items():
-        if _builds(instance):
+        if role_of(instance) in BINDING_ROLES:
             cls = type(instance)
+            # A local file may have another class under the same name.
             tables[name] = tables.get(name, {}) | {"class": f"{cls.__module__}.{cls.__qualname__}"}
-            binding |= {f"{name}.{key}" for key in _flat(tables[name]) if not _is_free(cls, key)}
+            keys = [name, *(f"{name}.{key}" for key in _flat(tables[name]))]
+            binding |= {key for key in keys if not _is_free(run, key)}
     return {"tables": tables, "binding": sorted(binding)}
 
 
 def between(before: Mapping[str, Any], run: Run) -> list[Change]:
-    """Return what changed since ``before``, a ``record``."""
+    """Return what changed since ``before``, a ``record``: first plugins, then settings."""
     now = record(run)
-    old, new = _flat(before["tables"]), _flat(now["tables"])
-    # A setting that a later version of a plugin has besides means, by default, what was before.
-    old = {key: text for key, text in _defaults(run).items() if new.get(key) == text} | old
-    gone = {key for key in before["binding"] if key not in new and not _is_freed(run, key)}
-    binding = gone.union(now["binding"])
+    was, listed = set(before["tables"]["plugins"]), set(run.plugins)
+    binding = {key for key in before["binding"] if not _is_free(run, key)} | {*now["binding"]}
+    found = [
+        Change(
+            name,
+            LISTED if name in was else NOT_LISTED,
+            LISTED if name in listed else NOT_LISTED,
+            name in binding,
+        )
+        for name in sorted(was ^ listed)
+    ]
+    old, new = ({k: v for k, v in one["tables"].items() if k != "plugins"} for one in (before, now))
+    for name in was ^ listed:  # one line is enough for all its settings
+        old.pop(name, None)
+        new.pop(name, None)
+    return [*found, *_changed(_flat(old), _flat(new), _defaults(run), binding)]
+
+
+def is_allowed(change: Change, allowed: Collection[str]) -> bool:
+    """Return whether a change keeps the run what it was, or the user allows it."""
+    return not change.binds or matches(change.key, allowed)
+
+
+def check(
+    changes: Collection[Change], allowed: Collection[str], setting: str, misfit: str = ""
+) -> None:
+    """Raise ``SettingsError`` with every change that is refused; ``setting`` would allow it.
+
+    ``misfit`` says why the checkpoint cannot be loaded at all after these changes. Then no setting
+    helps, so none is advised.
+    """
+    if misfit:
+        binding = [str(change) for change in changes if change.binds]
+        raise SettingsError([*binding, f"{misfit}: undo the changes above, or start a new run"])
+    refused = [change for change in changes if not is_allowed(change, allowed)]
+    if refused:
+        wanted = json.dumps([*allowed, *(change.key for change in refused)])
+        advice = (
+            "with these changes the run would not be the one that the checkpoint is from: undo"
+            f" them, or start a new run. To resume all the same: --set '{setting}={wanted}'"
+        )
+        raise SettingsError([*map(str, refused), advice])
+
+
+def _changed(
+    old: dict[str, str], new: dict[str, str], defaults: dict[str, str], binding: set[str]
+) -> list[Change]:
+    # A setting that only a newer version of a plugin has means, by default, what was before.
+    old = {key: text for key, text in defaults.items() if new.get(key) == text} | old
     return [
         Change(key, old.get(key, UNSET), new.get(key, UNSET), key in binding)
         for key in sorted(old.keys() | new.keys())
@@ -65,34 +120,13 @@ def between(before: Mapping[str, Any], run: Run) -> list[Change]:
     ]
 
 
-def is_allowed(change: Change, allowed: Collection[str]) -> bool:
-    """Tell whether a change is of no harm, or one of those that are made on purpose."""
-    return not change.binds or any(fnmatchcase(change.key, pattern) for pattern in allowed)
-
-
-def check(changes: Collection[Change], allowed: Collection[str], setting: str) -> None:
-    """Raise ``SettingsError`` naming every change that may not be; ``setting`` allows some."""
-    refused = [change for change in changes if not is_allowed(change, allowed)]
-    if refused:
-        wanted = json.dumps([*allowed, *(change.key for change in refused)])
-        advice = (
-            "a run that goes on with this is another one than its checkpoint's: undo it, or start a"
-            f" new run. To go on all the same: --set '{setting}={wanted}'"
-        )
-        raise SettingsError([*map(str, refused), advice])
-
-
-def _builds(instance: object) -> bool:
-    return not BUILDS.isdisjoint(hook for hook, *_ in hook_methods(type(instance)))
-
-
-def _is_free(cls: type, key: str) -> bool:
-    return key.partition(".")[0] in ("plugin", *getattr(cls, "free", ()))
-
-
-def _is_freed(run: Run, key: str) -> bool:
+def _is_free(run: Run, key: str) -> bool:
+    """Return whether the class of a listed plugin leaves a key free; one that is gone does not."""
     name, _, rest = key.partition(".")
-    return name in run.plugins and _is_free(type(run.plugins[name]), rest)
+    if name not in run.plugins:
+        return False
+    free = ("plugin", *getattr(type(run.plugins[name]), "free", ()))
+    return matches(rest.partition(".")[0], free)
 
 
 def _defaults(run: Run) -> dict[str, str]:
@@ -119,7 +153,8 @@ def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, str]:
             found |= _flat(value, f"{above}{name}.")
         elif value is not None:
             text = json.dumps(value, ensure_ascii=False, default=str)
-            found[above + name] = _ADDRESS.sub("", text)  # of an object that was given in Python
+            # An object given in Python has another address in every process.
+            found[above + name] = _ADDRESS.sub("", text)
     return found
 
 

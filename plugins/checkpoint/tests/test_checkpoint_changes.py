@@ -7,12 +7,15 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from fundamentallm import Period, SettingsError, field, hookimpl, plugin, table
-from fundamentallm.testing import Recorder, TinyData, TinyModel, TinyRun
+from fundamentallm.testing import Recorder, TinyData, TinyModel, TinyOptimizer, TinyRun
 from fundamentallm_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fundamentallm import Data, Run
 
 TWO = Period(2)
@@ -142,30 +145,127 @@ def test_a_plugin_that_adapts_the_model_must_stay(tiny_run: TinyRun) -> None:
             pass
 
     tiny_run(Checkpoint(every=TWO), Freezes(), length=4)
-    with pytest.raises(SettingsError, match=r"freezes\.rank: 4 → \(not set\)"):
+    with pytest.raises(SettingsError, match=r"^freezes: listed → not listed\n"):
         tiny_run(Checkpoint(every=TWO), length=6)
+    with pytest.raises(SettingsError, match=r"^freezes\.rank: 4 → 5\n"):
+        tiny_run(Checkpoint(every=TWO), Freezes(rank=5), length=6)
 
 
-def test_what_only_looks_may_come_and_go(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+@plugin
+class Halves:
+    """Halve the gradients: a plugin whose hooks imply the role "training"."""
+
+    by: float = 2.0
+    """What to divide by."""
+
+    @hookimpl
+    def edit_gradients(self, run: Run) -> None:
+        for parameter in run.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self.by
+
+
+@plugin
+class Waits(Halves):
+    """Act on a step that goes wrong only, so that it may come and go."""
+
+    free = ("*",)
+
+
+@plugin
+class Watches:
+    """Surround the model's forward pass without changing it."""
+
+    role = "observer"
+
+    often: int = 4
+    """How often."""
+
+    @hookimpl(wrapper=True)
+    def build_model(self) -> Iterator[None]:
+        return (yield)
+
+    @hookimpl(wrapper=True)
+    def forward(self) -> Iterator[None]:
+        return (yield)
+
+
+@pytest.mark.parametrize("added", [Watches, Waits])
+def test_a_plugin_that_changes_no_weights_may_be_added_changed_and_removed(
+    added: type, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = added.__name__.lower()
+    caplog.set_level(logging.INFO)
+    tiny_run(Checkpoint(every=TWO), length=4)
+    tiny_run(Checkpoint(every=TWO), added(), length=5)
+    setting = "often" if added is Watches else "by"
+    tiny_run(Checkpoint(every=TWO), added(**{setting: 8}), length=6)
+    tiny_run(Checkpoint(every=TWO), length=7)
+    found = {text: level for text, level in lines(caplog).items() if text.startswith(name)}
+    assert set(found.values()) == {logging.INFO}
+    assert {f"{name}: not listed → listed", f"{name}: listed → not listed"} < found.keys()
+    assert any(text.startswith(f"{name}.{setting}: ") for text in found)
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "changed"])
+def test_a_plugin_that_changes_gradients_is_refused_until_its_change_is_allowed(
+    change: str, tiny_run: TinyRun
+) -> None:
+    before = [] if change == "added" else [Halves()]
+    after = {"added": [Halves()], "removed": [], "changed": [Halves(by=4.0)]}[change]
+    tiny_run(Checkpoint(every=TWO), *before, length=4)
+    with pytest.raises(SettingsError, match=r"^halves") as caught:
+        tiny_run(Checkpoint(every=TWO), *after, length=6)
+    key = "halves.by" if change == "changed" else "halves"
+    assert f"--set 'checkpoint.allow_changes=[\"{key}\"]'" in caught.value.problems[-1]
+    allowing = Checkpoint(every=TWO, allow_changes=[key])
+    assert tiny_run(allowing, *after, length=6).progress.step == 6
+
+
+@plugin
+class Wide(TinyModel):
+    """A model whose weights have the shape that a setting says."""
+
+    width: int = 4
+    """The width of the layer that is added."""
+
+    @hookimpl
+    def build_model(self) -> torch.nn.Module:
+        model = super().build_model()
+        model.register_parameter("more", torch.nn.Parameter(torch.zeros(self.width)))
+        return model
+
+
+@pytest.mark.parametrize("allowed", [[], ["wide.*", "run.seed"]])
+def test_no_override_is_advised_where_the_weights_cannot_fit(
+    allowed: list[str], tiny_run: TinyRun
+) -> None:
+    tiny_run(Checkpoint(every=TWO), Wide(), length=4)
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Checkpoint(every=TWO, allow_changes=allowed), Wide(width=5), length=6, seed=7)
+    *changes, reason = caught.value.problems
+    assert changes == ["run.seed: 1337 → 7", "wide.width: 4 → 5"]
+    assert "more has shape [4] in the checkpoint and shape [5] in the model" in reason
+    assert reason.endswith("undo the changes above, or start a new run")
+    assert "allow_changes" not in reason
+
+
+def test_no_override_is_advised_for_an_optimizer_that_cannot_load_the_state(
+    tiny_run: TinyRun,
 ) -> None:
     @plugin
-    class Looks:
-        """Looks on."""
-
-        often: int = 4
-        """How often."""
+    class Other(TinyOptimizer):
+        """Another class of optimizer."""
 
         @hookimpl
-        def on_log(self) -> None:
-            pass
+        def build_optimizer(self, run: Run) -> torch.optim.Optimizer:
+            return torch.optim.SGD(run.parameters, lr=0.1)
 
-    caplog.set_level(logging.INFO)
-    tiny_run(Checkpoint(every=TWO), Looks(), length=4)
-    tiny_run(Checkpoint(every=TWO), length=5)
-    tiny_run(Checkpoint(every=TWO), Looks(), length=6)
-    told = [text for text in lines(caplog) if text.startswith("plugins")]
-    assert len(told) == 2
+    tiny_run(Checkpoint(every=TWO), length=4)
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Checkpoint(every=TWO), Other(), length=6)
+    assert "has the state of <class 'torch.optim.adamw.AdamW'>" in caught.value.problems[-1]
+    assert "allow_changes" not in str(caught.value)
 
 
 def test_other_data_are_refused(tiny_run: TinyRun) -> None:

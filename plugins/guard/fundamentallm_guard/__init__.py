@@ -39,6 +39,8 @@ class Guard:
     """
 
     role = "training"
+    # A resumed run may add, change or remove it: it acts only on steps that go wrong.
+    free = ("*",)
 
     produces: ClassVar[tuple[str, ...]] = ("guard/skipped", "guard/rewinds")
 

@@ -42,7 +42,8 @@ def publish(
     """
     target = home / folder_name(draft.step)
     work = home / f"{TMP}{draft.step:08d}-{secrets.token_hex(4)}"
-    if owner(target) not in (None, draft.run):
+    # Exists only if a person put it there, or a run repeats the step that it resumed from.
+    if target.exists() and owner(target) not in (None, draft.run):
         raise StorageError(
             f"{target} is a checkpoint of another run and is not overwritten: move it away"
         )
