@@ -77,10 +77,70 @@ def test_plugins_import_from_the_core_its_face_alone_and_never_each_other():
             assert not parts[0].startswith("fundamentallm_") or parts[0] == own, (path, name)
 
 
-def test_nobody_uses_what_a_dependency_keeps_to_itself():
-    private = re.compile(r"(torch|pluggy|attrs|cattrs|mlflow|rich|click|tokenizers)\b.*\._[a-z]")
+def foreign_names(tree: ast.Module) -> set[str]:
+    """Return the names in a module that imports of dependencies bind."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound = {a.asname or a.name.partition(".")[0]: a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            bound = {a.asname or a.name: str(node.module) for a in node.names}
+        else:
+            continue
+        found |= {name for name, module in bound.items() if is_dependency(module)}
+    return found
+
+
+def is_dependency(module: str) -> bool:
+    top = module.partition(".")[0]
+    return top not in sys.stdlib_module_names and not top.startswith("fundamentallm")
+
+
+def underscore_uses(text: str) -> list[str]:
+    """Return the underscore names of dependencies that a module imports or reads an attribute of.
+
+    Dunder names are public, and so are torch's documented ``_foreach_`` operations.
+    """
+    tree = ast.parse(text)
+    private, foreign, found = re.compile(r"_(?!_|foreach_)"), foreign_names(tree), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            words = [(a.name, a.name.split(".")) for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            module = str(node.module)
+            words = [(f"{module}.{a.name}", [*module.split("."), a.name]) for a in node.names]
+        elif isinstance(node, ast.Attribute):
+            root: ast.expr = node.value
+            while isinstance(root, ast.Attribute | ast.Call):
+                root = root.value if isinstance(root, ast.Attribute) else root.func
+            known = isinstance(root, ast.Name) and root.id in foreign
+            found += [ast.unparse(node)] if known and private.match(node.attr) else []
+            continue
+        else:
+            continue
+        found += [
+            name for name, parts in words if is_dependency(name) and any(map(private.match, parts))
+        ]
+    return found
+
+
+def test_no_module_uses_an_underscore_name_of_a_dependency():
     for path in [*CORE, *OUR_HOST, *MODULES]:
-        assert [name for name in imports(path) if private.match(name)] == [], path
+        assert underscore_uses(path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    ("text", "uses"),
+    [
+        ("import torch\ntorch._amp_update_scale_(a)", ["torch._amp_update_scale_"]),
+        ("import torch as t\nx = t.nn.Linear(1, 2)._buffers", ["t.nn.Linear(1, 2)._buffers"]),
+        ("from torch import nn\nnn.Module()._modules", ["nn.Module()._modules"]),
+        ("def f():\n    from pluggy._hooks import X", ["pluggy._hooks.X"]),
+        ("import torch\ntorch._foreach_norm(x)\ntorch.nn.__name__\nself._x\nsys._getframe()", []),
+    ],
+)
+def test_an_underscore_name_is_found_in_imports_and_attributes(text, uses):
+    assert underscore_uses(text) == uses
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
