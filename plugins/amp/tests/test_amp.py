@@ -423,12 +423,15 @@ def test_a_rewind_restores_the_scale_of_that_step(tiny_run: TinyRun) -> None:
 def test_a_second_run_of_the_same_object_starts_with_a_new_scale(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    amp = Amp(dtype="fp16", init_scale=64.0)
-    for name in ("first", "second"):
-        boosted = Boosted(boosts=[OVERFLOW, 1.0])
-        run = tiny_run(amp, boosted, length=2, log_every=1, run_dir=tmp_path / name)
-        assert column(run, "amp/scale") == [32.0, 32.0]
-        assert column(run, "amp/overflows") == [1, 1]
+    kept = Resume()
+    boosts = [OVERFLOW, 1.0]
+    tiny_run(Amp(dtype="fp16"), Boosted(boosts=boosts), kept, run_dir=tmp_path / "kept")
+    amp = Amp(dtype="fp16", init_scale=4.0)
+    tiny_run(amp, Boosted(), Resume(begin=kept.kept), length=8, run_dir=tmp_path / "resumed")
+    assert amp.overflows == 1
+    run = tiny_run(amp, Boosted(), length=2, log_every=1, run_dir=tmp_path / "fresh")
+    assert column(run, "amp/scale") == [4.0, 4.0]
+    assert column(run, "amp/overflows") == [0, 0]
 
 
 def test_a_resumed_run_continues_the_scale_with_the_growth_rule_of_its_settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fundamentallm_text import Text
-    from fundamentallm_text.token_cache import Tokens
+    from fundamentallm_text.token_cache import TokenCache, Tokens
     from fundamentallm_text.tokenizers import TextTokenizer
 
 FORMAT = 1
@@ -46,6 +47,21 @@ class Splits:
     tokenizer: TextTokenizer | None
     vocab_size: int
     """The ids that a model must have: those of the tokenizer, or more if the settings say so."""
+
+
+@dataclass
+class CorpusReader(ABC):
+    """What the readers of text and of token files have in common."""
+
+    settings: Text
+    cache: TokenCache
+    report: Report
+    tokenizer: TextTokenizer | None = None
+    """The tokenizer that the run has recorded; None for the one that the settings ask for."""
+
+    @abstractmethod
+    def read(self) -> Splits:
+        """Return the tokens of every split; raise ``DataError`` for files that cannot be used."""
 
 
 def padded_vocab_size(own: int, wanted: int | None) -> int:

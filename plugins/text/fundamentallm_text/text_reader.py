@@ -14,6 +14,7 @@ from fundamentallm_text import files
 from fundamentallm_text.chunking import chunks, decode_file, group_chunks
 from fundamentallm_text.splits import (
     MAIN_SPLIT,
+    CorpusReader,
     Split,
     Splits,
     cache_key,
@@ -35,31 +36,16 @@ from fundamentallm_text.tokenizers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from fundamentallm_text import Text
     from fundamentallm_text.files import FileRange
-    from fundamentallm_text.splits import Report
-    from fundamentallm_text.token_cache import TokenCache, Tokens
+    from fundamentallm_text.token_cache import Tokens
     from fundamentallm_text.tokenizers import TextTokenizer
 
 BPE_SIZE = 4096
 T = TypeVar("T")
 
 
-class TextReader:
+class TextReader(CorpusReader):
     """Reads the text that the settings name, and caches tokenizers and tokens."""
-
-    def __init__(
-        self,
-        settings: Text,
-        cache: TokenCache,
-        report: Report,
-        tokenizer: TextTokenizer | None = None,
-    ) -> None:
-        self.settings = settings
-        self.cache = cache
-        self.report = report
-        self.tokenizer = tokenizer
-        """The tokenizer to encode with; None for the one that the settings ask for."""
 
     def read(self) -> Splits:
         """Return the tokens of every split."""

@@ -12,6 +12,7 @@ from fundamentallm import DataError
 from fundamentallm_text.files import find
 from fundamentallm_text.splits import (
     MAIN_SPLIT,
+    CorpusReader,
     Split,
     Splits,
     cache_key,
@@ -22,33 +23,17 @@ from fundamentallm_text.token_cache import map_tokens
 from fundamentallm_text.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from fundamentallm_text import Text
-    from fundamentallm_text.splits import Report
-    from fundamentallm_text.token_cache import TokenCache, Tokens
-    from fundamentallm_text.tokenizers import TextTokenizer
+    from fundamentallm_text.token_cache import Tokens
 
 BLOCK = 1 << 22
 DTYPES = ("uint8", "uint16", "uint32", "int16", "int32", "int64")
 
 
-class TokenReader:
+class TokenReader(CorpusReader):
     """Reads the token files that the settings name.
 
     A single file is memory-mapped in place; several are joined once, in the cache.
     """
-
-    def __init__(
-        self,
-        settings: Text,
-        cache: TokenCache,
-        report: Report,
-        tokenizer: TextTokenizer | None = None,
-    ) -> None:
-        self.settings = settings
-        self.cache = cache
-        self.report = report
-        self.tokenizer = tokenizer
-        """The tokenizer of the files; None for the one that the settings name."""
 
     def read(self) -> Splits:
         """Return the tokens of every split."""
