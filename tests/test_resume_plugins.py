@@ -47,7 +47,17 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["sample", "ema", "throughput", "guard", "validation", "jsonl", "early_stopping"]
+    "name",
+    [
+        "sample",
+        "ema",
+        "throughput",
+        "guard",
+        "validation",
+        "jsonl",
+        "early_stopping",
+        "activation_checkpointing",
+    ],
 )
 def test_a_plugin_that_changes_nothing_that_was_trained_may_be_added(name: str, run: Path) -> None:
     resumed = train(recorded(run, ["run.length=4"], add=[name]), run_dir=run)

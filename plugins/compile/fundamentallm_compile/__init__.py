@@ -25,6 +25,7 @@ class Compile:
     """
 
     role = "training"
+    free = ("cache_dir",)
 
     scope: Literal["model", "blocks"] = "model"
     """`model` compiles the whole model at once, which makes the fastest code; `blocks` compiles one

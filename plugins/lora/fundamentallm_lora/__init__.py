@@ -28,6 +28,8 @@ class Lora:
     """
 
     role = "training"
+    # A resumed run has the base weights in its checkpoint.
+    free = ("base",)
 
     targets: list[str] = field(factory=lambda: ["*"])
     """Glob patterns on the names of the linear layers that get adapters (`*` also matches dots),
