@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fundamentallm import defaults, loop
+from fundamentallm.checks import Checks
 from fundamentallm.errors import (
     DataError,
     FundamentalError,
@@ -23,7 +24,7 @@ from fundamentallm.errors import (
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
-from fundamentallm.host import blame, freeze, register
+from fundamentallm.host import Shared, blame, freeze, register
 from fundamentallm.local_code import code_changes
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
@@ -152,7 +153,9 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     run.device = chosen
     registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
-    run.bind = partial(freeze, HOST, registry, muted=set[str]())
+    run.checks = Checks(registry, composed.brought)
+    shared = Shared(unchecked=run.checks.first_calls())
+    run.bind = partial(freeze, HOST, registry, shared=shared)
     run.hook = run.bind()
     return run, registry
 

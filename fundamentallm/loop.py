@@ -23,7 +23,7 @@ WEIGHT = attrgetter("weight")
 
 def train(run: Run) -> None:
     """Train until the run's length, a stop or a signal."""
-    splits = run.data.validation()
+    splits = run.checks.splits(run.data.validation())
     if run.settings.validate_every is not None and not splits:
         raise SettingsError("run.validate_every is set, but the data has no held-out split")
     run.ending = run.progress.closed and run.settings.length.reached(run.progress)
@@ -64,6 +64,7 @@ def train_step(run: Run, started: float) -> None:
     if applied:
         update(run)
     else:
+        run.rejected = run.checks.rejections(verdicts)
         run.forget_attempt()
     progress.advance(window, applied, time.perf_counter() - started)
     run.in_step = False
@@ -83,9 +84,11 @@ def train_window(run: Run, window: list[Batch]) -> None:
     # After the window was collected: what the data source drew must not change the step.
     run.generators.seed(run.step_seed, run.progress.applied)
     run.losses, run.window = [], list(filter(WEIGHT, window))
+    if not window:
+        raise run.checks.ended(run.progress.microbatches)
     if not run.window:
-        why = "no micro-batch of the window has a target" if window else "the data has ended"
-        raise DataError(f"step {run.progress.step + 1}: {why}")
+        step = run.progress.step + 1
+        raise DataError(f"step {step}: no micro-batch of the window has a target")
     total, last = hook.weigh_window(run=run, window=run.window), run.window[-1]
     for batch in run.window:
         run.weight = batch.weight

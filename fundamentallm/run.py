@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fundamentallm.checks import Checks
     from fundamentallm.data import Data, Loaded, Rejection, Tokenizer
     from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
@@ -58,6 +59,7 @@ class Run:
     base_lrs: list[float]
     hook: Hooks
     bind: Callable[..., Hooks]
+    checks: Checks
     tables: dict[str, Any]
     stream: Iterator[Batch]
     rank = 0
@@ -128,7 +130,7 @@ class Run:
     def reopen_data(self) -> None:
         """Begin the stream of micro-batches anew from where ``progress`` stands: what a plugin asks
         for in ``on_step_start`` when it has changed how the data is cut."""
-        self.stream = iter(self.data.batches(self.progress))
+        self.stream = self.checks.stream(self.data.batches(self.progress))
 
     @contextmanager
     def evaluating(self, split: str | None = None) -> Iterator[None]:
@@ -173,6 +175,8 @@ class Run:
             for index, batch in enumerate(batches):
                 if self.signal is not None:
                     return
+                if index == 0:
+                    self.checks.batch(batch, self.device, f"validation()[{split!r}]")
                 if batch.weight:  # a mean over no target would not be a number
                     self.weight = batch.weight
                     yield split, batch

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from fundamentallm import (
     Batch,
-    DataError,
     NotFiniteError,
     Period,
+    PluginError,
     Rejection,
     SettingsError,
     hookimpl,
@@ -363,7 +363,7 @@ def test_data_that_ends_is_an_error_that_says_so(tiny_run):
         def build_data(self, run):
             return Short(4, run.device)
 
-    with pytest.raises(DataError, match="step 3: the data has ended"):
+    with pytest.raises(PluginError, match="'short_data' .* ended after 2 micro-batches; `batches`"):
         tiny_run(ShortData())
 
 

@@ -21,7 +21,7 @@ from fundamentallm.host.declare import (
     table,
 )
 from fundamentallm.host.discover import Found, find
-from fundamentallm.host.dispatch import Around, blame, freeze
+from fundamentallm.host.dispatch import Around, FirstCall, Shared, blame, freeze
 from fundamentallm.host.environment import environment
 from fundamentallm.host.host import Host, class_problems, hook_methods, role_of
 from fundamentallm.host.sources import Key, Origin, Source, read
@@ -33,12 +33,14 @@ __all__ = [
     "Commands",
     "Composed",
     "Deprecated",
+    "FirstCall",
     "Found",
     "HookFacts",
     "Host",
     "Key",
     "Kind",
     "Origin",
+    "Shared",
     "Source",
     "attribute_docs",
     "blame",

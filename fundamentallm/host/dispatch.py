@@ -1,13 +1,15 @@
 """The hooks of a host as plain callables: what pluggy found, without its cost in every call.
 
 A call through pluggy costs about a microsecond, and an empty one almost as much. Frozen, an
-implementation is called directly, and a hook that nobody hears is false.
+implementation is called directly, and a hook without implementations is false.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -22,6 +24,28 @@ if TYPE_CHECKING:
 
 Call: TypeAlias = Callable[..., Any]
 Around: TypeAlias = Callable[[str, str, Call], Call]
+Watch: TypeAlias = Callable[["HookImpl", Call], Call]
+
+
+@attrs.frozen
+class FirstCall:
+    """What to check at the first call of a hook. Later calls do not pay for it."""
+
+    before: Callable[[dict[str, Any]], None] | None = None
+    """Receives the arguments before the call, and may replace them."""
+    after: Callable[[HookImpl, Any, Mapping[str, Any]], bool] | None = None
+    """Receives what one implementation returned, and the arguments. Raises if it is wrong; returns
+    whether this was the last call to check."""
+
+
+@attrs.frozen
+class Shared:
+    """What the namespaces that ``freeze`` makes for one run have in common."""
+
+    muted: set[str] = attrs.field(factory=set)
+    """Observers that failed."""
+    unchecked: dict[str, FirstCall] = attrs.field(factory=dict)
+    """What to check of the hooks whose first call is not over."""
 
 
 class Nothing(tuple[()]):
@@ -39,19 +63,21 @@ def freeze(
     registry: PluginManager,
     around: Around | None = None,
     *,
-    muted: set[str] | None = None,
+    shared: Shared | None = None,
 ) -> Any:
     """Return an object with one callable per hook, which takes what the hook specifies.
 
     An exclusive hook returns its answer, any other the list of the answers. A plugin whose role is
     ``"observer"`` is muted with a warning once it has raised. ``around(plugin, hook, call)``
     may put a call of its own in place of each plugin's, to trace or time it; where wrappers
-    surround an answer, also in place of the whole, with ``""`` for the plugin. ``muted`` are the
-    observers that have been muted, shared by all that one has frozen with it.
+    surround an answer, also in place of the whole, with ``""`` for the plugin. ``shared`` is what
+    all that is frozen for one run has in common.
     """
     around = around or (lambda _plugin, _hook, call: call)
-    frozen = _Freezing(host, registry, around, set() if muted is None else muted)
-    return SimpleNamespace(**{hook: frozen.caller(hook) for hook in host.hook_names})
+    frozen = _Freezing(host, registry, around, shared or Shared())
+    for hook in host.hook_names:
+        setattr(frozen.hooks, hook, frozen.caller(hook))
+    return frozen.hooks
 
 
 @attrs.frozen
@@ -59,9 +85,13 @@ class _Freezing:
     host: Host
     registry: PluginManager
     around: Around
-    muted: set[str]
+    shared: Shared
+    hooks: SimpleNamespace = attrs.field(factory=SimpleNamespace)
 
-    def caller(self, hook: str) -> Call:
+    def caller(self, hook: str, watch: Watch | None = None) -> Call:
+        """Return the calls of a hook as one; ``watch`` may surround that of each implementation."""
+        if watch is None and hook in self.shared.unchecked:
+            return self.checked(hook, self.shared.unchecked[hook])
         caller = getattr(self.registry.hook, hook)
         spec, impls = caller.spec.argnames, caller.get_hookimpls()
         # pluggy calls the last one registered first.
@@ -70,6 +100,9 @@ class _Freezing:
             for impl in reversed(impls)
             if not impl.wrapper
         ]
+        if watch is not None:
+            answering = [impl for impl in reversed(impls) if not impl.wrapper]
+            calls = list(map(watch, answering, calls))
         kind = self.host.kind(hook)
         if not calls:
             return cast("Call", Nothing())
@@ -80,7 +113,38 @@ class _Freezing:
             observes = self.observes(impl)
             observed = self.observed(call, impl, hook, spec) if observes else None
             call = observed or _surrounded(call, impl, spec)
+            call = call if watch is None else watch(impl, call)
         return call if call is calls[0] else self.around("", hook, call)
+
+    def checked(self, hook: str, first: FirstCall) -> Call:
+        """Return a call that checks, and puts the plain one in its own place once that is done."""
+        before, after, done = first.before, first.after, list[bool]()
+
+        def watch(impl: HookImpl, call: Call) -> Call:
+            if after is None:
+                return call
+
+            def watched(**given: Any) -> Any:
+                answer = call(**given)
+                done.append(after(impl, answer, given))
+                return answer
+
+            return watched
+
+        def call_first(**given: Any) -> Any:
+            if hook not in self.shared.unchecked:  # a plugin kept this call, or bound another one
+                setattr(self.hooks, hook, self.caller(hook))
+                return getattr(self.hooks, hook)(**given)
+            if before is not None:
+                before(given)
+            done.clear()
+            answer = self.caller(hook, watch)(**given)
+            if all(done):
+                self.shared.unchecked.pop(hook, None)  # a nested call may have been first
+                setattr(self.hooks, hook, self.caller(hook))
+            return answer
+
+        return call_first
 
     def observes(self, impl: HookImpl) -> bool:
         """Return whether a failure of this implementation only mutes its plugin."""
@@ -93,7 +157,7 @@ class _Freezing:
         unwanted = [name for name in spec if name not in names]
         if not unwanted and not observes:
             return call
-        muted = self.muted
+        muted = self.shared.muted
 
         def select(**given: Any) -> Any:
             if observes and plugin in muted:
@@ -115,7 +179,7 @@ class _Freezing:
         wanted = [name for name in spec if name in impl.argnames]
 
         def observe(**given: Any) -> Any:
-            if plugin in self.muted:
+            if plugin in self.shared.muted:
                 return call(**given)
             steps = function(**{name: given[name] for name in wanted})
             try:
@@ -127,7 +191,7 @@ class _Freezing:
                 steps.send(answer)
             except StopIteration as stop:
                 # Muted before it began, it has nothing to return.
-                return answer if plugin in self.muted else stop.value
+                return answer if plugin in self.shared.muted else stop.value
             except Exception as error:  # noqa: BLE001 - what it is, is told
                 self.mute(plugin, hook, error)
             return answer
@@ -138,7 +202,7 @@ class _Freezing:
         """Call an observer no more; raise an error that the host lets even an observer raise."""
         if self.host.fatal(hook, error):
             raise error
-        self.muted.add(plugin)
+        self.shared.muted.add(plugin)
         text = "%s failed and is muted from now on: %r"
         logging.getLogger(self.host.name).warning(text, plugin, error, exc_info=error)
 
@@ -190,7 +254,9 @@ def _each(calls: list[Call], to_the_end: bool) -> Callable[..., list[Any]]:
 
 
 def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, str]) -> str | None:
-    """Tell which plugin raised an error, in which hook and line; None if it was none of them."""
+    """Return which plugin raised an error, in which hook and line; None if none of them did."""
+    # An error that the host's package raises was caused by the line that called it.
+    own = f"{Path(__file__).parents[1]}{os.sep}"
     codes = {
         impl.function.__code__: (name, caller.name)
         for name, plugin in registry.list_name_plugin()
@@ -202,7 +268,9 @@ def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, s
     found, place, trace = ("", ""), "", error.__traceback__
     while trace is not None:
         found = codes.get(trace.tb_frame.f_code, found)
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        file = trace.tb_frame.f_code.co_filename
+        if trace.tb_frame.f_code in codes or not file.startswith(own):
+            place = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
     name, hook = found
     who = f"plugin {name!r} ({brought.get(name)})"
