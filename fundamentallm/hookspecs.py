@@ -87,7 +87,8 @@ class Hooks(Protocol):
 
     @event(since="0.1")
     def on_run_start(self, run: Run) -> None:
-        """A run begins, or goes on: ``run.folder`` is there, locked, and nothing is built yet."""
+        """Begin or continue a run: ``run.folder`` exists and is locked, and nothing is built
+        yet."""
 
     @exclusive(since="0.1")
     def build_data(self, run: Run) -> Data:
@@ -99,25 +100,26 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def build_model(self, run: Run) -> nn.Module:
-        """Make the model and its initial weights, torch being seeded; the core moves the result to
+        """Make the model and its initial weights. The core has seeded torch, and moves the model to
         ``run.device``. Has no default."""
 
     @edit(since="0.1")
     def adapt_model(self, run: Run) -> None:
-        """Change ``run.model`` in place before anything wraps it: freeze, LoRA, quantize. All of it
-        is put into training mode before ``on_train_start``, where a module may be taken out."""
+        """Change ``run.model`` in place before it is wrapped: freeze, LoRA, quantize. The core
+        calls ``run.model.train()`` later, before ``on_train_start``."""
 
     @exclusive(since="0.1")
     def checkpoint_activations(self, run: Run, model: nn.Module) -> nn.Module:
-        """Return ``model`` with activation checkpointing. Default: as it is."""
+        """Return ``model`` with activation checkpointing. Default: unchanged."""
 
     @exclusive(since="0.1")
     def compile_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Return ``model`` compiled; the state-dict keys must not change. Default: as it is."""
+        """Return ``model`` compiled; the state-dict keys must not change. Default: unchanged."""
 
     @exclusive(since="0.1")
     def distribute_model(self, run: Run, model: nn.Module) -> nn.Module:
-        """Return what ``forward`` calls as ``run.module``: DDP, FSDP… Default: as it is."""
+        """Return the module that ``forward`` calls as ``run.module``: DDP, FSDP. Default:
+        unchanged."""
 
     @exclusive(since="0.1")
     def build_optimizer(self, run: Run) -> Optimizer:
@@ -131,11 +133,13 @@ class Hooks(Protocol):
 
     @event(since="0.1")
     def on_train_start(self, run: Run) -> None:
-        """Everything is built and restored; the next thing is a step (or the end, if done)."""
+        """Prepare for the first step: everything is built and restored. A run that is complete ends
+        right after this."""
 
     @event(since="0.1")
     def on_step_start(self, run: Run) -> None:
-        """A step begins: ``run.progress`` still holds the counts before it; gradients are None."""
+        """Prepare for a step: ``run.progress`` holds the counts before it, all gradients are
+        None."""
 
     @exclusive(since="0.1")
     def collect_batches(self, run: Run, stream: Iterator[Batch]) -> list[Batch]:
@@ -143,8 +147,8 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def weigh_window(self, run: Run, window: list[Batch]) -> float:
-        """Return what the window's losses are divided by: so much weight is in it, in all its
-        micro-batches and processes. Default: the sum of this process's weights."""
+        """Return the weight that the window's losses are divided by: the sum over its micro-batches
+        and over all processes. Default: the sum in this process."""
 
     @exclusive(since="0.1")
     def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
@@ -153,8 +157,8 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def forward(self, run: Run, batch: Batch) -> Tensor:
-        """Return the batch's mean loss, a 0-d tensor with a graph in training. ``run.phase`` tells
-        ``"train"`` from the name of a validation split. Default: ``run.module(*batch.data)``."""
+        """Return the batch's mean loss, a 0-d tensor with a graph in training. ``run.phase`` is
+        ``"train"`` or the name of a validation split. Default: ``run.module(*batch.data)``."""
 
     @exclusive(since="0.1")
     def backward(self, run: Run, loss: Tensor) -> None:
@@ -162,7 +166,7 @@ class Hooks(Protocol):
 
     @edit(since="0.1")
     def finish_gradients(self, run: Run) -> None:
-        """All micro-batches are done: make the gradients what they mean (unscale, reduce)."""
+        """Turn the summed gradients of all micro-batches into the true ones: unscale, reduce."""
 
     @vote(since="0.1")
     def judge_step(self, run: Run) -> Rejection | None:
@@ -185,36 +189,36 @@ class Hooks(Protocol):
 
     @event(since="0.1")
     def settle_step(self, run: Run, applied: bool) -> None:
-        """The update was made (``applied``) or rejected: follow it (scaler, averaged weights).
-        ``run.progress`` counts the step already."""
+        """Follow an update that was made (``applied``) or rejected: loss scale, averaged weights.
+        ``run.progress`` already counts the step."""
 
     @event(since="0.1")
     def on_step_end(self, run: Run) -> None:
-        """The step is over; its gradients are still there. ``run.log`` what you see: reading a
-        device value here would make the host wait at every step."""
+        """Observe a finished step; its gradients still exist. Pass tensors to ``run.log``: reading
+        a device value here would make the host wait at every step."""
 
     @event(since="0.1")
     def on_rewind(self, run: Run, left: int) -> None:
-        """The run has gone back from step ``left`` to an earlier checkpoint (``Run.rewind``), which
-        is now its state; the data goes on behind what was read. The steps between are void."""
+        """Follow a rewind from step ``left`` to an earlier checkpoint (``Run.rewind``), whose state
+        is restored. The steps between are void; the data continues after what was read."""
 
     @exclusive(since="0.1")
     def evaluation_weights(self, run: Run) -> AbstractContextManager[None]:
         """Return a context in which ``run.model`` holds the weights to validate and to sample with.
-        Whoever evaluates enters it. Default: the weights that are trained."""
+        ``run.evaluating`` enters it. Default: the weights that are trained."""
 
     @exclusive(since="0.1")
     def validate(self, run: Run) -> dict[str, float]:
-        """Return the metrics of the held-out splits, and leave model and random state as they
-        were. Default: the weighted mean loss of every split, and what ``forward`` logs."""
+        """Return the metrics of the held-out splits, and leave model and random state as they were.
+        Default: the weighted mean loss of every split, and what ``forward`` logs."""
 
     @event(since="0.1")
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """A validation is done; ``metrics`` are plain floats such as ``val/loss``."""
+        """Receive the metrics of a validation as plain floats, such as ``val/loss``."""
 
     @exclusive(since="0.1")
     def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
-        """Combine the metrics of all processes. Default: as they are."""
+        """Combine the metrics of all processes. Default: unchanged."""
 
     @event(since="0.1")
     def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:
@@ -223,28 +227,29 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
-        """Tell whether any process wants to stop, so that all stop together; where one has heard a
-        signal, set ``run.signal`` in all. Default: ``stopping``, this process's own wish."""
+        """Return whether any process wants to stop, so that all stop together. If one received a
+        signal, set ``run.signal`` in all. Default: ``stopping``, which is about this process."""
 
     @event(since="0.1")
     def on_safe_point(self, run: Run) -> None:
-        """All state is settled; savers save here. ``run.ending`` is true at the last one."""
+        """Save: all state is settled. ``run.ending`` is true at the last safe point."""
 
     @event(since="0.1")
     def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
-        """A checkpoint is durable under ``folder``. Emitted by the plugin that saved it."""
+        """Receive the folder of a checkpoint that is durable now. The plugin that saved it emits
+        this."""
 
     @event(since="0.1")
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
-        """Something long besides the steps moved on: validation, tokenizing, saving. ``total`` is
-        None while unknown; ``done == total`` ends the task."""
+        """Show the progress of a long task other than the steps: validation, tokenizing, saving.
+        ``total`` is None while unknown; ``done == total`` ends the task."""
 
     @event(since="0.1", stability="provisional")
     def on_histogram(
         self, run: Run, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
     ) -> None:
         """Receive a histogram under a metric's name: ``counts[i]`` values lie from ``edges[i]`` up
-        to ``edges[i + 1]``. Emitted by the plugin that counted, in its ``on_log``."""
+        to ``edges[i + 1]``. The plugin that counted emits this in its ``on_log``."""
 
     @edit(since="0.1", stability="provisional")
     def finish_model(self, run: Run) -> None:
@@ -253,8 +258,8 @@ class Hooks(Protocol):
 
     @event(since="0.1")
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """The run is over, also after an error or a signal. ``run.error`` holds the exception of
-        a failed run. Close what you opened."""
+        """Close what the plugin opened: the run is over, also after an error or a signal.
+        ``run.error`` holds the exception of a failed run."""
 
 
 HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))

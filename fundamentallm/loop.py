@@ -1,5 +1,5 @@
 # mypy: disable-error-code="truthy-function"
-# (a frozen hook that nobody hears is false; see dispatch)
+# (a frozen hook without implementations is false; see host/dispatch.py)
 """The loop: the order of events, and nothing else. The contract above it is ``hookspecs``."""
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import tomli
 
-from fundamentallm import HOOKS, compose, find_plugins, kind
+from fundamentallm import HOOKS, about_hook, compose, find_plugins
 from fundamentallm.cli import main
 
 TINY = '''
@@ -308,9 +308,12 @@ def test_plugins_lists_what_is_installed_for_people_and_for_programs(call: Call)
         assert f"{row['distribution']} {row['version']}\n    {row['about']}\n" in listing
 
 
-def test_hooks_lists_every_hook_in_the_order_of_a_run_with_its_kind(call: Call) -> None:
+def test_hooks_lists_every_hook_in_the_order_of_a_run_with_kind_age_and_stability(
+    call: Call,
+) -> None:
     rows = [line.split() for line in call("hooks").out.splitlines()]
-    assert rows == [[hook, kind(hook)] for hook in HOOKS]
+    found = [(hook, about_hook(hook)) for hook in HOOKS]
+    assert rows == [[hook, facts.kind, facts.since, facts.stability] for hook, facts in found]
 
 
 def test_hooks_of_settings_tells_who_answers_each(call: Call) -> None:

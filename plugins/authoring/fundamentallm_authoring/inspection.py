@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fundamentallm import HOOKS, Found, compose, find_plugins, hook_methods, kind, order
+from fundamentallm import HOOKS, Found, about_hook, compose, find_plugins, hook_methods, order
 
 
 @click.command()
@@ -31,9 +31,10 @@ def plugins(as_json: bool) -> None:
 @click.command()
 @click.argument("settings", type=click.Path(path_type=Path), required=False)
 def hooks(settings: Path | None) -> None:
-    """Print the hooks in the order of a run; with SETTINGS, who answers each.
+    """Print the hooks in the order of a run; with SETTINGS, the plugins that implement each.
 
-    Beside an exclusive hook that no plugin answers stands nobody: the core does.
+    A line has the hook, its kind, its first version, and whether it is stable. Where no plugin
+    implements an exclusive hook, the core's default answers.
     """
     listed = compose(settings).plugins if settings else {}
     heard = [
@@ -43,7 +44,9 @@ def hooks(settings: Path | None) -> None:
     ]
     for hook in HOOKS:
         names = [name for one, name in heard if one == hook]
-        click.echo(f"{hook:<24}{kind(hook):<11}{', '.join(names)}".rstrip())
+        facts = about_hook(hook)
+        line = f"{hook:<24}{facts.kind:<11}{facts.since:<6}{facts.stability:<13}{', '.join(names)}"
+        click.echo(line.rstrip())
 
 
 def _about(found: Found) -> str:

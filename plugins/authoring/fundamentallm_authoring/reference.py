@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fundamentallm import HOOKS, Hooks, RunSettings, SettingsError, hook_methods, kind
+from fundamentallm import HOOKS, Hooks, RunSettings, SettingsError, about_hook, hook_methods, kind
 from fundamentallm_authoring.fields import (
     is_table,
     limit_words,
@@ -108,7 +108,9 @@ def hooks_page(plugins: Mapping[str, tuple[str, type]]) -> str:
         function = getattr(Hooks, hook)
         signature = str(inspect.signature(function)).replace("(self, ", "(").replace("'", "")
         parts += [f"## `{hook}`", f"```python\n{hook}{signature}\n```"]
-        parts += [f"*{kind(hook)}* · {_literals(inspect.cleandoc(function.__doc__ or ''))}"]
+        facts = about_hook(hook)
+        parts += [f"*{facts.kind}* · since {facts.since} · {facts.stability}"]
+        parts += [_literals(inspect.cleandoc(function.__doc__ or ""))]
         parts += [f"Answered by: {', '.join(who[hook]) or 'no plugin listed here'}."]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

@@ -43,7 +43,7 @@ def test_hooks_are_told_in_the_order_of_a_run_with_who_answers(tmp_path: Path):
     (tmp_path / "run.toml").write_text('plugins = ["./parts.py"]\nrun.length = 1\n')
     shown = CliRunner().invoke(hooks, [str(tmp_path / "run.toml")]).output.splitlines()
     assert [line.split()[0] for line in shown] == list(HOOKS)
-    told = {line.split()[0]: line.split(maxsplit=2)[2:] for line in shown}
+    told = {line.split()[0]: line.split(maxsplit=4)[4:] for line in shown}
     assert told["build_data"] == ["parts"]
     assert told["forward"] == ["parts (wraps)"]
     assert told["validate"] == []

@@ -88,6 +88,7 @@ def test_the_pages_hold_every_hook_and_check_tells_when_they_are_stale(
     assert run.invoke(reference, words).exit_code == 0
     page = Path("hooks.md").read_text()
     assert all(f"\n## `{hook}`\n" in page for hook in HOOKS)
+    assert "\n*edit* · since 0.1 · provisional\n\nTurn `run.model`" in page
     assert "\n## `[run]`\n" in Path("settings.md").read_text()
     assert run.invoke(reference, [*words, "--check"]).exit_code == 0
     Path("hooks.md").write_text(page + "\n")
