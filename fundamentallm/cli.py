@@ -25,18 +25,22 @@ def cli() -> None:
 
 @cli.command()
 @host.settings_options
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Start or continue this run.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Run folder to start or continue.")
 def train(settings: Path, run_dir: Path | None, **choice: Any) -> None:
-    """Train as SETTINGS say, in a new run folder."""
+    """Train with SETTINGS in a new run folder."""
     _train(compose(settings, **choice), run_dir)
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @host.choice_options
-@click.option("--from", "at", help="step-00000500, best or latest, in place of the newest sound.")
+@click.option(
+    "--from",
+    "at",
+    help="Checkpoint to continue from: step-00000500, best or latest; default: the newest sound.",
+)
 def resume(run: Path, at: str | None, **choice: Any) -> None:
-    """Continue the run in folder RUN from a checkpoint."""
+    """Continue the run in run folder RUN from a checkpoint."""
     from fundamentallm.launch import recorded
 
     _train(recorded(run, **choice), run, at)
@@ -63,7 +67,7 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
 
 
 def main() -> None:
-    """Run the command line; every error that its user can act on ends with its exit code."""
+    """Run the command line; an error that its user can act on is printed and sets the exit code."""
     try:
         code = cli.main(prog_name=command_line(), standalone_mode=False)
     except click.Abort:
@@ -74,4 +78,6 @@ def main() -> None:
     except (FundamentalError, OSError) as error:  # such as an output that takes no more
         click.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(getattr(error, "exit_code", StorageError.exit_code))
-    sys.exit(code if isinstance(code, int) else 0)  # click returns what a command's exit() said
+    sys.exit(
+        code if isinstance(code, int) else 0
+    )  # click returns the argument of a command's exit()

@@ -192,9 +192,9 @@ def _restore(run: Run) -> None:
     if snapshot is not None:
         run.restore(snapshot, weights_only=not run.training)
     elif run.wanted_checkpoint or checkpoints(run.folder):
-        raise SettingsError(f"{run.folder}: no listed plugin finds a checkpoint to go on from")
+        raise SettingsError(f"{run.folder}: no listed plugin finds a checkpoint to continue from")
     elif is_run(run.folder) and not failed_to_start(run.folder):
-        log.warning("%s: there is no checkpoint: the run begins at step 0", run.folder)
+        log.warning("%s: there is no checkpoint: the run starts at step 0", run.folder)
 
 
 class MissingData:
@@ -288,8 +288,8 @@ def naming_the_plugin(registry: PluginManager, brought: Mapping[str, str]) -> It
         raise
     except Exception as error:
         # The CPU's and MPS's allocators raise a plain RuntimeError.
-        said = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
-        if said or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        allocator = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
+        if allocator or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
         blamed = blame(error, registry, brought)
         if blamed is None:

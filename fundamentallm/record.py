@@ -57,7 +57,9 @@ def new_folder(composed: Composed) -> Path:
                 return folder
             count += 1
     except OSError as error:
-        raise StorageError(f"{run.folder}: cannot hold a run: {error.strerror}") from error
+        raise StorageError(
+            f"{run.folder}: no run folder can be made there: {error.strerror}"
+        ) from error
 
 
 def _taken_over(folder: Path) -> bool:
@@ -95,7 +97,7 @@ def _lock(lock: TextIO, folder: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            if time.monotonic() < until:  # whoever asks is_running() locks it for a moment
+            if time.monotonic() < until:  # is_running() of another process locks it for a moment
                 time.sleep(0.05)
                 continue
             one = owner(folder)

@@ -221,16 +221,16 @@ def test_train_starts_or_continues_the_run_in_a_given_folder(call: Call) -> None
     ]
 
 
-def test_resume_goes_on_from_the_checkpoint_that_is_asked_for(call: Call) -> None:
+def test_resume_continues_from_the_checkpoint_that_is_asked_for(call: Call) -> None:
     call("train", "tiny.toml", "--plugin", "./saver.py")
     steps = call("resume", "runs/tiny", "--from", "step-00000002").out.splitlines()[:-1]
     assert steps == ["step 3", "step 4"]
     ended = call("resume", "runs/tiny", "--from", "step-00000009")
     assert ended.code == 2
-    assert "no listed plugin finds a checkpoint to go on from" in ended.err
+    assert "no listed plugin finds a checkpoint to continue from" in ended.err
 
 
-def test_resume_takes_plugins_away_and_adds_them(call: Call) -> None:
+def test_resume_removes_and_adds_plugins(call: Call) -> None:
     call(
         "train", "tiny.toml", "--plugin", "./saver.py", "--plugin", "jsonl", "--set", "run.length=2"
     )
@@ -242,13 +242,13 @@ def test_resume_takes_plugins_away_and_adds_them(call: Call) -> None:
     assert len(Path("runs/tiny/metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_run_whose_checkpoints_nobody_reads_does_not_begin_anew(call: Call) -> None:
+def test_a_run_whose_checkpoints_no_plugin_reads_does_not_start_again(call: Call) -> None:
     words = ("train", "tiny.toml", "--plugin", "checkpoint", "--run-dir", "mine")
     assert call(*words).code == 0
     before = Path("mine/settings.toml").read_text()
     ended = call("resume", "mine", "--no-plugin", "checkpoint", "--set", "run.length=6")
     assert ended.code == 2
-    assert "mine: no listed plugin finds a checkpoint to go on from" in ended.err
+    assert "mine: no listed plugin finds a checkpoint to continue from" in ended.err
     assert Path("mine/settings.toml").read_text() == before
 
 
@@ -316,12 +316,12 @@ def test_hooks_lists_every_hook_in_the_order_of_a_run_with_kind_age_and_stabilit
     assert rows == [[hook, facts.kind, facts.since, facts.stability] for hook, facts in found]
 
 
-def test_hooks_of_settings_tells_who_answers_each(call: Call) -> None:
+def test_hooks_with_settings_lists_the_plugins_of_each_hook(call: Call) -> None:
     Path("wrap.py").write_text("""
 from fundamentallm import hookimpl, plugin
 @plugin
 class Wrap:
-    "Wraps, and hears first."
+    "Wrap build_model; come first in on_step_end."
     before = ("tiny",)
     @hookimpl(wrapper=True)
     def build_model(self):
@@ -332,13 +332,13 @@ class Wrap:
     Path("hooks.toml").write_text(
         SETTINGS.replace('"./tiny.py"', '"./tiny.py", "saver.py", "wrap.py"')
     )
-    heard = {
+    answers = {
         line.split()[0]: line.split(maxsplit=2)[2:]
         for line in call("hooks", "hooks.toml").out.splitlines()
     }
-    assert heard["build_model"] == ["wrap (wraps), tiny"]
-    assert heard["on_step_end"] == ["saver, wrap"] or heard["on_step_end"] == ["wrap, saver"]
-    assert heard["forward"] == []
+    assert answers["build_model"] == ["wrap (wraps), tiny"]
+    assert answers["on_step_end"] == ["saver, wrap"] or answers["on_step_end"] == ["wrap, saver"]
+    assert answers["forward"] == []
 
 
 def test_help_lists_the_commands_and_what_they_do(call: Call) -> None:
@@ -409,7 +409,7 @@ def test_a_command_that_cannot_be_loaded_says_so_and_hides_no_other(call: Call) 
     assert listing.code == 0
     assert "odder" in listing.out
     assert "(cannot be loaded: AttributeError: " in listing.out
-    assert "Train as SETTINGS say" in listing.out
+    assert "Train with SETTINGS" in listing.out
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,9 @@ def test_a_folder_that_cannot_hold_a_run_ends_with_5(call: Call) -> None:
     for place in ("file", "file/below", "dangling"):
         ended = call("train", "tiny.toml", "--set", f"run.folder={place}")
         assert ended.code == 5
-        assert ended.err.startswith(f"error: {Path.cwd()}/{place}: cannot hold a run: ")
+        assert ended.err.startswith(
+            f"error: {Path.cwd()}/{place}: no run folder can be made there: "
+        )
         ended = call("train", "tiny.toml", "--run-dir", place)
         assert ended.code == 5
         assert "cannot be written: " in ended.err
@@ -536,7 +538,7 @@ def spawn(*words: str, **options: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("words", [("plugins",), ("show", "tiny.toml"), ("schema",)], ids=str)
-def test_an_output_that_takes_no_more_is_told_without_a_traceback(words: tuple[str, ...]) -> None:
+def test_a_full_output_is_an_error_without_a_traceback(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "fundamentallm", *words],
@@ -644,12 +646,12 @@ SCRIPT = Path(sys.executable).with_name("fundamentallm")
 )
 def test_the_command_to_call_next_is_written_as_this_one_was_called(words, path, expected):
     program = "from fundamentallm import command_line; print(command_line('resume', 'a b'))"
-    tell = "import click\n@click.command()\ndef say():\n    " + program + "\n"
+    module = "import click\n@click.command()\ndef say():\n    " + program + "\n"
     info = Path("site/acme_say-1.0.dist-info")
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-say\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fundamentallm.commands]\nsay = acme_say:say\n")
-    Path("site/acme_say.py").write_text(tell)
+    Path("site/acme_say.py").write_text(module)
     where = Path.cwd()
     meant = {"PROGRAM": program, "RELATIVE": os.path.relpath(SCRIPT)}
     done = subprocess.run(

@@ -63,23 +63,23 @@ def test_settings_that_do_not_fit_a_run_do_not_replace_its_record(tiny_run, tmp_
     assert (tmp_path / "run" / "settings.toml").read_text() == before
 
 
-def test_a_run_begun_anew_in_its_folder_says_that_there_is_no_checkpoint(tiny_run, caplog):
+def test_a_run_that_starts_again_in_its_folder_logs_that_there_is_no_checkpoint(tiny_run, caplog):
     tiny_run()
     assert "no checkpoint" not in caplog.text
     tiny_run()
-    assert "there is no checkpoint: the run begins at step 0" in caplog.text
+    assert "there is no checkpoint: the run starts at step 0" in caplog.text
 
 
-def test_the_record_tells_settings_and_environment(tiny_run):
+def test_the_record_holds_settings_and_environment(tiny_run):
     run = tiny_run(seed=5)
     recorded = tomli.loads((run.folder / "settings.toml").read_text())
     assert (recorded["run"]["seed"], recorded["run"]["length"]) == (5, "4 steps")
-    told = json.loads((run.folder / "environment.json").read_text())
-    assert told["seed"] == 5
-    assert told["threads"] == torch.get_num_threads()
+    found = json.loads((run.folder / "environment.json").read_text())
+    assert found["seed"] == 5
+    assert found["threads"] == torch.get_num_threads()
     # The metadata may lack the local part of the version, such as +cu130.
-    assert told["versions"]["torch"] == metadata.version("torch")
-    assert {"plugins", "git", "command", "host", "started", "python"} <= told.keys()
+    assert found["versions"]["torch"] == metadata.version("torch")
+    assert {"plugins", "git", "command", "host", "started", "python"} <= found.keys()
 
 
 def test_every_new_run_gets_a_folder_of_its_own(tmp_path):

@@ -1,4 +1,4 @@
-"""A signal costs no step: the run is saved where it stops, says how to go on, and ends the same."""
+"""A signal costs no step: the run is saved where it stops, prints how to resume, ends the same."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from fundamentallm import DataError, SettingsError, StorageError, command_line
+from fundamentallm import Loaded as LoadedCheckpoint
 from fundamentallm_checkpoint import run_id, settings_diff
 from fundamentallm_checkpoint.storage import directory, manifest, retention, snapshot
 from fundamentallm_checkpoint.storage.manifest import (
@@ -130,7 +131,9 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
     if resumes:
         _compare(instances, run, loaded, record)
     log.info("loaded %s", loaded.folder)
-    return loaded.snapshot
+    facts = loaded.manifest
+    about = LoadedCheckpoint(loaded.folder, facts.step, facts.metrics, facts.digest)
+    return loaded.snapshot | {"loaded": about}
 
 
 def all_instances(run: Run, cls: type[Checkpoint]) -> dict[str, Checkpoint]:

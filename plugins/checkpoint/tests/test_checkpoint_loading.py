@@ -201,6 +201,22 @@ def test_the_model_alone_can_be_loaded_and_not_resumed_from(tmp_path: Path) -> N
     assert saved(run.folder / "checkpoints") == before
 
 
+def test_a_loaded_run_knows_its_checkpoint(tmp_path: Path) -> None:
+    tables = "checkpoint = {every = 2}\n"
+    run = start(tmp_path, '"checkpoint"', tables)
+    earlier, latest = load_run(run.folder, at="step-2"), load_run(run.folder)
+    assert earlier.loaded is not None
+    assert latest.loaded is not None
+    assert earlier.loaded.folder == run.folder / "checkpoints" / "step-00000002"
+    assert (earlier.loaded.step, earlier.progress.step) == (2, 2)
+    assert latest.loaded.step == run.progress.step == latest.progress.step
+    assert latest.loaded.metrics["train/loss"] == run.history[-1]["train/loss"]
+    assert len({earlier.loaded.digest, latest.loaded.digest}) == 2
+    again = load_run(run.folder).loaded
+    assert again is not None
+    assert again.digest == latest.loaded.digest
+
+
 def test_a_run_goes_on_from_the_newest_that_holds_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,6 +76,12 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def digest(self) -> str:
+        """A hash of the content of all its files: SHA-256 of their names and their SHA-256."""
+        lines = [f"{name} {seal.sha256}\n" for name, seal in sorted(self.files.items())]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
     def size(self) -> int:
         """The bytes of all its files."""
         return sum(file.size for file in self.files.values())
