@@ -1,4 +1,4 @@
-"""What a failed run was doing when it failed."""
+"""Write a report of a failed run: its error, step, window, settings and last metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import SettingsError, field, ge, hookimpl, plugin
+from fundamentallm import SettingsError, field, folder, ge, hookimpl, plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,52 +27,52 @@ log = logging.getLogger("fundamentallm")
 
 @plugin
 class CrashReport:
-    """Write a folder ``crash/`` in the run folder when a run fails: what it was doing, and why."""
+    """Write ``crash/`` in the run folder when a run fails: error, step, window, last metrics."""
 
     role = "observer"
 
     rows: int = field(default=100, validator=ge(0))
-    """How many of the last rows of metrics to put in."""
+    """Number of rows of metrics in the report, the last ones."""
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
-        """Write the report of a failed run, in place of an older one."""
-        folder = run.folder / ("crash" if run.rank == 0 else f"crash-rank-{run.rank}")
-        if run.error is None or not worth_it(run, folder):
+        """Write the report of a failed run; replace an older one."""
+        target = run.folder / ("crash" if run.rank == 0 else f"crash-rank-{run.rank}")
+        if run.error is None or not worth_it(run, target):
             return
-        # Always the same name: what a killed process left is written over, not left for ever.
-        beside = folder.with_name(f".{folder.name}")
+        # Always the same name, so that the files of a killed process are overwritten.
+        beside = target.with_name(f".{target.name}")
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
             for name, text in report(run, self.rows):
                 (beside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
+            shutil.rmtree(target, ignore_errors=True)
+            beside.rename(target)
         except OSError as error:
             log.warning(
                 "crash_report: no report could be written to %s: %s",
-                folder,
+                target,
                 os.strerror(error.errno) if error.errno else error,
             )
         else:
-            run.error.add_note(f"a report is in {folder}")
+            run.error.add_note(f"a report is in {target}")
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def worth_it(run: Run, folder: Path) -> bool:
-    """Tell whether a failure is worth a report at the price of the one that is there.
+def worth_it(run: Run, target: Path) -> bool:
+    """Return whether a failure is worth replacing an older report.
 
-    What fails before the first step is mostly a mistake in how the run was called: of settings, the
-    message says all; and what once failed in training is not to be lost over it.
+    A failure before the first step is mostly a mistake in the settings, whose message says all. It
+    must not replace the report of a failure in training.
     """
     if begun(run):
         return True
     if isinstance(run.error, SettingsError):
         return False
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return bool(json.loads((folder / "crash.json").read_bytes())["doing"] == BUILDING)
+        return bool(json.loads((target / "crash.json").read_bytes())["doing"] == BUILDING)
     return True
 
 
@@ -107,43 +107,29 @@ def report(run: Run, rows: int) -> Iterator[tuple[str, str]]:
 
 
 def last_rows(run: Run, count: int) -> list[dict[str, float]]:
-    """Return the last rows of metrics, also those of the processes that trained the run before, as
-    far as ``metrics.jsonl`` in the run folder has them."""
+    """Return the last rows of metrics, those of earlier processes from ``metrics.jsonl``."""
     missing = count - len(run.history)
     if missing <= 0:
         return run.history[-count:] if count else []
     step = run.history[0]["step"] if run.history else run.progress.step + 1
-    lines: list[str] = []
-    with (
-        suppress(OSError),
-        (run.folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file,
-    ):
-        # No more are of use: what is in `history` is here again, and the last may be cut short.
-        lines = list(deque(file, count + 1))
-    earlier = [row for row in map(read, lines) if row and row["step"] < step]
-    return earlier[-missing:] + run.history
-
-
-def read(line: str) -> dict[str, float]:
-    """Return the row of a line; nothing if it is none, such as one that was cut short."""
-    try:
-        row = json.loads(line)
-        metrics = {name: float(value) for name, value in row["metrics"].items()}
-        return {"step": int(row["step"]), **metrics}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return {}
+    earlier = deque[dict[str, float]](maxlen=missing)
+    with suppress(OSError):
+        earlier.extend(
+            {"step": row.step, **row.metrics} for row in folder.rows(run.folder) if row.step < step
+        )
+    return [*earlier, *run.history]
 
 
 def begun(run: Run) -> bool:
-    """Tell whether a run has come to its first step."""
+    """Return whether a run has come to its first step."""
     return hasattr(run, "stream")
 
 
 def doing(run: Run, error: BaseException) -> str:
-    """Tell in a few words what a run was in the middle of."""
+    """Return what a run was doing when it failed."""
     if not begun(run):
         return BUILDING
-    # The run is out of the validation by now; the traceback of what began it all is not.
+    # The run has left the validation by now; the traceback of the first error shows it.
     while error.__cause__ is not None:
         error = error.__cause__
     if any(frame.name == "validate" for frame in traceback.extract_tb(error.__traceback__)):
@@ -152,7 +138,7 @@ def doing(run: Run, error: BaseException) -> str:
 
 
 def memory(device: str) -> dict[str, Any]:
-    """Return what is known of the memory, in bytes."""
+    """Return the free, total and peak memory of a CUDA device in bytes; {} elsewhere."""
     import torch
 
     known: dict[str, Any] = {}
@@ -160,11 +146,11 @@ def memory(device: str) -> dict[str, Any]:
         try:
             free, total = torch.cuda.mem_get_info()
             known = {"free": free, "total": total, "peak": torch.cuda.max_memory_allocated()}
-        except RuntimeError as error:  # a device that has failed answers nothing more
+        except RuntimeError as error:  # a failed device answers no more calls
             known = {"unknown": str(error)}
     return known
 
 
 def written(value: Any) -> str:
-    """Return a value as JSON to read."""
+    """Return a value as indented JSON."""
     return json.dumps(value, indent=2, default=str) + "\n"

@@ -18,38 +18,37 @@ __all__ = ["EarlyStopping"]
 class EarlyStopping:
     """Stop when ``monitor`` has not improved for ``patience``, is good enough, or diverges.
 
-    What it decides is a function of its settings and of what it has measured, and all of that is in
-    every checkpoint: a run that was stopped and is started again stays stopped, until its settings
-    say otherwise.
+    Its decision depends on its settings and its measurements, which are in every checkpoint. A
+    stopped run that is started again stays stopped until its settings change.
     """
 
     role = "control"
 
     monitor: str = "val/loss"
-    """The metric to watch: of a validation, or of the rows that are logged (`train/loss`)."""
+    """The metric to watch: one of a validation, or one of the logged rows (`train/loss`)."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger `monitor` is better."""
     patience: int | Period | Literal["unlimited"] = 5
-    """How long to wait for an improvement: as a number, that many measurements in a row without
-    one; as a period (`"2000 steps"`), that much training."""
+    """How long to wait for an improvement: a number of consecutive measurements without one, or a
+    period of training (`"2000 steps"`)."""
     min_delta: float = field(default=0.0, validator=ge(0))
-    """What is no larger than this is no improvement."""
+    """Smallest change that counts as an improvement."""
     min_delta_mode: Literal["absolute", "relative"] = "absolute"
-    """Whether `min_delta` is an amount, or a fraction of the best value so far."""
+    """Whether `min_delta` is an amount or a fraction of the best value so far."""
     start: Period | None = None
     """When `patience` begins to count; the best value is tracked from the first measurement on."""
     stop_at: float | None = None
-    """Stop, as a success, once `monitor` is this good."""
+    """Stop with success when `monitor` is at least this good."""
     diverged_at: float | None = None
-    """Stop at once when `monitor` is this bad; when it is not finite, the run stops anyway."""
+    """Stop at once when `monitor` is at least this bad; a value that is not finite always stops."""
 
     best: float | None = state(None)
     best_step: int = state(0)
     latest: float | None = state(None)
     stale: int = state(0)
     measured: list[float] = state(factory=list)  # step, samples, tokens, seconds of the latest
-    waiting: list[float] = state(factory=list)  # the same of when the wait began
-    watched: list[str] = state(factory=list)  # what all this was measured of
+    waiting: list[float] = state(factory=list)  # the same at the begin of the wait
+    watched: list[str] = state(factory=list)  # the metric and the mode of these measurements
     _validated: bool = field(init=False, default=True, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -64,40 +63,40 @@ class EarlyStopping:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Check that the metric will be measured; stay stopped, if the run has been."""
-        name = next(name for name, instance in run.plugins.items() if instance is self)
+        """Check that the metric will be measured; keep a stopped run stopped."""
+        name = run.name_of(self)
         self._validated = self.monitor.partition("/")[0] in run.data.validation()
         if self._validated and run.settings.validate_every is None:
             raise SettingsError(
-                f"{name}: {self.monitor!r} is measured in validations, and there is one at the end"
-                f" only: set run.validate_every"
+                f"{name}: {self.monitor!r} is measured in validations, and the only one is at the"
+                f" end: set run.validate_every"
             )
-        if self.watched != [self.monitor, self.mode]:  # of another metric, nothing is known
+        if self.watched != [self.monitor, self.mode]:  # they are measurements of another metric
             self.best = self.latest = None
             self.stale, self.measured, self.waiting = 0, [], []
             self.watched = [self.monitor, self.mode]
         reason = self._reason(run.progress)
         if reason:
             run.stop(f"{reason}; to train on, change {name} in the settings")
-            # After a row there is one more step, which a run killed before it has yet to make.
+            # A stop by a row takes effect after one more step; a killed run has yet to make it.
             run.ending |= self._validated or run.progress.step > self.measured[0]
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """Measure a metric of the validation; a stop takes effect at this very step."""
+        """Measure a metric of the validation; a stop takes effect at this step."""
         self._measure(run, metrics)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Measure a metric of training; a stop takes effect with the next step."""
+        """Measure a metric of training; a stop takes effect after the next step."""
         self._measure(run, metrics)
 
     def _measure(self, run: Run, metrics: dict[str, float]) -> None:
         value, progress = metrics.get(self.monitor), run.progress
-        # A validation is heard twice, and again where a signal came between it and its row.
+        # The row has the metrics of the validation again, and a resumed run may repeat both.
         if value is None or self.measured[:1] == [progress.step]:
             return
-        if self._reason(progress):  # decided: the row of the last step must not revoke it
+        if self._reason(progress):  # the decision is final
             return
         self._note(value, progress)
         reason = self._reason(progress)
@@ -125,7 +124,7 @@ class EarlyStopping:
         return one < other if self.mode == "min" else one > other
 
     def _reason(self, progress: Progress) -> str | None:
-        """Return why to stop after the latest measurement, if so."""
+        """Return why to stop after the latest measurement, or None."""
         value = self.latest
         if value is None:
             return None
@@ -141,7 +140,7 @@ class EarlyStopping:
         return waited and f"{now}, without an improvement for {waited}{best}"
 
     def _waited(self, progress: Progress) -> str | None:
-        """Return how long the wait was, in words, if that is too long."""
+        """Return the length of the wait in words if it is too long, else None."""
         patience = self.patience
         if isinstance(patience, int):
             word = ("validation" if self._validated else "row") + ("s" if patience > 1 else "")

@@ -1,4 +1,4 @@
-"""How large gradients and weights are, and how far each update goes, layer by layer."""
+"""Log norms of gradients and weights and the size of updates, by layer."""
 
 from __future__ import annotations
 
@@ -28,32 +28,34 @@ METRICS = 3
 class GradStats:
     """Log the norms of gradients and weights and the ratio of update to weights, by layer.
 
-    Gradients are measured as they were applied: reduced, unscaled and clipped. Nothing here makes
-    the host wait for the device; between the measured steps nothing is done.
+    Gradients are measured as they were applied: reduced, unscaled and clipped. It reads no device
+    value in a step, and does nothing between the measured steps.
     """
 
     role = "observer"
 
-    after: ClassVar[tuple[str, ...]] = ("freeze",)  # what has just been unfrozen is measured, too
+    after: ClassVar[tuple[str, ...]] = (
+        "freeze",
+    )  # parameters that were just unfrozen are measured, too
     produces: ClassVar[tuple[str, ...]] = ("grad_norm/*", "weight_norm/*", "update_ratio/*")
 
     every: int | None = field(default=None, validator=optional(ge(1)))
-    """Steps from one measurement to the next; by default those of `run.log_every`, or 50 where
-    that is no number of steps."""
+    """Steps between two measurements; by default those of `run.log_every`, or 50 if that is no
+    number of steps."""
     per: Literal["block", "module", "parameter"] = "block"
-    """What is measured together: all up to the first number in a parameter's name
-    (`blocks.3`), a module's own parameters, or each parameter alone."""
+    """How to group parameters: by the name up to its first number (`blocks.3`), by module, or each
+    parameter alone."""
     groups: dict[str, str] = field(factory=dict)
-    """Instead of that, groups of your own: a name, and the pattern of its parameters' names. A
-    parameter is in the first that matches; those that match none are the group `rest`."""
+    """Groups in place of `per`: names, each with a pattern of parameter names. A parameter is in
+    the first group that matches; those without one are the group `rest`."""
     max_keys: int = field(default=120, validator=ge(METRICS))
-    """The most metrics to log; where there would be more, neighbouring groups are put together."""
+    """Largest number of metrics; if there were more, neighbouring groups are merged."""
     histograms: bool = False
-    """Count how many gradient values have which size: in `grad_stats.jsonl` in the run folder, and
-    for every logger that shows histograms."""
+    """Count the gradient values by size: in `grad_stats.jsonl` in the run folder, and for every
+    logger that shows histograms."""
 
     pending: list[Any] = state(factory=list)
-    """Histograms that are not written yet: step, groups, and counts on the device."""
+    """Histograms that are not yet written: step, groups, and counts on the device."""
 
     def __attrs_post_init__(self) -> None:
         for name in self.groups:
@@ -62,7 +64,7 @@ class GradStats:
         if self.groups and METRICS * (len(self.groups) + 1) > self.max_keys:
             needed = METRICS * (len(self.groups) + 1)
             raise ValueError(f"max_keys: these groups and the rest make {needed} metrics")
-        # Not settings, not state: what lives as long as the process.
+        # Neither settings nor state.
         self._every = 1
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._weights: Weights | None = None
@@ -81,7 +83,7 @@ class GradStats:
 
     @hookimpl
     def on_step_start(self, run: Run) -> None:
-        """Copy the weights, if the step is to be measured."""
+        """Copy the weights if the step will be measured."""
         if not (run.progress.step + 1) % self._every:
             from fundamentallm_grad_stats.norms import Weights
 
@@ -89,7 +91,7 @@ class GradStats:
 
     @hookimpl
     def settle_step(self, run: Run, applied: bool) -> None:
-        """Measure the step, if it changed the weights."""
+        """Measure the step if it changed the weights."""
         if self._weights is None:
             return
         weights, self._weights = self._weights, None
@@ -97,12 +99,12 @@ class GradStats:
         for name, value in norms.items():
             run.log(name, value)
         if norms and self.histograms and run.rank == 0:
-            # A new list: a snapshot may still hold the old one.
+            # A new list: a snapshot may still refer to the old one.
             self.pending = [*self.pending, [run.progress.step, *weights.histograms()]]
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Forget the histograms of steps that are void."""
+        """Drop the histograms of the steps after the checkpoint."""
         self._forget_later(run)
 
     @hookimpl
@@ -113,7 +115,7 @@ class GradStats:
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
-        """Write what a signal has kept from being logged."""
+        """Write the histograms that were not logged because of a signal."""
         self._write(run)
 
     def _emit(self, run: Run, name: str, counts: tuple[int, ...]) -> None:
@@ -128,22 +130,21 @@ class GradStats:
             for group, pattern in self.groups.items():
                 if not found[group]:
                     known = f"there are {len(names)}, such as {', '.join(names[:3])}"
-                    text = f"{pattern!r} matches no parameter that is left over; {known}"
+                    text = f"{pattern!r} matches no remaining parameter; {known}"
                     raise SettingsError(f"grad_stats.groups.{group}: {text}")
             return found
         found = naming.grouped(names, self.per)
         most = self.max_keys // METRICS
         if len(found) > most:
             log.warning(
-                "grad_stats: %d groups would make more than %d metrics: neighbours are "
-                "put together",
+                "grad_stats: %d groups would make more than %d metrics: neighbours are merged",
                 len(found),
                 self.max_keys,
             )
         return naming.merged(found, most)
 
     def _write(self, run: Run) -> dict[str, list[int]]:
-        """Write the histograms, and return by group what they make together."""
+        """Write the histograms, and return their sums by group."""
         if not self.pending or run.rank:
             return {}
         from fundamentallm_grad_stats import lines, norms
@@ -164,7 +165,7 @@ class GradStats:
         if self.histograms and run.rank == 0:
             from fundamentallm_grad_stats import lines
 
-            # What is pending may have been written before the run was killed.
+            # A killed process may have written the pending ones already.
             last = min([step, *(kept[0] - 1 for kept in self.pending)])
             lines.drop_after(last, self._path(run))
 

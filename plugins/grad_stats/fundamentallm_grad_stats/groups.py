@@ -1,4 +1,4 @@
-"""Which parameters are measured together, by their names alone."""
+"""Group parameters by their names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ REST = "rest"
 
 
 def group_of(name: str, per: str) -> str:
-    """Return the group of a parameter: ``blocks.3.mlp.up.weight`` is in the block ``blocks.3``, in
-    the module ``blocks.3.mlp.up``; where nothing is numbered, the module is the block."""
-    parts = name.lower().split(".")  # as all names of metrics
+    """Return the group of a parameter: ``blocks.3.mlp.up.weight`` is in the block ``blocks.3`` and
+    in the module ``blocks.3.mlp.up``. Without a number, the module is the block."""
+    parts = name.lower().split(".")  # like all names of metrics
     if per == "parameter" or len(parts) == 1:
         return ".".join(parts)
     numbered = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
@@ -23,7 +23,7 @@ def group_of(name: str, per: str) -> str:
 
 
 def grouped(names: Iterable[str], per: str) -> dict[str, list[str]]:
-    """Return names by group, in the order of their first."""
+    """Return the names of each group, in order of first occurrence."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(group_of(name, per), []).append(name)
@@ -31,7 +31,7 @@ def grouped(names: Iterable[str], per: str) -> dict[str, list[str]]:
 
 
 def matched(names: Iterable[str], patterns: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return names by the first pattern that they match; those that match none are the rest."""
+    """Return the names of each pattern, the first that matches; the others are the rest."""
     found: dict[str, list[str]] = {group: [] for group in (*patterns, REST)}
     for name in names:
         matching = (group for group, pattern in patterns.items() if fnmatchcase(name, pattern))
@@ -40,8 +40,8 @@ def matched(names: Iterable[str], patterns: Mapping[str, str]) -> dict[str, list
 
 
 def merged(groups: dict[str, list[str]], most: int) -> dict[str, list[str]]:
-    """Put neighbours together, equally many, until there are at most ``most`` groups: they are
-    ``blocks.0..blocks.3`` then."""
+    """Merge equal numbers of neighbours until there are at most ``most`` groups. Their names are
+    then such as ``blocks.0..blocks.3``."""
     items = list(groups.items())
     size = -(-len(items) // most)
     chunks = [items[at : at + size] for at in range(0, len(items), size)]

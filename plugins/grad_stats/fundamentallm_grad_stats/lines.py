@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
+
+from fundamentallm import write_durably
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,18 +19,13 @@ def append(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def drop_after(step: int, path: Path) -> None:
-    """Drop the lines of later steps, which will be made again, and one that was cut short."""
+    """Drop the lines of later steps, which will be repeated, and an incomplete line."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _belongs(line, step)]
     if kept != lines:
-        beside = path.with_name(f".{path.name}")
-        with beside.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_durably(path, b"".join(kept))
 
 
 def _belongs(line: bytes, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Norms, ratios and histograms, computed where the tensors are; no number is read."""
+"""Norms, ratios and histograms, computed on the device without a device read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 EDGES = tuple(10.0**power for power in range(-12, 5))
-"""Limits of the histogram's bins: the first is below them all, the last from the greatest on."""
+"""Limits between the bins of the histogram; two more bins lie below and above them."""
 _EXPONENTS = tuple(float(round(math.log10(edge))) for edge in EDGES)
 EXPONENTS = (_EXPONENTS[0] - 1, *_EXPONENTS, _EXPONENTS[-1] + 1)
-"""The bins' limits as powers of ten; the first and the last bin hold all that is beyond."""
+"""Edges of all bins as powers of ten; the first and the last bin are open."""
 
 
 class Weights:
-    """The trainable weights of some groups as they are now, copied, until the update is made.
+    """Copies of the trainable weights of some groups before the update.
 
-    Holds as much memory again as those weights.
+    They need as much memory as those weights.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
@@ -34,8 +34,8 @@ class Weights:
 
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
-        """Return three 0-d tensors for every group that has gradients, by the metrics' names: of
-        its gradients and its weights the norms, and of its update that over the weights' before."""
+        """Return three 0-d tensors by metric for every group with gradients: the norms of gradients
+        and weights, and the norm of the update over that of the weights before it."""
         found: dict[str, Tensor] = {}
         for name, pairs in self._groups.items():
             grads = [p.grad for p, _ in pairs if p.grad is not None]
@@ -48,8 +48,7 @@ class Weights:
 
     @torch.no_grad()
     def histograms(self) -> tuple[list[str], Tensor]:
-        """Return the groups that have gradients, and how many of their values have which size:
-        (groups, bins) int64."""
+        """Return the groups with gradients, and the counts of values: (groups, bins) int64."""
         grads = {
             name: [p.grad for p, _ in pairs if p.grad is not None]
             for name, pairs in self._groups.items()
@@ -69,7 +68,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def histogram(tensors: Sequence[Tensor]) -> Tensor:
-    """Return how many values have an absolute value in which decade, (bins,) int64.
+    """Return the number of absolute values in each decade, (bins,) int64.
 
     Zeros are in the first bin, infinity and NaN in the last.
     """

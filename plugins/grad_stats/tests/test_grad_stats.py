@@ -617,6 +617,6 @@ def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complai
 def test_a_pattern_that_matches_nothing_ends_the_start_with_what_there_is(tiny_run: TinyRun):
     settings = {"grad_stats": {"groups": {"all": "*", "late": "out.*"}}}
     with pytest.raises(
-        SettingsError, match=r"groups\.late: 'out\.\*' matches no parameter that is left"
+        SettingsError, match=r"groups\.late: 'out\.\*' matches no remaining parameter"
     ):
         tiny_run("grad_stats", settings=settings)

@@ -1,4 +1,4 @@
-"""Python's garbage collection at chosen steps, instead of in the middle of any."""
+"""Run Python's garbage collection at chosen steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fundamentallm import Run, field, ge, hookimpl, in_, plugin
 
 @plugin
 class Gc:
-    """Collect garbage every so many steps, and at no other time.
+    """Collect Python's garbage every ``every`` steps, and at no other time.
 
-    Python collects whenever enough objects have been made, which is at another moment in every
-    process. All processes of a run that wait for each other then wait for each collection of each.
+    Python collects when enough objects have been created, which happens at different moments in the
+    processes of a run. Processes that wait for each other then wait for every collection.
     """
 
     role = "control"
@@ -20,9 +20,9 @@ class Gc:
     every: int = field(default=50, validator=ge(1))
     """Steps between two collections; steps, since all processes must agree on them."""
     generation: int = field(default=1, validator=in_((0, 1, 2)))
-    """How much is looked through: 0 the youngest objects, 1 more of them, 2 all."""
+    """Generation to collect: 0 is the youngest objects, 1 includes older ones, 2 all."""
     freeze: bool = True
-    """Leave out, for the rest of the run, all objects that are there when the training starts."""
+    """Exclude all objects that exist when the training starts from collections."""
 
     def __attrs_post_init__(self) -> None:
         # Not settings, not state: what must be put back.
@@ -30,11 +30,11 @@ class Gc:
 
     @hookimpl
     def on_train_start(self) -> None:
-        """Collect what building has left, and switch the automatic collection off."""
+        """Collect once, and disable the automatic collection."""
         self._enable = gc.isenabled()
         gc.disable()
         gc.collect()
-        # What somebody else has frozen must not be thawed here.
+        # Objects that other code has frozen must stay frozen.
         if self.freeze and not gc.get_freeze_count():
             self._unfreeze = True
             gc.freeze()
@@ -47,7 +47,7 @@ class Gc:
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Put everything back as it was."""
+        """Restore the automatic collection."""
         if self._unfreeze:
             gc.unfreeze()
         if self._enable:

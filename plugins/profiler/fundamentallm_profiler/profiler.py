@@ -1,4 +1,4 @@
-"""PyTorch's profiler over chosen steps."""
+"""Run PyTorch's profiler over chosen steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger("fundamentallm")
 
 @plugin
 class Profiler:
-    """Record what some steps do, operation by operation, as a trace and a table.
+    """Record the operations of some steps as a trace and a table.
 
-    The other steps are not touched. Whatever goes wrong here, the run goes on.
+    The other steps are not changed. An error of the profiler does not end the run.
     """
 
     role = "observer"
@@ -26,11 +26,11 @@ class Profiler:
     start: int = field(default=10, validator=ge(1))
     """The first step that is recorded."""
     steps: int = field(default=3, validator=ge(1))
-    """How many steps are recorded in one trace."""
+    """Number of recorded steps in one trace."""
     warmup: int = field(default=2, validator=ge(0))
-    """Steps before those, in which the profiler runs but keeps nothing: its start costs time."""
+    """Steps before those in which the profiler runs without recording, because it starts slowly."""
     traces: int = field(default=1, validator=ge(1))
-    """How many traces are made."""
+    """Number of traces."""
     every: int = field(default=1000, validator=ge(1))
     """Steps from the start of one trace to the start of the next."""
     rows: int = field(default=30, validator=ge(1))
@@ -50,8 +50,8 @@ class Profiler:
 
     def __attrs_post_init__(self) -> None:
         if self.traces > 1 and self.every < self.steps + self.warmup:
-            held = f"{self.steps} recorded and {self.warmup} before them"
-            raise ValueError(f"every: {self.every} steps cannot hold {held}")
+            needed = f"{self.steps} recorded and {self.warmup} before them"
+            raise ValueError(f"every: {self.every} steps are fewer than {needed}")
         # Not settings, not state: what lives as long as the process.
         self.recording: Recording | None = None
         self._due: list[int] = []
@@ -70,7 +70,7 @@ class Profiler:
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
-        """Tell the profiler that a step is over, or begin if it is time."""
+        """Advance the profiler by a step, or start it if it is due."""
         if self.recording is not None:
             recording, self.recording = self.recording, None
             self.recording = None if recording.step_over() else recording
@@ -79,13 +79,13 @@ class Profiler:
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Write what there is of an unfinished trace."""
+        """Write an unfinished trace."""
         if self.recording is not None:
             recording, self.recording = self.recording, None
             recording.end()
 
     def _look_ahead(self) -> None:
-        """Find out after which step the profiler must begin next."""
+        """Compute after which step the profiler starts next."""
         self._next = self._due[0] - self.warmup - 1 if self._due else math.inf
 
     def _begin(self, run: Run) -> None:

@@ -22,9 +22,9 @@ log = logging.getLogger("fundamentallm")
 
 
 class Recording:
-    """Records from the next step on: some steps for nothing, up to ``first``, then those wanted.
+    """Warms up from the next step on, and records from step ``first`` on.
 
-    Meanwhile every call of a hook is labelled with its plugin.
+    Every hook call has a label with its plugin in the trace.
     """
 
     def __init__(self, run: Run, wanted: Profiler, first: int) -> None:
@@ -45,7 +45,7 @@ class Recording:
         run.hook = self._labelled
 
     def step_over(self) -> bool:
-        """Count a step; return True if it was the last one, and all is written."""
+        """Count a step; return True if it was the last one and the files are written."""
         self._left -= 1
         if not self._left:
             self.end()
@@ -58,7 +58,7 @@ class Recording:
         return False
 
     def end(self) -> None:
-        """Stop, and write what has been recorded so far, if anything has."""
+        """Stop, and write what has been recorded."""
         self._put_back()
         try:
             self._profile.stop()
@@ -69,7 +69,7 @@ class Recording:
     def _give_up(self) -> None:
         self._put_back()
         self._profile.on_trace_ready = None
-        with contextlib.suppress(Exception):  # it may be what has failed
+        with contextlib.suppress(Exception):  # it may have failed itself
             self._profile.stop()
 
     def _put_back(self) -> None:
@@ -79,7 +79,7 @@ class Recording:
     def _write(self, recorded: profile) -> None:
         run, wanted = self._run, self._wanted
         folder = run.folder / "profile"
-        name = next(name for name, one in run.plugins.items() if one is wanted)
+        name = run.name_of(wanted)
         folder = folder if name == "profiler" else folder / name
         folder.mkdir(parents=True, exist_ok=True)
         end = f"{self._first:08d}" + (f"-rank{run.rank}" if wanted.all_ranks else "")
@@ -96,7 +96,7 @@ class Recording:
 
 
 def activities(device: str) -> list[ProfilerActivity]:
-    """Return what there is to record on ``run.device``."""
+    """Return the activities to record on ``run.device``."""
     gpu = [ProfilerActivity.CUDA] if device.startswith("cuda") else []
     return [ProfilerActivity.CPU, *gpu]
 
@@ -113,7 +113,7 @@ def labelled(plugin: str, hook: str, call: Callable[..., Any]) -> Callable[..., 
 
 
 def write_memory(folder: Path, end: str, device: str) -> None:
-    """Write the blocks that PyTorch's allocator holds, and a summary for people."""
+    """Write the blocks of PyTorch's allocator, and a summary as text."""
     with whole(folder / f"memory-{end}.json.gz") as path, gzip.open(path, "wt") as file:
         found: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         json.dump(found, file, default=str)
@@ -123,7 +123,7 @@ def write_memory(folder: Path, end: str, device: str) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Provide a path to write to; what is there in the end becomes ``path``, all of it."""
+    """Yield a temporary path whose file becomes ``path`` when the block ends."""
     beside = path.with_name(f".{path.name}")
     try:
         yield beside

@@ -356,7 +356,7 @@ def test_freezes_nothing_if_it_shall_not(tiny_run: TinyRun, thawed):
         (
             "profiler",
             {"traces": 2, "every": 4},
-            "profiler.every: 4 steps cannot hold 3 recorded and 2 before",
+            "profiler.every: 4 steps are fewer than 3 recorded and 2 before",
         ),
         ("gc", {"every": 0}, "gc.every: must be >= 1"),
         ("gc", {"generation": 3}, "gc.generation: must be in (0, 1, 2)"),

@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal or in a notebook, plain lines elsewhere."""
+"""Show progress: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,39 +18,38 @@ class Display(Protocol):
     def start_training(self) -> None:
         """Show the steps from now on."""
 
-    def show_metrics(self, metrics: dict[str, float]) -> None:
-        """Show the metrics of a log step."""
+    def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:
+        """Show the metrics of a row; ``validated`` if they contain those of a validation."""
 
     def end_validation(self) -> None:
-        """Show no validation any more: its metrics come with the next row."""
+        """Remove the validation; its metrics follow with the next row."""
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
-        """Show how far something long is; it is over when ``done == total``."""
+        """Show the progress of a long task; ``done == total`` ends it."""
 
     def close(self) -> None:
-        """Show nothing more, and leave everything as it was."""
+        """Stop, and restore the streams."""
 
 
 @plugin
 class Progress:
     """Show step, metrics, speed and time left: as a bar, or as lines without a terminal.
 
-    All of it goes to standard error. The bar looks at the run by itself twice a second; a step
-    costs nothing.
+    It writes to standard error. A thread redraws the bar twice a second; a step costs nothing.
     """
 
     role = "observer"
 
     metrics: list[str] = field(factory=lambda: ["train/loss", "val/loss", "optim/lr"])
-    """The metrics to show, as they were at the last log step."""
+    """Names of the metrics to show, with the values of the last row."""
     quiet: bool = False
-    """Whether to show nothing at all."""
+    """Show nothing."""
 
     _display: Display | None = field(init=False, default=None)
 
     @hookimpl
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
-        """Show how far a long task is."""
+        """Show the progress of a long task."""
         if not self.quiet and run.rank == 0:
             self._shown(run).show_task(task, done, total)
 
@@ -62,19 +61,19 @@ class Progress:
 
     @hookimpl
     def on_validation_end(self) -> None:
-        """End its bar; make sure that its row is shown."""
+        """Remove the bar of the validation."""
         if self._display is not None:
             self._display.end_validation()
 
     @hookimpl
-    def on_log(self, metrics: dict[str, float]) -> None:
+    def on_log(self, metrics: dict[str, float], validated: bool) -> None:
         """Show the metrics of the row."""
         if self._display is not None:
-            self._display.show_metrics(metrics)
+            self._display.show_metrics(metrics, validated)
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Leave the terminal in order."""
+        """Restore the terminal."""
         if self._display is not None:
             self._display.close()
             self._display = None
@@ -91,7 +90,7 @@ class Progress:
             from fundamentallm_progress.notebook import Notebook
 
             return Notebook(run, self.metrics)
-        # A terminal that a CI service lends keeps all that was ever drawn on it.
+        # The log of a CI service would contain every redraw of a bar.
         drawable = os.environ.get("TERM") not in ("dumb", "unknown") and not os.environ.get("CI")
         if sys.stderr.isatty() and drawable:
             from fundamentallm_progress.bar import Bar

@@ -1,4 +1,4 @@
-"""Progress as a bar at the bottom of a terminal, with a row for each long task under way."""
+"""Progress as a bar at the bottom of a terminal, with a row for each long task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fundamentallm_progress.looks import Looks
+from fundamentallm_progress.refresh_thread import RefreshThread
 from fundamentallm_progress.streams import Above, Steady
 from fundamentallm_progress.view import View
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from fundamentallm_progress.view import Row
 
 SECONDS = 0.5
-# What is typed is echoed behind the bar: ^C has room there, and does not break the row.
+# Columns left free after the bar for the echo of ^C, which would break the row.
 _MARGIN = 3
 
 
 class Bar:
-    """Draws itself twice a second from a thread of its own, by what the run says then.
+    """A bar that a thread redraws twice a second if the run has changed.
 
-    It draws only what has changed. What others print or log meanwhile appears above it.
+    Output and log lines of other code appear above it.
     """
 
     def __init__(self, run: Run, metrics: list[str]) -> None:
         self._view = View(run, metrics)
         self._live: Live | None = None
-        self._looks: Looks | None = None
+        self._thread: RefreshThread | None = None
         self._drawn: object = None
         self._streams: list[tuple[str, TextIO, Above]] = []
         self._moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
@@ -48,40 +48,40 @@ class Bar:
         self._view.start_training()
         self._open()
 
-    def show_metrics(self, metrics: dict[str, float]) -> None:
-        """Show the metrics of a log step."""
+    def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:
+        """Show the metrics of a row."""
         self._check()
         self._view.keep_metrics(metrics)
 
     def end_validation(self) -> None:
-        """Show no validation any more."""
+        """Remove the validation."""
         self._view.end_validation()
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
-        """Show how far something long is; it is over when ``done == total``."""
+        """Show the progress of a long task; ``done == total`` ends it."""
         self._check()
         self._view.follow(task, done, total)
         if self._view.empty:
-            self.close()  # perhaps no training follows: a run may be loaded for something else
+            self.close()  # a run that is only loaded has no training
         else:
             self._open()
 
     def close(self) -> None:
-        """Leave the terminal as it was, with the last state of the training on it."""
+        """Restore the terminal; the last state of the training stays visible."""
         live, self._live = self._live, None
         if live is None:
             return
         atexit.unregister(self._leave)
-        if self._looks is not None:
-            self._looks.stop()
+        if self._thread is not None:
+            self._thread.stop()
         self._view.end_tasks()
         try:
             live.stop()
         finally:
             self._give_back()
 
-    def look(self) -> None:
-        """Draw what has changed."""
+    def refresh(self) -> None:
+        """Redraw if something has changed."""
         live = self._live
         if live is not None:
             before, self._drawn = self._drawn, (self._rows(live.console), live.console.size)
@@ -89,14 +89,14 @@ class Bar:
                 live.refresh()
 
     def __rich_console__(self, console: Console, _: ConsoleOptions) -> Iterator[Text]:
-        """Draw what is to be seen now, also where a line of others moves it down."""
+        """Draw the current rows; rich calls this also when other output moves the bar."""
         for row in self._rows(console):
             yield Text.assemble(*row, no_wrap=True)
 
     def _open(self) -> None:
         if self._live is not None:
             return
-        # Whoever made this knows that it is a terminal, and one that can be drawn on.
+        # The plugin has checked that standard error is a terminal that can be drawn on.
         console = Console(
             file=cast("TextIO", Steady(sys.stderr)), force_terminal=True, force_interactive=True
         )
@@ -109,36 +109,36 @@ class Bar:
         )
         with console:
             self._live.start()
-            # Of a process that is killed, nobody would show it again.
+            # A killed process could not show the cursor again.
             console.show_cursor()
         self._take(console)
-        self._looks = Looks(self.look, SECONDS)
+        self._thread = RefreshThread(self.refresh, SECONDS)
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        """Close where nobody else did: the process ends, and its terminal may be gone already."""
+        """Close at the end of the process; its terminal may be gone already."""
         with contextlib.suppress(OSError, ValueError):
             self.close()
 
     def _check(self) -> None:
-        if self._looks is not None and self._looks.error is not None:
+        if self._thread is not None and self._thread.error is not None:
             self._live = None  # the terminal is gone
             self._give_back()
-            self._looks.check()
+            self._thread.check()
 
     def _rows(self, console: Console) -> list[Row]:
         line = "#-" if console.options.ascii_only else "━─"
         return self._view.rows(console.size.width - _MARGIN, line)
 
     def _take(self, console: Console) -> None:
-        """Put streams in place that write above the bar."""
+        """Replace the standard streams by ones that write above the bar."""
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream.isatty():
                 above = Above(stream, console)
                 setattr(sys, name, above)
                 self._streams.append((name, stream, above))
-        # Handlers hold the stream that they were made with, and would write across the bar.
+        # Handlers refer to the stream that they were made with, and would write into the bar.
         for handler in _handlers():
             for _, stream, above in self._streams:
                 if handler.stream is stream:

@@ -1,4 +1,4 @@
-"""Progress as plain lines: of log steps, and now and then one of a long task."""
+"""Progress as plain lines: one for each row of metrics, and some for long tasks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 _PATIENCE = 10.0
-"""Seconds between two lines of one task; shorter tasks are not worth a line."""
+"""Seconds between two lines of one task; shorter tasks have no line."""
 _APART = 1.0
-"""Seconds from one line of the training to the next, at least."""
+"""Smallest number of seconds between two lines of the training."""
 
 
 class Lines:
@@ -28,46 +28,43 @@ class Lines:
         self._run, self._clock = run, clock
         self._view = View(run, metrics, clock)
         self._next = clock()
-        self._validated = False
         self._last: dict[str, float] = {}
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
 
     def start_training(self) -> None:
         """Show the steps from now on."""
         self._view.start_training()
 
-    def show_metrics(self, metrics: dict[str, float]) -> None:
+    def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:
         """Print a line, unless one was just printed; a validation and the end always have one."""
         self._view.keep_metrics(metrics, only=True)
         share, *facts = self._view.facts()
-        kept, self._validated = self._validated or self._run.ending, False
         now = self._clock()
-        if kept or now >= self._next:
+        if validated or self._run.ending or now >= self._next:
             self._next = now + _APART
             self._print("  ".join([f"{count(self._run)} ({share})", *facts]))
 
     def end_validation(self) -> None:
-        """Let the next row have its line in any case."""
+        """Remove the validation."""
         self._view.end_validation()
-        self._validated = True
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
-        """Show how far something long is; it is over when ``done == total``."""
+        """Show the progress of a long task; ``done == total`` ends it."""
         self._view.follow(task, done, total)
         now = self._clock()
         long = now - self._last.setdefault(task, now) > _PATIENCE
-        if long or (done == total and task in self._told):
+        if long or (done == total and task in self._shown):
             self._last[task] = now
-            self._told.add(task)
+            self._shown.add(task)
             self._print(f"{task}: {done / total:.0%}" if total else f"{task}: {done:,}")
         if done == total:
             del self._last[task]
-            self._told.discard(task)
+            self._shown.discard(task)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: lines need no end."""
 
     def _print(self, text: str) -> None:
-        # Flushed: in a batch system's log file a line is of use while the run lasts.
+        # Flushed, so that the log file of a batch system shows it during the run.
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

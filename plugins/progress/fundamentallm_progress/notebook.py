@@ -1,11 +1,11 @@
-"""Progress in a notebook: one area of text that follows the run."""
+"""Progress in a notebook: one area of text that is updated."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm_progress.looks import Looks
+from fundamentallm_progress.refresh_thread import RefreshThread
 from fundamentallm_progress.view import View
 
 if TYPE_CHECKING:
@@ -16,14 +16,14 @@ _COLUMNS = 120
 
 
 class Notebook:
-    """Shows itself once, and then changes what it shows, once a second at most.
+    """An output that is updated at most once a second.
 
-    A kernel's clients do so for an output that has a name; nothing is printed.
+    The clients of a kernel update outputs that have a display id; nothing is printed.
     """
 
     def __init__(self, run: Run, metrics: list[str]) -> None:
         self._view = View(run, metrics)
-        self._looks: Looks | None = None
+        self._thread: RefreshThread | None = None
         self._area: Any = None
         self._shown = ""
 
@@ -32,16 +32,16 @@ class Notebook:
         self._view.start_training()
         self._open()
 
-    def show_metrics(self, metrics: dict[str, float]) -> None:
-        """Show the metrics of a log step."""
+    def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:
+        """Show the metrics of a row."""
         self._view.keep_metrics(metrics)
 
     def end_validation(self) -> None:
-        """Show no validation any more."""
+        """Remove the validation."""
         self._view.end_validation()
 
     def show_task(self, task: str, done: int, total: int | None) -> None:
-        """Show how far something long is; it is over when ``done == total``."""
+        """Show the progress of a long task; ``done == total`` ends it."""
         self._view.follow(task, done, total)
         if self._view.empty:
             self.close()
@@ -49,16 +49,16 @@ class Notebook:
             self._open()
 
     def close(self) -> None:
-        """Leave the last state of the training to be seen."""
-        if self._looks is not None:
-            self._looks.stop()
-            self._looks.check()
-            self._looks = None
+        """Stop the updates; the last state of the training stays visible."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread.check()
+            self._thread = None
             self._view.end_tasks()
-            self.look()
+            self.refresh()
 
-    def look(self) -> None:
-        """Show what has changed."""
+    def refresh(self) -> None:
+        """Update the output if the text has changed."""
         rows = self._view.rows(_COLUMNS)
         text = "\n".join("".join(part for part, _ in row) for row in rows)
         if text != self._shown:
@@ -69,5 +69,5 @@ class Notebook:
         if self._area is None:
             show = importlib.import_module("IPython.display").display
             self._area = show({"text/plain": ""}, raw=True, display_id=True)
-        if self._looks is None:
-            self._looks = Looks(self.look, _SECONDS)
+        if self._thread is None:
+            self._thread = RefreshThread(self.refresh, _SECONDS)

@@ -1,4 +1,4 @@
-"""How fast the run is going, and how long it will take, as seen by this process."""
+"""Measure the speed of the run in this process, and estimate the time left."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 _SPAN = 60.0
-"""Seconds that the speed is a mean over; longer where that is less than two steps."""
+"""Seconds over which the speed is averaged; more if they have fewer than two steps."""
 _MANY = 10
-"""Steps that hide what the first step of a process takes besides."""
+"""Number of steps over which the extra time of the first step of a process is negligible."""
 
 
 @attrs.frozen
 class Sight:
-    """What was seen at one moment; or, of a difference, what came about between two."""
+    """The counts at one moment; or the difference between two moments."""
 
     time: float
     share: float
@@ -51,49 +51,48 @@ class Sight:
 class Pace:
     """Speed over the last minute of training, and the time left.
 
-    Only what this process has seen counts, so a resumed run begins anew, and without its first
-    step, which takes longer than others, as soon as there are others. ``share`` is how much of the
-    run's length was done at the last look, 0 to 1. Between ``pause`` and
-    ``go_on`` neither time nor work counts for the speed. ``clock`` returns seconds, from wherever.
+    Only steps of this process count. Its first step, which takes longer, is left out when there are
+    others. ``share`` is the completed fraction of the run's length at the last ``look``. Between
+    ``pause`` and ``go_on`` neither time nor work counts. ``clock`` returns seconds from any origin.
     """
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock = run, clock
         self._paused: Sight | None = None
         self._began = self._now = self._sight()
-        self._moved = self._now.time  # when the last step was seen to be done
+        self._moved = self._now.time  # when the last step was seen
         self._away = self._now - self._now
-        self._aside = 0.0  # seconds of pauses that come again and again
+        self._aside = 0.0  # seconds of pauses that recur
         self._seen = deque([self._now])
         self._lately: Sight | None = None
         self.share = min(self._now.share, 1.0)
 
     def look(self) -> None:
-        """See how far the run is now."""
+        """Read the counts of the run."""
         before, self._now = self._now, self._sight()
         self.share = min(self._now.share, 1.0)
         if self._now.step != before.step:
             self._moved = self._now.time
         if self._paused is not None:
-            # After a step that a pause interrupts, steps that go on are none of a pause.
+            # Two more steps show that the pause is over, though its end was not reported.
             if self._now.step - self._paused.step < 2:
                 return
             self._paused = None
         self._remember(self._now - self._away)
 
     def pause(self) -> None:
-        """See that something else than training is under way, compiling for example."""
+        """Begin a pause of the training, for example to compile."""
         self.look()
         self._paused = self._paused or self._now
 
     def go_on(self) -> None:
-        """See that this is over."""
+        """End the pause."""
         self.look()
         if self._paused is None:
             return
         pause, self._paused = self._now - self._paused, None
         self._away += pause
-        # What precedes the first step or goes with it will not come again.
+        # A pause before or in the first step does not recur.
         self._aside += pause.time if self._now.step - pause.step > self._began.step else 0.0
 
     def speeds(self) -> list[str]:
@@ -108,9 +107,9 @@ class Pace:
         ]
 
     def left(self) -> str:
-        """Return the time that is left as ``h:mm:ss``; empty if that is unknown, or none is left.
+        """Return the time left as ``h:mm:ss``; empty if it is unknown or zero.
 
-        Pauses are expected to take the same part of the time as so far.
+        Pauses are assumed to take the same fraction of the time as so far.
         """
         whole, lately = self._run.settings.length.seconds, self._lately
         if self.share == 1:

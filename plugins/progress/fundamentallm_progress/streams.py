@@ -1,4 +1,4 @@
-"""Streams in front of a terminal: for the bar, and for all that others write meanwhile."""
+"""Streams in front of a terminal: one for the bar, and one for the output of other code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Terminals that know them show what is between them at once; the others ignore them.
+# Synchronized output: a terminal shows the text between them at once, or ignores them.
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"
 
 
 class Front:
-    """Stands for a stream; what it does not define is the stream's."""
+    """A stream around another one, with all of its other attributes."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -23,7 +23,7 @@ class Front:
 
 
 class Steady(Front):
-    """Hands every write to the terminal as one picture, so that no half of it is to be seen."""
+    """Writes every text as one synchronized update, so that the terminal shows no half of it."""
 
     def write(self, text: str) -> int:
         """Write text."""
@@ -33,13 +33,13 @@ class Steady(Front):
 
 
 class Above(Front):
-    """Writes whole lines above the bar, as they are; the rest of a line waits for its end."""
+    """Writes whole lines above the bar, unchanged; an incomplete line waits for its end."""
 
     def __init__(self, stream: TextIO, console: Console) -> None:
         super().__init__(stream)
         self._console = console
         self._rest = ""
-        self._lock = threading.RLock()  # a signal's handler may log in the midst of a line
+        self._lock = threading.RLock()  # a signal handler may log in the middle of a line
         self._open = True
 
     def write(self, text: str) -> int:
@@ -58,7 +58,7 @@ class Above(Front):
         """Do nothing: whole lines are written at once."""
 
     def end(self) -> None:
-        """Write what is left, and from now on to the stream itself."""
+        """Write the incomplete line; from now on write to the stream itself."""
         self._open = False
         if self._rest:
             self.stream.write(self._rest)
@@ -66,5 +66,5 @@ class Above(Front):
 
 
 def _last(line: str) -> str:
-    """Return what a terminal would show last of a line that begins anew again and again."""
+    """Return the last text of a line that carriage returns overwrite."""
     return line[line.rstrip("\r").rfind("\r") + 1 :]

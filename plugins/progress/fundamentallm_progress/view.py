@@ -1,4 +1,4 @@
-"""What is to be seen of a run: its training and the tasks under way, as rows of text."""
+"""Format a run's training and its running tasks as rows of text."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _WIDTHS = (24, 16, 8, 5)
 _NARROW = 60
-"""Columns below which a bar has to leave its place to numbers."""
+"""Terminals with fewer columns show numbers in place of a bar."""
 _PIECE = 4
 _VALIDATION = "validation"
 
 
 @attrs.define
 class Task:
-    """Something long besides the steps; ``step`` is the run's when it was last heard of."""
+    """A long task outside of the steps; ``step`` is the run's step at its last report."""
 
     done: int
     total: int | None
@@ -39,7 +39,7 @@ class Task:
 
 
 class View:
-    """What is known of the run. ``rows`` may be asked from another thread than the run's."""
+    """The state to show. ``rows`` may be called from another thread than the run's."""
 
     def __init__(
         self, run: Run, metrics: list[str], clock: Callable[[], float] = time.monotonic
@@ -53,20 +53,20 @@ class View:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to be seen: no training, and no task."""
+        """Whether there is no training and no task."""
         return self._pace is None and not self._tasks
 
     def start_training(self) -> None:
-        """Show the steps from now on; speed and time left begin with them."""
+        """Show the steps, speed and time left from now on."""
         self._pace = Pace(self._run, self._clock)
 
     def keep_metrics(self, metrics: dict[str, float], *, only: bool = False) -> None:
-        """Take the metrics of a row; those that it lacks stay, unless it is ``only`` about it."""
+        """Store the metrics of a row; older ones that it lacks stay, unless ``only``."""
         known = metrics if only else self._metrics | metrics
         self._metrics = {name: known[name] for name in self._names if name in known}
 
     def follow(self, task: str, done: int, total: int | None) -> None:
-        """Take how far a task is; with ``done == total`` it is gone."""
+        """Store the progress of a task; ``done == total`` removes it."""
         with self._lock:
             step = self._run.progress.step
             if done == total:
@@ -81,16 +81,16 @@ class View:
             self._tasks[task] = Task(done, total, step, since)
 
     def end_validation(self) -> None:
-        """Take that a validation is over, also one that never knew how long it is."""
+        """Remove the validation, also one whose length was unknown."""
         self.follow(_VALIDATION, 1, 1)
 
     def end_tasks(self) -> None:
-        """Forget what is under way: nobody ends it any more."""
+        """Remove all tasks."""
         with self._lock:
             self._tasks.clear()
 
     def facts(self) -> list[str]:
-        """Look at the run; return share, metrics, speeds and time left, as far as known."""
+        """Return share, metrics, speeds and time left, as far as they are known."""
         with self._lock:
             self._forget()
             pace = self._pace
@@ -103,7 +103,7 @@ class View:
             return [f"{pace.share:.0%}", *shown, *pace.speeds(), *ends]
 
     def rows(self, width: int, line: str = "━─") -> list[Row]:
-        """Look at the run; return the training and below it each task, all within ``width``.
+        """Return a row for the training and one for each task, all within ``width``.
 
         ``line`` are the two characters that bars are made of.
         """
@@ -111,19 +111,19 @@ class View:
             facts, now = self.facts(), self._clock()
             rows = []
             if self._pace is not None:
-                # As wide as it ever was, so that the bar does not move.
+                # Never narrower than before, so that the bar does not move.
                 self._head = head = count(self._run).ljust(len(self._head))
                 done = partial(_full, line, self._pace.share)
                 room = width - len(head) - (_WIDTHS[-1] + 2 if width >= _NARROW else 1)
                 rows = [_fitted(head, done, _chosen(facts, room), width)]
             names = max(map(len, self._tasks), default=0)
             for name, task in self._tasks.items():
-                bar, tail = _told(task, now, line)
+                bar, tail = _task_row(task, now, line)
                 rows.append(_fitted(f"  {name:{names}}", bar, tail, width))
             return rows
 
     def _forget(self) -> None:
-        # What failed or was given up is never ended: a step later, the run is elsewhere.
+        # A task that failed has no end. Two steps later it cannot be running.
         step = self._run.progress.step
         kept = {name: task for name, task in self._tasks.items() if abs(step - task.step) < 2}
         if len(kept) < len(self._tasks):
@@ -133,7 +133,7 @@ class View:
 
 
 def count(run: Run) -> str:
-    """Write how far the run is, in steps and in the unit of its length."""
+    """Return the progress of the run in steps and in the unit of its length."""
     length, step = run.settings.length, f"step {run.progress.step:,}"
     done = length.done(run.progress) * length.amount
     if length.unit == "steps":
@@ -146,12 +146,12 @@ def count(run: Run) -> str:
 
 
 def label(metric: str) -> str:
-    """Name a metric as briefly as it stays clear: ``train/loss`` is ``loss``."""
+    """Return the short name of a metric: ``train/loss`` is ``loss``."""
     return metric.removeprefix("train/").removeprefix("optim/")
 
 
 def _chosen(facts: list[str], room: int) -> str:
-    """Return what there is room for, in its order."""
+    """Return the most important facts that fit into ``room``, in their order."""
     chosen: set[int] = set()
     for index in sorted(range(len(facts)), key=lambda index: _rank(facts, index)):
         if len(facts[index]) <= room:
@@ -171,8 +171,8 @@ def _rank(facts: list[str], index: int) -> float:
     return index
 
 
-def _told(task: Task, now: float, line: str) -> tuple[Bar, str]:
-    """Return a task's bar, and what stands behind it."""
+def _task_row(task: Task, now: float, line: str) -> tuple[Bar, str]:
+    """Return a task's bar and the text after it."""
     seconds = now - task.since
     took = clock_face(seconds)
     if task.total:
@@ -182,7 +182,7 @@ def _told(task: Task, now: float, line: str) -> tuple[Bar, str]:
 
 
 def _fitted(head: str, bar: Bar, tail: str, width: int) -> Row:
-    """Put a bar of the widest fitting size between two texts, or none; cut off what is too wide."""
+    """Put the widest bar that fits between two texts, or none; truncate what is too wide."""
     room = width - len(head) - len(tail) - 2
     size = next((size for size in _WIDTHS if size <= room), 0)
     if size:
@@ -196,7 +196,7 @@ def _full(line: str, share: float, size: int) -> Iterable[Part]:
 
 
 def _wandering(line: str, seconds: int, size: int) -> Iterable[Part]:
-    """Show a piece that moves, for what has no known end."""
+    """Return a moving piece, for a task without a known end."""
     place = seconds % (size - _PIECE + 1)
     rest = size - _PIECE - place
     return (

@@ -99,7 +99,7 @@ def test_quiet_is_quiet(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -
         ("2 hours", "step 2  0:00/2:00:00 (0%)"),
     ],
 )
-def test_how_far_it_is_is_told_in_the_unit_of_the_length(
+def test_progress_is_shown_in_the_unit_of_the_length(
     length: str, expected: str, tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @plugin
@@ -123,9 +123,7 @@ def test_lines_are_a_second_apart_but_for_validations_and_the_end(
         run.progress.step = step
         clock.now += 0.01
         run.ending = step == 400
-        if step in (150, 151):
-            lines.end_validation()
-        lines.show_metrics({"train/loss": 1.0})
+        lines.show_metrics({"train/loss": 1.0}, validated=step in (150, 151))
     steps = [int(line.split("/")[0][5:]) for line in capsys.readouterr().err.splitlines()]
     assert len(steps) == 7
     assert {1, 150, 151, 400} <= set(steps)
@@ -426,7 +424,7 @@ class Screen(io.StringIO):
         return self.getvalue().count(BEGIN)
 
 
-def test_a_bar_is_drawn_when_it_looks_and_only_if_something_has_changed(
+def test_a_bar_is_redrawn_only_if_something_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fundamentallm_progress.bar.SECONDS", 1000.0)
@@ -440,16 +438,16 @@ def test_a_bar_is_drawn_when_it_looks_and_only_if_something_has_changed(
     for step in range(10_000):
         run.progress.step = step
         bar.show_task("validation", step % 10, 10)
-        bar.show_metrics({"train/loss": float(step)})
+        bar.show_metrics({"train/loss": float(step)}, validated=False)
     assert screen.pictures == opened, "neither a report nor a row draws"
     size = len(screen.getvalue())
-    bar.look()
+    bar.refresh()
     assert screen.pictures == opened + 1
     assert len(screen.getvalue()) - size < 1000
     bar.show_task("validation", 10, 10)
-    bar.look()
+    bar.refresh()
     for _ in range(100):
-        bar.look()
+        bar.refresh()
     assert screen.pictures == opened + 2, "nothing has changed any more"
     for line in range(7):
         print(line, file=sys.stderr)
@@ -502,7 +500,7 @@ def test_a_notebook_has_one_area_that_changes_and_no_lines(
     )
 
 
-def test_an_area_changes_when_it_looks_and_only_if_there_is_another_text(
+def test_a_notebook_output_is_updated_only_if_its_text_has_changed(
     tmp_path: Path, areas: list[Area], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fundamentallm_progress.notebook._SECONDS", 1000.0)
@@ -511,9 +509,9 @@ def test_an_area_changes_when_it_looks_and_only_if_there_is_another_text(
     notebook.start_training()
     for step in range(1000):
         run.progress.step = step
-        notebook.show_metrics({"train/loss": float(step)})
+        notebook.show_metrics({"train/loss": float(step)}, validated=False)
     for _ in range(3):
-        notebook.look()
+        notebook.refresh()
     (area,) = areas
     (text,) = area.shown
     assert text.startswith("step 999/1,000,000 ")

@@ -118,7 +118,7 @@ def _be_a_program(work: Callable[[], Any]) -> None:
         )
         logging.getLogger().handlers = []
         logging.getLogger("fundamentallm").handlers = []
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("another").addHandler(logging.StreamHandler())
         logging.getLogger("another").propagate = False
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -411,7 +411,7 @@ def test_a_line_of_others_stands_above_a_bar_that_is_up_to_date(
     with a_bar(monkeypatch, tmp_path) as (found, written):
         found.start_training()
         found.show_task("saving", 3, 10)
-        found.look()
+        found.refresh()
         assert written.seen[-1].startswith("  saving ")
         found.show_task("saving", 10, 10)
         print("saved", file=sys.stderr)
@@ -426,7 +426,7 @@ def test_what_begins_its_line_anew_shows_what_it_wrote_last(
         for percent in (10, 50, 100):
             sys.stderr.write(f"\rdownloading {percent}%")
         sys.stderr.write("\nwindows\r\n")
-        found.look()
+        found.refresh()
         assert written.seen[:2] == ["downloading 100%", "windows"]
         assert written.seen[2].startswith("step 0/100 ")
 
@@ -437,7 +437,7 @@ def test_tasks_before_any_training_leave_nothing_behind(
     with a_bar(monkeypatch, tmp_path) as (found, written):
         for task in ("reading", "tokenizing"):
             found.show_task(task, 1, 3)
-            found.look()
+            found.refresh()
             assert written.seen[-1].startswith(f"  {task} ")
             assert sys.stderr is not written
             found.show_task(task, 3, 3)

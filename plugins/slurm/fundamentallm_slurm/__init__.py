@@ -1,4 +1,4 @@
-"""Runs that outlive the time limit of a batch job."""
+"""Requeue a SLURM job whose time limit ends the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fundamentallm")
 PATIENCE = 60
+"""Seconds to wait for ``scontrol``."""
 
 
 @plugin
 class Slurm:
-    """Put the SLURM job of a run back into the queue when the run is stopped before its end."""
+    """Requeue the SLURM job of a run when a signal ends the run before its length."""
 
     role = "observer"
 
     signals: list[str] = field(factory=lambda: ["SIGUSR1", "SIGTERM"])
-    """The signals, by name, after which the job is to be queued again; ``SIGUSR1`` is also what
-    ``run.max_time`` ends with."""
+    """Names of the signals after which the job is requeued; ``run.max_time`` ends with
+    ``SIGUSR1``, too."""
 
-    before = ("console",)  # what it says at the end belongs into the log
+    before = ("console",)  # before it closes its log
 
     def __attrs_post_init__(self) -> None:
         known = signal.Signals.__members__
@@ -37,10 +38,10 @@ class Slurm:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Tell whether this is a job that can be queued again."""
+        """Log whether this process is a job that can be requeued."""
         job = os.environ.get("SLURM_JOB_ID")
         if job is None:
-            log.info("slurm: this is no SLURM job; nothing will be queued again")
+            log.info("slurm: this is no SLURM job; nothing will be requeued")
         elif os.environ.get("SLURM_RESTART_COUNT"):
             log.info(
                 "slurm: job %s, started %s times before", job, os.environ["SLURM_RESTART_COUNT"]
@@ -48,7 +49,7 @@ class Slurm:
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Queue the job again if a signal ended the run before its length."""
+        """Requeue the job if a signal ended the run before its length."""
         job = os.environ.get("SLURM_JOB_ID")
         meant = run.signal is not None and signal.Signals(run.signal).name in self.signals
         if job is None or outcome != "interrupted" or not meant or run.rank:
@@ -59,9 +60,9 @@ class Slurm:
                 command, capture_output=True, text=True, timeout=PATIENCE, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            log.warning("slurm: job %s could not be queued again: %s", job, error)
+            log.warning("slurm: job %s could not be requeued: %s", job, error)
             return
         if done.returncode:
-            log.warning("slurm: job %s could not be queued again: %s", job, done.stderr.strip())
+            log.warning("slurm: job %s could not be requeued: %s", job, done.stderr.strip())
         else:
-            log.info("slurm: job %s is queued again", job)
+            log.info("slurm: job %s is requeued", job)

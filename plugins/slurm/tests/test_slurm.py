@@ -1,4 +1,4 @@
-"""A job is queued again exactly when a signal stopped its run. ``scontrol`` is a script here."""
+"""A job is requeued exactly when a signal stopped its run. ``scontrol`` is a script here."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_run_that_a_signal_stops_is_queued_again(tiny_run, asked, number):
+def test_a_run_that_a_signal_stops_is_requeued(tiny_run, asked, number):
     assert tiny_run(Slurm(), Sends(number=number)).outcome == "interrupted"
     assert asked.read_text() == "requeue 4711\n"
 
 
-def test_a_run_whose_time_is_up_is_queued_again(tiny_run, asked):
+def test_a_run_whose_time_is_up_is_requeued(tiny_run, asked):
     run = tiny_run(Slurm(), length=10**9, log_every=10**9, max_time="0.3 seconds")
     assert (run.outcome, run.signal) == ("interrupted", signal.SIGUSR1)
     assert asked.read_text() == "requeue 4711\n"
@@ -78,7 +78,7 @@ def test_a_queue_that_refuses_is_a_warning(tiny_run, asked, monkeypatch, caplog,
     else:
         monkeypatch.setenv("PATH", "/nonexistent")
     assert tiny_run(Slurm(), Sends(number=signal.SIGUSR1)).outcome == "interrupted"
-    assert "job 4711 could not be queued again" in caplog.text
+    assert "job 4711 could not be requeued" in caplog.text
 
 
 TINY = """
@@ -111,7 +111,7 @@ device = "cpu"
 """
 
 
-def test_a_job_that_is_ended_as_it_is_queued_again_still_ends_as_announced(asked, tmp_path):
+def test_a_job_that_the_requeue_ends_still_has_its_exit_code_and_log(asked, tmp_path):
     tool = tmp_path / "bin" / "scontrol"
     tool.write_text(tool.read_text().replace("exit", "kill -TERM $PPID\nexit"))
     (tmp_path / "tiny.py").write_text(TINY)
@@ -126,10 +126,10 @@ def test_a_job_that_is_ended_as_it_is_queued_again_still_ends_as_announced(asked
     assert done.returncode == 128 + signal.SIGUSR1, done.stderr
     assert asked.read_text() == "requeue 4711\n"
     assert "Traceback" not in done.stderr
-    assert f"resume with: fundamentallm resume {folder}" in done.stderr
+    assert f"fundamentallm resume {folder}" in done.stderr
     assert any((folder / "checkpoints").glob("step-*"))
     log = (folder / "train.log").read_text()
-    assert "slurm: job 4711 is queued again" in log
+    assert "slurm: job 4711 is requeued" in log
     assert "interrupted at step" in log.splitlines()[-1]
 
 

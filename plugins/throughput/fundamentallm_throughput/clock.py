@@ -1,4 +1,4 @@
-"""Where time goes: seconds by phase and plugin, each call without the calls inside it."""
+"""Measure seconds by phase and plugin; a call counts without the calls inside it."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ PHASE_OF = {hook: phase for phase, hooks in PHASES.items() for hook in hooks}
 BETWEEN = frozenset(("start-up", "restore", "validation", "log", "safe point"))
 """The phases outside the steps: rare enough to be timed always."""
 SPLIT = ("", "micro-batch")
-"""Within these a call has a phase of its own."""
+"""In these phases a nested call counts for its own phase."""
 
 
 @attrs.frozen
 class Marks:
-    """Moments of a step, as the host comes to them or, later, a device that works off a queue."""
+    """Moments of a step: of the host, or of a device that executes its queue later."""
 
     take: Callable[[], Any]
     seconds: Callable[[Any, Any], float]
-    """From the second moment to the first; both have been reached."""
+    """Seconds from the second moment to the first; both have been reached."""
     reached: Callable[[Any], bool]
     wait: Callable[[], None]
-    """Until all that is queued is done."""
+    """Wait until the device has finished its queue."""
 
 
 def of_host(now: Callable[[], float]) -> Marks:
-    """Return the marks of one that queues nothing, and whose moments are seconds."""
+    """Return the moments of the host: seconds, reached at once."""
     return Marks(now, sub, lambda _: True, lambda: None)
 
 
 class Clock:
-    """Times calls: what lies between steps in the host's seconds, the parts of steps by marks.
+    """Times calls: those between steps in seconds of the host, the parts of steps by moments.
 
-    A call inside another counts for its own plugin and not for the outer one, and in the phase of
-    the outermost: the forward passes of a validation are validation. Only those of a micro-batch
-    keep a phase of their own. ``now`` returns seconds, from wherever.
+    A nested call counts for its own plugin, in the phase of the outermost call: the forward passes
+    of a validation are validation. Only those of a micro-batch have phases of their own. ``now``
+    returns seconds from any origin.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Clock:
         self.now = now
         self.marks = marks or of_host(now)
         self.between = 0.0
-        """What the calls between steps took, all in all."""
+        """Total seconds of the calls between steps."""
         self.parts: list[Part] = []
-        """What was timed in a step: whose it is, in whose call, and from when to when; with
-        neither, what lay between steps meanwhile."""
+        """The calls timed in a step: key, key of the outer call, begin and end. Without keys: time
+        between steps."""
         self._taken: defaultdict[Key, list[float]] = defaultdict(lambda: [0.0])
         self._phase = ""
         self._key: Key | None = None
@@ -92,22 +92,22 @@ class Clock:
 
     @property
     def seconds(self) -> dict[Key, float]:
-        """By phase and plugin: what the calls between steps took, less those inside of them."""
+        """Seconds of the calls between steps by phase and plugin, without nested calls."""
         return {key: taken[0] for key, taken in self._taken.items()}
 
     def in_steps(self) -> float:
-        """Return the seconds until now, from wherever, that no call between steps took."""
+        """Return the seconds until now, from any origin, without the calls between steps."""
         return (self._since if self._phase in BETWEEN else self.now()) - self.between
 
     def timed(self, plugin: str, hook: str, call: Call, *, in_step: bool = False) -> Call:
-        """Return ``call``, timed; ``in_step`` if a step is timed inside meanwhile."""
+        """Return ``call`` with a timer; ``in_step`` if the step is timed hook by hook."""
         part = self._part(plugin, hook, call)
         if PHASE_OF[hook] not in BETWEEN:
             return part
         own, now, mark = PHASE_OF[hook], self.now, self.marks.take
         taken = self._taken[own, plugin]
 
-        # Some of these are called in every step: the usual case, in few words, comes first.
+        # Some of these are called in every step, so the usual case comes first.
         def timer(**given: Any) -> Any:
             if self._phase:
                 return part(**given)
@@ -156,7 +156,7 @@ class Clock:
 
 
 def added(parts: list[Part], seconds: Callable[[Any, Any], float]) -> dict[Key | None, float]:
-    """Add up parts by phase and plugin, each less those inside; None: what lay between steps."""
+    """Add up parts by phase and plugin, without nested ones; None is the time between steps."""
     taken: defaultdict[Key | None, float] = defaultdict(float)
     for key, parent, start, end in parts:
         spent = seconds(end, start)

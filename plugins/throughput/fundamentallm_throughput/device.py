@@ -1,4 +1,4 @@
-"""What the model costs and what the device can: FLOPs, memory, and moments of its own."""
+"""FLOPs of the model, peak FLOP/s, memory and timing events of the device."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Count the parameters, each once, less those that only embeddings look up."""
+    """Count the parameters, each once, without those that only embeddings use."""
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     used = {
         id(p)
@@ -76,7 +76,7 @@ def matrix_parameters(model: nn.Module) -> int:
 
 
 def memory(run: Run) -> dict[str, float]:
-    """Return the most memory used so far in GiB: of the process, and of its CUDA device."""
+    """Return the peak memory in GiB of the process and of its CUDA device."""
     # Linux counts in KiB, macOS in bytes.
     unit = 2**30 if sys.platform == "darwin" else 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -89,7 +89,7 @@ def memory(run: Run) -> dict[str, float]:
 
 
 def marks(device: str) -> Marks | None:
-    """Return the moments of ``run.device``; None of one that has none, where the host's do."""
+    """Return the moments of ``run.device``; None where those of the host are right."""
     if not device.startswith("cuda"):
         return None
 

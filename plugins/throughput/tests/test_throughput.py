@@ -34,8 +34,8 @@ from fundamentallm_throughput import Throughput
 from fundamentallm_throughput.clock import PHASE_OF, Clock, Marks, added
 from fundamentallm_throughput.device import flops_per_token, matrix_parameters, peak_of
 from fundamentallm_throughput.report import rows
-from fundamentallm_throughput.samples import turns
-from fundamentallm_throughput.watch import quantile
+from fundamentallm_throughput.sampled_steps import turns
+from fundamentallm_throughput.step_timer import quantile
 
 SPEEDS = {
     "perf/tokens_per_second",
@@ -528,7 +528,7 @@ def test_what_a_single_step_took_more_is_charged_to_nobody_unless_it_was_timed(t
 
 @plugin
 class Timed:
-    """Notes which steps are timed inside."""
+    """Notes which steps are timed hook by hook."""
 
     def __attrs_post_init__(self):
         self.hooks, self.steps = [], []

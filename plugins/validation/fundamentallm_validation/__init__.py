@@ -1,4 +1,4 @@
-"""What a validation tells besides the loss: perplexity, bits per byte, accuracy, the best."""
+"""Metrics of a validation: perplexity, bits per byte, accuracy, and the best values so far."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ __all__ = ["Validation"]
 
 log = logging.getLogger("fundamentallm")
 
-# Of each metric, whether a larger value is the better one.
+# Metric -> whether a larger value is better.
 LARGER = {"loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True}
 
 
 @plugin
 class Validation:
-    """Measure more than the loss on every held-out split, and keep track of the best."""
+    """Log perplexity, bits per byte, accuracy and the best values of every held-out split."""
 
     role = "control"
 
     perplexity: bool = True
     """Log ``val/perplexity``: e to the power of the loss."""
     bits_per_byte: bool = False
-    """Log ``val/bits_per_byte``, which does not depend on the tokenizer. The data must know how
-    many bytes of text a token stands for."""
+    """Log ``val/bits_per_byte``, which does not depend on the tokenizer. The data must have
+    ``bytes_per_token``."""
     accuracy: bool = False
-    """Log ``val/accuracy``: the share of targets that get the highest score. The model must have
-    ``logits``; costs one more forward pass over the splits."""
+    """Log ``val/accuracy``: the share of targets with the highest score. The model must have
+    ``logits``; it costs one more forward pass over the splits."""
     best: bool = True
     """Log the best value so far of each of these and of the loss, as ``best/val_loss`` and so on,
-    and tell at the end at which step it was."""
+    and print them with their steps at the end."""
 
     found: dict[str, list[float]] = state(factory=dict)
-    """Metric -> its best value and the step of that."""
+    """Metric -> its best value and its step."""
     _splits: dict[str, float | None] = field(init=False, factory=dict, repr=False)
 
     @property
@@ -53,17 +53,17 @@ class Validation:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Check that the data and the model can tell what is asked for."""
+        """Check that the data and the model have what the chosen metrics need."""
         splits = run.data.validation()
         self._splits = {split: self._bytes_per_token(run, split) for split in splits}
         if not splits:
-            log.warning("%s: the data has no held-out split to measure", self._name(run))
+            log.warning("%s: the data has no held-out split to measure", run.name_of(self))
         elif self.accuracy:
             from fundamentallm_validation.accuracy import check
 
             problem = check(run)
             if problem:
-                raise SettingsError(f"{self._name(run)}.accuracy: {problem}")
+                raise SettingsError(f"{run.name_of(self)}.accuracy: {problem}")
 
     @hookimpl(wrapper=True)
     def validate(self, run: Run) -> Generator[None, dict[str, float], dict[str, float]]:
@@ -77,8 +77,8 @@ class Validation:
 
     @hookimpl(wrapper=True)
     def reduce_metrics(self) -> Generator[None, dict[str, float], dict[str, float]]:
-        """Add what follows from the loss of a split: from that of all processes together."""
-        # The mean of several processes' perplexities would not be that of their mean loss.
+        """Add the metrics that follow from the loss of a split, averaged over all processes."""
+        # The mean of the perplexities of several processes is not that of their mean loss.
         metrics = yield
         derived: dict[str, float] = {}
         for split, size in self._splits.items():
@@ -91,7 +91,7 @@ class Validation:
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """Compare with the best so far, and log that."""
+        """Update and log the best values so far."""
         if not self.best:
             return
         for name, value in metrics.items():
@@ -102,18 +102,17 @@ class Validation:
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Tell the best values and their steps."""
+        """Print the best values and their steps."""
         if run.rank == 0 and self.best and outcome != "failed":
             for name, (value, step) in self.found.items():
                 log.info("best %s: %.6g at step %d", name, value, step)
 
     def _compared(self, name: str, value: float, step: int) -> list[float]:
-        """Return the best value of a metric and its step, this one included; of equals the first
-        counts."""
+        """Return the best value of a metric so far and its step; of equal values the first one."""
         sign = -1 if LARGER[name.partition("/")[2]] else 1
         known = self.found.get(name)
         if known is None or sign * value < sign * known[0] or math.isnan(known[0]):
-            # Another dict: what a snapshot holds of the old one stays as it was.
+            # A new dict: a snapshot may still refer to the old one.
             self.found = self.found | {name: [value, step]}
         return self.found[name]
 
@@ -124,19 +123,16 @@ class Validation:
         size: float | None = ask(split) if callable(ask) else None
         if not size:
             raise SettingsError(
-                f"{self._name(run)}.bits_per_byte: the data ({type(run.data).__name__}) does not "
-                f"know how many bytes of text a token of the split {split!r} stands for; text "
-                "files do, files of tokens do not: set it to false for these"
+                f"{run.name_of(self)}.bits_per_byte: the data ({type(run.data).__name__}) does not "
+                f"know the bytes of text of a token of the split {split!r}: text files do, files "
+                "of tokens do not; set it to false for these"
             )
         return size
 
-    def _name(self, run: Run) -> str:
-        return next(name for name, listed in run.plugins.items() if listed is self)
-
 
 def perplexity_of(loss: float) -> float:
-    """Return ``exp(loss)``, and the largest number there is where that would be larger still: a
-    finite loss has a finite perplexity."""
+    """Return ``exp(loss)``, or the largest float if that would overflow: the perplexity of a finite
+    loss is finite."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -619,7 +619,7 @@ def test_scores_that_do_not_fit_the_targets_are_told(tiny_run: TinyRun) -> None:
             return Flattened()
 
     told = _fails(tiny_run, Tokens(), Flat(), Validation(accuracy=True))
-    assert "scores for targets of shape (12,), but theirs is (3, 4)" in told
+    assert "scores for targets of shape (12,), but they have (3, 4)" in told
 
 
 def test_a_forward_that_goes_past_the_module_is_told(tiny_run: TinyRun) -> None:

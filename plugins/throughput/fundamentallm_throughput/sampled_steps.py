@@ -1,4 +1,4 @@
-"""The steps that are timed inside: which they are, and what they tell of the others."""
+"""Choose the steps that are timed hook by hook, and add up their times."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     Sample: TypeAlias = tuple[int, Any, Any, list[Part]]
 
-KEPT = 10_000
-"""So many samples at most wait for the next row; of more the newest speak for all."""
+MOST_PENDING = 10_000
+"""Largest number of samples that wait for the next row; of more, the oldest are dropped."""
 
 
 def turns(every: int, random: Random) -> Iterator[tuple[int, int]]:
-    """Yield the steps to time inside, counted from 1, and how many steps each of them stands for.
+    """Yield the steps to time, counted from 1, and the number of steps that each represents.
 
-    It is one of each window of ``every`` steps, behind windows that double up to that size: a short
-    run has some, too. The first step stands for none, nor does any for it. In ``every`` windows of
-    full size each place in the window has its turn once, in an order drawn by lot: what happens in
-    every tenth step, say, is met as often as it happens.
+    One step of each window of ``every`` steps is chosen; the first windows are smaller and double,
+    so that a short run has samples, too. The first step is not part of this. In ``every`` windows,
+    each place in the window is chosen once, in random order, so that periodic work, for example in
+    every tenth step, is sampled as often as it happens.
     """
     before, size = 1, 1
     order: list[int] = []
@@ -40,26 +40,26 @@ def turns(every: int, random: Random) -> Iterator[tuple[int, int]]:
 
 
 class Samples:
-    """Adds up what was timed in steps, each as often as the steps that it stands for.
+    """Adds up the times in sampled steps, weighted by the number of steps that each represents.
 
-    A device comes to a step when the host has left it long ago: ``settle`` takes what is done.
+    A device may execute a step after the host has left it: ``settle`` adds the completed ones.
     """
 
     def __init__(self, marks: Marks) -> None:
         self.count = self.weight = 0
-        """Of the samples, and of the steps that they stand for."""
+        """Numbers of samples, and of the steps that they represent."""
         self.seconds = 0.0
-        """What these steps took."""
+        """Seconds of these steps."""
         self.parts: defaultdict[Key, float] = defaultdict(float)
-        """The same by phase and plugin, as far as it was in hooks."""
+        """Seconds in hooks by phase and plugin."""
         self.first: dict[Key, float] = {}
-        """The parts of the first step, which stands for no other."""
-        self.pending: deque[Sample] = deque(maxlen=KEPT)
-        """The steps that each stands for, its begin, its end, and its parts."""
+        """Seconds of the first step, which represents no other."""
+        self.pending: deque[Sample] = deque(maxlen=MOST_PENDING)
+        """Samples that the device has not completed: weight, begin, end and parts."""
         self._marks = marks
 
     def settle(self) -> None:
-        """Add what the device has done by now; wait for nothing."""
+        """Add the samples that the device has completed; do not wait."""
         while self.pending and self._marks.reached(self.pending[0][2]):
             self._add(*self.pending.popleft())
 

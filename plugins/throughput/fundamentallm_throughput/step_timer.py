@@ -1,4 +1,4 @@
-"""The stopwatch of one process of a run: which calls are timed in which step, and what follows."""
+"""Time the steps of one process: all of them as a whole, some hook by hook."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm_throughput.clock import BETWEEN, PHASE_OF
-from fundamentallm_throughput.samples import Samples, turns
+from fundamentallm_throughput.sampled_steps import Samples, turns
 
 if TYPE_CHECKING:
     from fundamentallm import Run
     from fundamentallm_throughput.clock import Call, Clock
 
 
-class Watch:
-    """Times what lies between the steps always, and the inside of the first and of some others.
+class StepTimer:
+    """Times all calls between steps, and the hooks of the first step and of some others.
 
-    The first, in which much is made ready, speaks for itself alone. Steps are counted from the
-    start of the process: one that is repeated after a rewind counts again.
+    The first step initializes much, and represents no other. Steps are counted from the start of
+    the process: one that is repeated after a rewind counts again.
     """
 
     def __init__(self, run: Run, name: str, every: int, clock: Clock) -> None:
@@ -32,7 +32,7 @@ class Watch:
         self._ends: list[float] = [0.0]
         self._before = run.hook
         self._name = name
-        # A generator of its own: the run's random state is not for looking on.
+        # A generator of its own: an observer must not change the run's random state.
         self._turns = turns(every, Random(run.seed_for("throughput")))  # noqa: S311
         self._chosen, self._weight = 1, 0
         self._open: int | None = None
@@ -42,7 +42,7 @@ class Watch:
         run.hook = self._plain
 
     def start(self, run: Run) -> None:
-        """Begin with the steps, and with the first log period."""
+        """Begin the steps and the first log period."""
         self.started = True
         self.first_step, self.first_tokens = run.progress.step, run.progress.tokens
         self._begun = self._first_end = self.clock.in_steps()
@@ -52,30 +52,30 @@ class Watch:
             run.hook = self._sampling
 
     def step_ended(self, run: Run) -> None:
-        """Note how long the step took, and choose whether the next is timed inside."""
-        # Not the run's own seconds: they go on while it validates and saves.
+        """Record the time of the step; choose whether the next is timed hook by hook."""
+        # Not the seconds of the run: they include validation and saves.
         end = self.clock.now() - self.clock.between
         self._ends.append(end)
         self.steps += 1
         if self.steps == 1:
             self._first_end = end
-        # The loop takes the hooks anew at the start of a step: these are for the next. Hooks that
-        # somebody else has put there, who traces some steps, stay.
+        # The loop reads run.hook at the start of a step, so this is for the next one. Hooks that
+        # another plugin has set, to trace some steps, stay.
         if self.steps + 1 >= self._chosen and run.hook is self._plain:
             run.hook = self._sampling
 
     @property
     def first_seconds(self) -> float:
-        """What the first step took; nothing if there was none."""
+        """Seconds of the first step; 0 if there was none."""
         return self._first_end - self._begun
 
     @property
     def step_seconds(self) -> float:
-        """What the others have taken so far, all together."""
+        """Total seconds of the other steps so far."""
         return max(self._ends[-1] - self._first_end, 0.0)
 
     def stop(self, run: Run) -> None:
-        """Time nothing any more."""
+        """Remove the timers."""
         if run.hook is self._plain or run.hook is self._sampling:
             run.hook = self._before
         self.samples.settle()
@@ -104,7 +104,7 @@ class Watch:
 
     def _around(self, plugin: str, hook: str, call: Call, *, in_step: bool) -> Call:
         if plugin == self._name:
-            # The one call that every step makes. It cannot fail: it needs nobody who catches.
+            # Called in every step without protection, because it cannot fail.
             return self.step_ended if hook == "on_step_end" else call
         if hook == "stop_agreed" and plugin and in_step:
             return self._bounded(call)
@@ -116,21 +116,21 @@ class Watch:
 
     def _caught_up(self, call: Call) -> Call:
         def caught_up(**given: Any) -> Any:
-            # What steps have queued is not a validation's.
+            # Work that steps have queued does not belong to the validation.
             self.clock.marks.wait()
             return call(**given)
 
         return caught_up
 
     def _bounded(self, call: Call) -> Call:
-        """Return ``stop_agreed``, which every step leads to and no plugin's step goes beyond, as
-        the end of a step that is timed inside, and the begin of the next."""
+        """Return ``stop_agreed`` as the end of a timed step and the begin of the next: the loop
+        calls it after each step, behind all plugins."""
 
         def bounded(run: Run, **given: Any) -> Any:
             answer = call(run=run, **given)
             clock, mark = self.clock, self.clock.marks.take()
             parts, clock.parts = clock.parts, []
-            # Not if there was more than one: hooks of somebody else, or a rewind.
+            # Only if exactly one step ended: not after a rewind or with other hooks.
             if self._open == self.steps - 1:
                 self.samples.pending.append((self._weight, self._start, mark, parts))
                 if self.steps == 1:
@@ -148,5 +148,5 @@ class Watch:
 
 
 def quantile(ordered: list[float], q: float) -> float:
-    """Return the smallest of some sorted values that at least the share ``q`` of them reaches."""
+    """Return the smallest of sorted values that at least the fraction ``q`` does not exceed."""
     return ordered[max(math.ceil(q * len(ordered)), 1) - 1]
