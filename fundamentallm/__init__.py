@@ -29,7 +29,7 @@ from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.local_code import code_changes
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
-from fundamentallm.periods import Period
+from fundamentallm.periods import Period, round_up
 from fundamentallm.process import command_line
 from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order, role_of
 from fundamentallm.run import Run, Snapshot
@@ -95,6 +95,7 @@ __all__ = [
     "plugin_name",
     "recorded",
     "role_of",
+    "round_up",
     "setting_fields",
     "settings_options",
     "state",

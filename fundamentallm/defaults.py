@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from fundamentallm.hookspecs import HOOKS, hookimpl
+from fundamentallm.metrics import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,9 +71,9 @@ def evaluation_weights() -> AbstractContextManager[None]:
 def validate(run: Run) -> dict[str, float]:
     # Closed also where an error keeps its frame: the loaders of the splits may have workers.
     with run.evaluating(), closing(run.held_out()) as batches:
-        for split, batch in batches:
-            run.log(f"{split}/loss", run.hook.forward(run=run, batch=batch))
-        return {} if run.signal is not None else run.take_logged()
+        for _, batch in batches:
+            run.log_loss(run.hook.forward(run=run, batch=batch), batch.weight)
+        return {} if run.signal is not None else measured(run, run.take_logged())
 
 
 def reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ A run in pseudocode::
     read_checkpoint()                                   exclusive
     on_train_start()
     while not done:
+        if an epoch begins: on_epoch_start(epoch)
         on_step_start()
         window = collect_batches(stream)                exclusive
         total = weigh_window(window)                    exclusive
@@ -29,9 +30,11 @@ A run in pseudocode::
             optimizer_step()                            exclusive
         settle_step(applied=not rejected)               event
         on_step_end()
+        if an epoch is complete: on_epoch_end(epoch)
         if rewinding: on_rewind(), on to the next step
         if due: on_validation_end(metrics=validate())   validate is exclusive; by default:
             with evaluation_weights(): forward(batch)...    exclusive
+            measure_split(split, collected)                 vote, all metrics
         if due: on_log(reduce_metrics(), validated)     reduce_metrics is exclusive
         stop_agreed()                                   exclusive
         on_safe_point()                                 -> on_checkpoint_saved(folder)
@@ -136,6 +139,11 @@ class Hooks(Protocol):
         """Prepare for the first step: everything is built and restored. A run that is complete ends
         right after this."""
 
+    @event(since="0.1", stability="provisional")
+    def on_epoch_start(self, run: Run, epoch: int) -> None:
+        """The next step is the first one of an epoch, which are counted from 0. Once for each
+        epoch, also in a run that is resumed. Never if the data has no epochs."""
+
     @event(since="0.1")
     def on_step_start(self, run: Run) -> None:
         """Prepare for a step: ``run.progress`` holds the counts before it, all gradients are
@@ -197,6 +205,12 @@ class Hooks(Protocol):
         """Observe a finished step; its gradients still exist. Pass tensors to ``run.log``: reading
         a device value here would make the host wait at every step."""
 
+    @event(since="0.1", stability="provisional")
+    def on_epoch_end(self, run: Run, epoch: int) -> None:
+        """The step that is over took the last sample of an epoch: before the validation, the row
+        and the safe point of that step. If its window goes on into the next epoch, that one still
+        starts with the next step."""
+
     @event(since="0.1")
     def on_rewind(self, run: Run, left: int) -> None:
         """Follow a rewind from step ``left`` to an earlier checkpoint (``Run.rewind``), whose state
@@ -211,6 +225,14 @@ class Hooks(Protocol):
     def validate(self, run: Run) -> dict[str, float]:
         """Return the metrics of the held-out splits, and leave model and random state as they were.
         Default: the weighted mean loss of every split, and what ``forward`` logs."""
+
+    @vote(since="0.1", stability="provisional")
+    def measure_split(
+        self, run: Run, split: str, collected: dict[str, Tensor]
+    ) -> dict[str, float] | None:
+        """Return metrics of a whole held-out split, such as ``val/f1``. ``collected`` holds what
+        was given to ``run.collect`` for the split, by name: one tensor on the CPU, all pieces
+        joined along their first dimension."""
 
     @event(since="0.1")
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:

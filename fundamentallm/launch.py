@@ -253,6 +253,7 @@ def _missing_observers(folder: Path) -> list[str]:
 
 
 def _end(run: Run, registry: PluginManager, settings: Composed) -> None:
+    _close_stream(run)
     try:
         with naming_the_plugin(registry, settings.brought):
             run.hook.on_train_end(run=run, outcome=run.outcome)
@@ -265,6 +266,14 @@ def _end(run: Run, registry: PluginManager, settings: Composed) -> None:
     finally:
         if run.rank == 0:
             _record_ending(run, settings)
+
+
+def _close_stream(run: Run) -> None:
+    """Close the data stream, so that no loader's worker outlives the training."""
+    try:
+        run.close_stream()
+    except Exception as error:  # noqa: BLE001 - it must not hide how the run ended
+        log.warning("the data stream could not be closed: %r", error)
 
 
 def _record_ending(run: Run, settings: Composed) -> None:

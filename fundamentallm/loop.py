@@ -10,6 +10,7 @@ import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm.epochs import end_epochs, start_epoch
 from fundamentallm.errors import DataError, SettingsError
 from fundamentallm.metrics import log_row, report, validation
 
@@ -24,6 +25,7 @@ WEIGHT = attrgetter("weight")
 def train(run: Run) -> None:
     """Train until the run's length, a stop or a signal."""
     splits = run.checks.splits(run.data.validation())
+    run.splits = tuple(splits)
     if run.settings.validate_every is not None and not splits:
         raise SettingsError("run.validate_every is set, but the data has no held-out split")
     run.ending = run.progress.closed and run.settings.length.reached(run.progress)
@@ -34,14 +36,23 @@ def train(run: Run) -> None:
     run.reopen_data()
     if run.settings.validate_first and splits and not run.progress.step:
         log_row(run, validation(run))
-    started = time.perf_counter()
+    train_steps(run, bool(splits))
+
+
+def train_steps(run: Run, validates: bool) -> None:
+    """Make steps until the end, each with what it leads to."""
+    hook, started = run.hook, time.perf_counter()
     if not run.progress.closed:  # a signal ended the run between a step and its validation
-        close_step(run, bool(splits))
+        close_step(run, validates)
     while not run.ending:
+        if hook.on_epoch_start:
+            start_epoch(run)
         train_step(run, started)
         started = time.perf_counter()
+        if hook.on_epoch_start or hook.on_epoch_end:
+            end_epochs(run, run.progress.before[0])
         if run.rewind_to is None:
-            close_step(run, bool(splits))
+            close_step(run, validates)
         else:
             run.go_back()
 
@@ -101,7 +112,7 @@ def update(run: Run) -> None:
     """Log the losses, edit the gradients, set the learning rates and make the update."""
     hook = run.hook
     for batch, loss in zip(run.window, run.losses, strict=True):
-        run.log("train/loss", loss, batch.weight)
+        run.log_loss(loss, batch.weight)
     if hook.edit_gradients:
         hook.edit_gradients(run=run)
     groups = run.optimizer.param_groups

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import NotFiniteError
+from fundamentallm.errors import NotFiniteError, PluginError
 
 if TYPE_CHECKING:
     from fundamentallm.run import Run
@@ -36,6 +36,17 @@ def validation(run: Run) -> dict[str, float]:
     metrics = run.hook.reduce_metrics(run=run, metrics=run.hook.validate(run=run))
     if run.signal is None:
         run.hook.on_validation_end(run=run, metrics=metrics)
+    return metrics
+
+
+def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
+    """Return a validation's metrics with those that plugins measure over whole splits."""
+    for split, collected in run.take_collected().items():
+        answers: Any = run.hook.measure_split(run=run, split=split, collected=collected)
+        for found in filter(None, answers):
+            if twice := sorted(metrics.keys() & found):
+                raise PluginError(f"measure_split: {twice[0]} is there already; take another name")
+            metrics |= {name: float(value) for name, value in found.items()}
     return metrics
 
 

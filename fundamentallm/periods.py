@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,14 @@ _COUNTS = {"steps": "step", "epochs": "samples", "tokens": "tokens"}
 _BEFORE = {"epochs": 0, "tokens": 1}
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([a-z]+?)s?\s*")
+
+
+def round_up(count: float) -> int:
+    """Return the smallest whole number that is not below ``count``, apart from rounding errors.
+
+    0.07 * 100 is 7.000000000000001 in binary; this returns 7.
+    """
+    return math.ceil(count * (1 - 1e-12))
 
 
 @attrs.frozen
@@ -85,6 +94,5 @@ class Period:
             return self.amount * _SECONDS.get(self.unit, 1)
         if not progress.epoch_samples:
             raise SettingsError(f"a period of {self} needs data with epochs, which this has not")
-        # Whole samples: 0.1 epochs of 1,005 samples is 101 of them, at every rank and resume; but
-        # 0.07 of 100, which is 7.000000000000001 in binary, is 7.
-        return -(-self.amount * progress.epoch_samples * (1 - 1e-12) // 1)
+        # Whole samples: 0.1 epochs of 1,005 samples is 101 of them, at every rank and resume.
+        return round_up(self.amount * progress.epoch_samples)

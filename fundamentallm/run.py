@@ -9,12 +9,14 @@ from collections.abc import Sized
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from weakref import WeakSet
 
 import attrs
 
 from fundamentallm.data import Batch, Progress
-from fundamentallm.errors import SettingsError, StorageError
-from fundamentallm.host import get_state, set_state
+from fundamentallm.epochs import begins_epoch, end_epochs
+from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.host import get_state, renew, set_state
 from fundamentallm.rng import Generators
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ _NUMBER = (float, int)  # making a union of types takes longer than asking it
 # Value, weight, and `progress.step` before the attempt that logged it; None between attempts.
 _Entry: TypeAlias = tuple[Any, float, int | None]
 Logged: TypeAlias = defaultdict[str, list[_Entry]]
+Collected: TypeAlias = dict[str, dict[str, list[Any]]]  # by split and name
+
+_used: WeakSet[Any] = WeakSet()
+"""The plugin objects that were part of a run in this process."""
 
 
 class Run:
@@ -67,6 +73,7 @@ class Run:
     training = True
     begun = False
     loaded: Loaded | None = None
+    splits: tuple[str, ...] = ()
     phase = "train"
     in_step = False
     weight = 1.0
@@ -90,16 +97,74 @@ class Run:
         self.rejected: list[Rejection] = []
         self.history: list[dict[str, float]] = []
         self._logged: Logged = defaultdict(list)
+        self._seen: set[str] = set()
+        self._collected: Collected = {}
+        for plugin in plugins.values():
+            # The state of a run must not be that of another one with the same object.
+            if plugin in _used:
+                renew(plugin)
+            _used.add(plugin)
 
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
         stays on the device: nothing waits. It must be 0-d and not be changed in place later.
-        ``weight`` is by default that of the batch at hand, and 1 between batches."""
+        ``weight`` is by default that of the batch at hand, and 1 between batches. The names
+        ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own."""
+        if name not in self._seen:
+            self._check_logged(name, value)
         if not isinstance(value, _NUMBER) and value.requires_grad:
             value = value.detach()
         weighed = self.weight if weight is None else weight
         attempt = self.progress.step if self.in_step else None
         self._logged[name].append((value, weighed, attempt))
+
+    def log_loss(self, loss: Tensor, weight: float) -> None:
+        """Log a batch's loss as ``<phase>/loss``: what the core does, and what a plugin that
+        answers ``validate`` does in its place."""
+        attempt = self.progress.step if self.in_step else None
+        loss = loss.detach() if loss.requires_grad else loss
+        self._logged[f"{self.phase}/loss"].append((loss, weight, attempt))
+
+    def _check_logged(self, name: str, value: Any) -> None:
+        """Check what is logged under a name for the first time; raise what the plugin did wrong."""
+        section, _, last = name.rpartition("/")
+        losses = last == "loss" and section in ("train", self.phase, *self.splits)
+        if losses or name in ("train/tokens", "optim/lr"):
+            raise ValueError(f"run.log({name!r}): the core logs {name}; take another name")
+        if not isinstance(value, _NUMBER) and getattr(value, "ndim", 1) != 0:
+            shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
+            raise ValueError(f"run.log({name!r}): expected a number or a 0-d tensor, got {shape}")
+        self._seen.add(name)
+
+    def collect(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor of the batch at hand for ``measure_split``, which gets all of a split.
+
+        Its first dimension counts what the split is made of (samples, tokens); pieces with the same
+        name differ in that dimension alone. They stay on the device, without a wait, until the end
+        of the split. In training nothing is kept.
+        """
+        if self.phase != "train":
+            pieces = self._collected.setdefault(self.phase, {}).setdefault(name, [])
+            pieces.append(tensor.detach())
+
+    def take_collected(self) -> dict[str, dict[str, Tensor]]:
+        """Return what was collected, by split and name, each whole and on the CPU; forget it."""
+        import torch
+
+        collected, self._collected = self._collected, {}
+        whole: dict[str, dict[str, Tensor]] = {}
+        for split, named in collected.items():
+            whole[split] = {}
+            for name, pieces in named.items():
+                shapes = {tuple(piece.shape[1:]) if piece.ndim else None for piece in pieces}
+                if len(shapes) > 1 or None in shapes:
+                    found = ", ".join(sorted({str(list(piece.shape)) for piece in pieces}))
+                    raise PluginError(
+                        f"run.collect({name!r}): expected tensors that differ in their first "
+                        f"dimension alone, got the shapes {found}"
+                    )
+                whole[split][name] = torch.cat(pieces).cpu()
+        return whole
 
     def name_of(self, plugin: object) -> str:
         """Return the instance name of a listed plugin: the name of its TOML table."""
@@ -122,15 +187,27 @@ class Run:
             raise StorageError(f"{self.folder}: there is no checkpoint {self.wanted_checkpoint}")
         self.wanted_checkpoint = None
         self.restore(snapshot)
+        since, begun = self.progress.samples, not begins_epoch(self.progress)
         for count in ("microbatches", "samples", "tokens", "seconds"):
             setattr(self.progress, count, getattr(left, count))
         self.history = [row for row in self.history if row["step"] <= self.progress.step]
         self.hook.on_rewind(run=self, left=left.step)
+        end_epochs(self, since, begun=begun)
 
     def reopen_data(self) -> None:
-        """Begin the stream of micro-batches anew from where ``progress`` stands: what a plugin asks
-        for in ``on_step_start`` when it has changed how the data is cut."""
+        """Open the stream of micro-batches where ``progress`` stands. A plugin calls this in
+        ``on_step_start`` if it has changed how the data is cut."""
+        self.close_stream()
+        self.generators.seed(self.seed_for(f"data/{self.rank}"))
         self.stream = self.checks.stream(self.data.batches(self.progress))
+
+    def close_stream(self) -> None:
+        """Close the stream of micro-batches, and with it the workers of a data loader."""
+        # Without the last reference, an iterator of a data loader ends its workers, too.
+        stream = self.__dict__.pop("stream", None)
+        close = getattr(stream, "close", None)
+        if close is not None:
+            close()
 
     @contextmanager
     def evaluating(self, split: str | None = None) -> Iterator[None]:
@@ -145,9 +222,10 @@ class Run:
         modules = [*self.model.modules(), *self.module.modules()]
         modes = [(module, module.training) for module in modules]
         phase, weight, logged = self.phase, self.weight, self.swap_logged()
+        collected, self._collected = self._collected, {}
         self.phase, self.weight = split or phase, 1.0
         try:
-            seed = self.seed_for(f"evaluation/{self.phase}")
+            seed = self.seed_for(f"evaluation/{self.phase}/{self.rank}")
             self.model.eval()
             self.module.eval()
             with (
@@ -159,6 +237,7 @@ class Run:
         finally:
             self.phase, self.weight = phase, weight
             self.swap_logged(logged)
+            self._collected = collected
             for module, mode in modes:
                 module.training = mode
 
@@ -170,7 +249,8 @@ class Run:
         """
         for split, batches in self.data.validation().items():
             self.phase = split
-            self.generators.seed(self.seed_for(f"evaluation/{split}"))
+            self._collected.setdefault(split, {})
+            self.generators.seed(self.seed_for(f"evaluation/{split}/{self.rank}"))
             total = len(batches) if isinstance(batches, Sized) else None
             for index, batch in enumerate(batches):
                 if self.signal is not None:

@@ -59,6 +59,7 @@ def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
         "build_optimizer",
         "read_checkpoint",
         "on_train_start",
+        "on_epoch_start",
         *STEP,
         "reduce_metrics",
         "on_log",
@@ -68,6 +69,7 @@ def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
         "evaluation_weights",
         "forward",
         "on_progress",
+        "measure_split",
         "reduce_metrics",
         "on_validation_end",
         "reduce_metrics",
@@ -75,6 +77,14 @@ def test_a_run_emits_its_hooks_in_the_documented_order(tiny_run):
         "on_safe_point",
         "on_train_end",
     ]
+
+
+def test_an_epoch_ends_between_its_last_step_and_what_follows_it(tiny_run):
+    recorder = Recorder()
+    tiny_run(length=4, trace=recorder)
+    end = recorder.names.index("on_epoch_end")
+    assert recorder.names[end - 1 : end + 2] == ["on_step_end", "on_epoch_end", "stop_agreed"]
+    assert recorder.names.count("on_epoch_start") == 1
 
 
 def test_hooks_are_emitted_with_exactly_the_arguments_of_their_specification(tiny_run):

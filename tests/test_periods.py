@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import Batch, Period, Progress, SettingsError
+from fundamentallm import Batch, Period, Progress, SettingsError, round_up
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SIZES = {"seconds": 1, "minutes": 60, "hours": 3600}
@@ -237,3 +237,18 @@ def test_a_period_in_epochs_of_data_without_epochs_says_so(epoch_samples: int | 
     for ask in (Period(2, "epochs").due, Period(2, "epochs").reached, Period(2, "epochs").done):
         with pytest.raises(SettingsError, match="2 epochs needs data with epochs"):
             ask(Progress(step=1, epoch_samples=epoch_samples))
+
+
+@pytest.mark.parametrize(
+    ("count", "whole"),
+    [
+        (0.07 * 100, 7),
+        (7.0, 7),
+        (7.001, 8),
+        (0.1 * 1005, 101),
+        (0.1 + 0.2, 1),
+        (1e9 + 0.5, 10**9 + 1),
+    ],
+)
+def test_round_up_returns_a_whole_number_not_below_apart_from_rounding_errors(count, whole):
+    assert round_up(count) == whole

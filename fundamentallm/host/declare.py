@@ -99,6 +99,26 @@ def get_state(instance: object) -> dict[str, Any]:
     return {name: getattr(instance, name) for name in state_fields(type(instance))}
 
 
+def renew(instance: Any) -> None:
+    """Give an object the state with which it was made, and keep its settings.
+
+    The fields that are no settings get their defaults; what the class derives in
+    ``__attrs_post_init__`` is derived again.
+    """
+    if not attrs.has(type(instance)):
+        return
+    for field in attrs.fields(type(instance)):
+        default: Any = field.default
+        if field.init or default is attrs.NOTHING:
+            continue
+        if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+            default = default.factory(instance) if default.takes_self else default.factory()
+        setattr(instance, field.name, default)
+    derive = getattr(instance, "__attrs_post_init__", None)
+    if derive is not None:
+        derive()
+
+
 def set_state(instance: object, kept: dict[str, Any]) -> None:
     """Give a plugin its state back."""
     own = getattr(instance, "set_state", None)

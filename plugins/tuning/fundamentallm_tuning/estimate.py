@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from fundamentallm import Composed, Period
+from fundamentallm import Composed, Period, round_up
 from fundamentallm_tuning.extrapolate import StepSample, Total, total_of
 from fundamentallm_tuning.trial import saves
 from fundamentallm_tuning.units import counted, duration, in_step, line
@@ -102,8 +101,3 @@ def _range(samples: Sequence[StepSample]) -> str:
 def _first(taken: Sequence[float], once: float) -> str:
     """Return the first time, if it is much longer than the later ones."""
     return f" (the first {duration(taken[0])})" if once > 0.5 * taken[0] else ""
-
-
-def round_up(count: float) -> int:
-    """Round up to a whole number; 3.0000000000000004, a rounding error of 3, stays 3."""
-    return math.ceil(count * (1 - 1e-9))
