@@ -251,6 +251,28 @@ def test_a_plugin_that_counts_emits_a_histogram_to_every_other(tiny_run):
     assert received == [("sizes/a", 2, (0, 1), (3,)), ("sizes/a", 4, (0, 1), (3,))]
 
 
+def test_an_error_that_an_observer_s_event_reaches_is_that_of_the_plugin_that_raised_it(tiny_run):
+    @plugin
+    class Counts:
+        role = "observer"
+
+        @hookimpl
+        def on_log(self, run):
+            given = {"name": "sizes/a", "step": run.progress.step, "edges": (0, 1), "counts": (3,)}
+            run.hook.on_histogram(run=run, **given)
+
+    @plugin
+    class Needs:
+        role = "control"
+
+        @hookimpl
+        def on_histogram(self, name):
+            raise ValueError(name)
+
+    with pytest.raises(PluginError, match=r"plugin 'needs' .* failed in on_histogram: ValueError"):
+        tiny_run(Needs(), Counts())
+
+
 def test_a_row_states_whether_it_holds_the_metrics_of_a_validation(tiny_run):
     rows = []
 

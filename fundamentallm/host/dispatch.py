@@ -184,7 +184,7 @@ class _Freezing:
             steps = function(**{name: given[name] for name in wanted})
             try:
                 next(steps)
-            except Exception as error:  # noqa: BLE001 - what it is, is told
+            except Exception as error:  # noqa: BLE001 - mute() warns of it
                 self.mute(plugin, hook, error)
             answer = call(**given)
             try:
@@ -192,7 +192,7 @@ class _Freezing:
             except StopIteration as stop:
                 # Muted before it began, it has nothing to return.
                 return answer if plugin in self.shared.muted else stop.value
-            except Exception as error:  # noqa: BLE001 - what it is, is told
+            except Exception as error:  # noqa: BLE001 - mute() warns of it
                 self.mute(plugin, hook, error)
             return answer
 
@@ -200,7 +200,11 @@ class _Freezing:
 
     def mute(self, plugin: str, hook: str, error: Exception) -> None:
         """Call an observer no more; raise an error that the host lets even an observer raise."""
-        if self.host.fatal(hook, error):
+        # The error may be that of another plugin, which an event of the observer reached.
+        raiser, _, _ = _raiser(error, self.registry)
+        other = self.registry.get_plugin(raiser)
+        failed = other is not None and role_of(self.host, type(other)) != "observer"
+        if failed or self.host.fatal(hook, error):
             raise error
         self.shared.muted.add(plugin)
         text = "%s failed and is muted from now on: %r"
@@ -255,6 +259,13 @@ def _each(calls: list[Call], to_the_end: bool) -> Callable[..., list[Any]]:
 
 def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, str]) -> str | None:
     """Return which plugin raised an error, in which hook and line; None if none of them did."""
+    name, hook, place = _raiser(error, registry)
+    who = f"plugin {name!r} ({brought.get(name)})"
+    return f"{who} failed in {hook}: {error!r}, at {place}" if name else None
+
+
+def _raiser(error: BaseException, registry: PluginManager) -> tuple[str, str, str]:
+    """Return plugin, hook and line of the innermost hook in a traceback; empty if there is none."""
     # An error that the host's package raises was caused by the line that called it.
     own = f"{Path(__file__).parents[1]}{os.sep}"
     codes = {
@@ -272,6 +283,4 @@ def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, s
         if trace.tb_frame.f_code in codes or not file.startswith(own):
             place = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
-    name, hook = found
-    who = f"plugin {name!r} ({brought.get(name)})"
-    return f"{who} failed in {hook}: {error!r}, at {place}" if name else None
+    return *found, place

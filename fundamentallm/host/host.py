@@ -41,7 +41,7 @@ class Host:
     check: Callable[[Source, Mapping[str, Any]], None] = _nothing_more
     """Notes in the source what else is wrong with the built plugins and the own table together."""
     to_the_end: tuple[str, ...] = ()
-    """Events that every plugin hears even if one before it raised; the first error follows."""
+    """Events that reach every plugin even if one before it raised; the first error follows."""
     fatal: Callable[[str, Exception], bool] = _never
     """Whether an error that an observer raised in a hook is raised all the same."""
     roles: Mapping[str, Collection[str]] = attrs.field(
