@@ -1,7 +1,7 @@
 """What ``mlflow`` and ``jsonl`` cost the training of a small GPT, in turns with and without them.
 
 One run trains in turns. In every other one the hooks of the two plugins are left out and the
-process that ships to MLflow is stopped, so that nothing of them is left; it catches up in the turn
+upload worker is stopped, so that nothing of them is left; it catches up in the turn
 after. A turn is longer than the three seconds between two shipments, and has a log row every ten
 steps. Which comes first changes from pair to pair, since a machine may grow faster or slower.
 """
@@ -86,7 +86,7 @@ def nothing(**_: Any) -> None:
 
 def measure(pairs: int) -> tuple[list[tuple[Cost, Cost]], float]:
     """Return what pairs of turns took, with and without the loggers, and the processor seconds
-    that the shipping process took for a thousand steps with them."""
+    that the upload worker took for a thousand steps with them."""
     found: list[tuple[Cost, Cost]] = []
     shipping: list[float] = []
     with noop.quiet() as folder:
@@ -126,7 +126,7 @@ def report(pairs: int) -> bool:
             f"ratio of {pairs} pairs {median(ratios):.4f} (95%: {low:.4f} to {high:.4f})"
         )
     print(
-        f"the process that ships to MLflow: {shipping:.2f} s of the processor in a thousand steps "
+        f"the upload worker: {shipping:.2f} s of the processor in a thousand steps "
         f"of {1000 * median(without.wall for _, without in found) / TURN:.1f} ms"
     )
     ratios = [with_them.wall / without.wall for with_them, without in found]

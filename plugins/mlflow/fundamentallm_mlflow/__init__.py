@@ -1,7 +1,8 @@
-"""Parameters, metrics and settings of every run in MLflow, without MLflow in the training process.
+"""Log parameters, metrics and settings of a run to MLflow.
 
-The training process appends rows to ``mlflow/journal.jsonl`` in the run folder. A child process
-(``ship``), the only one that imports mlflow, opens the store and ships what the journal holds.
+The training process appends rows to ``mlflow/journal.jsonl`` in the run folder and never imports
+mlflow. A child process (``worker/``) opens the store and uploads the rows. The modules of this
+folder run in the training process; ``journal`` and ``sync_state`` are used by both processes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fundamentallm import Outcome, Run
-    from fundamentallm_mlflow.journal import Journal
-    from fundamentallm_mlflow.shipper import Shipper
-    from fundamentallm_mlflow.thinning import Thinning
+    from fundamentallm_mlflow.child import Worker
+    from fundamentallm_mlflow.journal import Backpressure, Journal
 
 log = logging.getLogger("fundamentallm")
 
@@ -28,174 +28,157 @@ log = logging.getLogger("fundamentallm")
 class Mlflow:
     """Log parameters, metrics and the composed settings to MLflow.
 
-    The start is strict: a store that cannot be opened ends the run with an error. Afterwards
-    nothing about the store can stop or slow the training; what it does not take waits in the
-    journal.
+    A store that cannot be opened at the start ends the run with an error. Later the store can
+    neither stop nor slow the training: rows that it does not take wait in the journal.
     """
 
     role = "observer"
 
     tracking_uri: str | None = None
-    """The store: ``sqlite:///path.db`` or ``http://host:port``. By default what the environment
-    variable MLFLOW_TRACKING_URI says, else ``mlflow.db`` in the folder of the command."""
+    """The store: ``sqlite:///path.db`` or ``http://host:port``. By default the environment variable
+    MLFLOW_TRACKING_URI, else ``mlflow.db`` in the working directory."""
     experiment: str = "fundamentallm"
-    """Name of the experiment, which is made if it does not exist."""
+    """Name of the experiment, which is created if it does not exist."""
     run_name: str | None = None
-    """Name of the MLflow run; by default that of the run."""
+    """Name of the MLflow run; by default the name of the run."""
     tags: dict[str, str] = field(factory=dict)
-    """Tags of your own."""
+    """Additional tags of the MLflow run."""
     parent: str | None = None
-    """Name of an MLflow run that this one belongs to with others, such as those of a sweep; the
-    first of them makes it."""
+    """Name of a parent MLflow run that groups several runs, such as those of a sweep; the first of
+    them creates it."""
     resume: Literal["auto", "same", "fork", "new"] = "auto"
-    """Which MLflow run a continued run folder writes into: the same; a new one with the history up
-    to there and a tag that says where it comes from; or a new and empty one. ``auto`` forks where
-    an older checkpoint was asked for or settings have changed, and else stays in the same."""
+    """The MLflow run of a resumed run folder: the ``same``; with ``fork`` a new one that has the
+    history up to the resumed step and tags for its origin; with ``new`` a new and empty one.
+    ``auto`` forks if an older checkpoint was chosen or settings have changed, else it takes the
+    same run."""
     on_start_failure: Literal["error", "journal"] = "error"
-    """What happens if the store cannot be used at the start: the run ends with an error, or it
-    writes its journal until the store is there."""
+    """What to do if the store cannot be used at the start: end the run with an error, or write the
+    journal until the store is available."""
     start_seconds: float = field(default=30.0, validator=gt(0))
-    """How long the start waits for the store to open and to take the run's description; it begins
-    to open before data and model are built."""
+    """Longest wait at the start until the store is open and has the run's description. The time
+    counts from before data and model are built."""
     end_seconds: float = field(default=60.0, validator=gt(0))
-    """How long the end of the run waits for the store to take the last rows."""
+    """Longest wait at the end of the run until the store has the last rows."""
     waiting_mb: float = field(default=256.0, validator=gt(0))
-    """How much may wait for a store that is away. Above half of it training rows are thinned;
-    validations are kept in any case."""
+    """Limit of the rows that wait for an unreachable store. Above half of it only some of the
+    training rows are kept; rows with a validation are always kept."""
     system_seconds: float = field(default=10.0, validator=ge(0))
-    """How often to look at CPU, memory and GPUs; 0 is never."""
+    """Interval between two measurements of CPU, memory and GPUs; 0 turns them off."""
     upload_checkpoints: bool = False
-    """Whether the files of checkpoints are copied into the store, and not only their places."""
+    """Whether to upload the files of checkpoints; otherwise only their paths are logged."""
     registry: str | None = None
-    """Name of a registered model: at the end the best checkpoint that is left of the run becomes a
-    version of it, and its alias ``best`` goes to the best version of all runs."""
+    """Name of a registered model. At the end the best remaining checkpoint of the run becomes a
+    version of it, and the best version of all runs has the alias ``best``."""
     monitor: str = "val/loss"
-    """The metric that tells the best for ``registry``."""
+    """The metric that decides for ``registry`` which checkpoint is the best."""
     mode: Literal["min", "max"] = "min"
     """Whether a smaller or a larger ``monitor`` is better."""
     plot: bool = True
-    """Whether a picture of the losses is made at the end."""
+    """Whether to plot the losses at the end."""
 
     def __attrs_post_init__(self) -> None:
         if not self.experiment.strip():
             raise ValueError("experiment: is empty")
         for name, value in (("parent", self.parent), ("registry", self.registry)):
             if value is not None and (not value.strip() or set(value) & set("'\"/:")):
-                raise ValueError(f"{name}: {value!r} is empty or holds one of ' \" / :")
-        # Not settings, not state: what lives as long as the process.
+                raise ValueError(f"{name}: {value!r} is empty or contains one of ' \" / :")
+        # Neither settings nor state: resources of one process.
         self._journal: Journal | None = None
-        self._shipper: Shipper | None = None
-        self._thinning: Thinning | None = None
-        self._validated = False
-        self._uri = self._shown = ""
+        self._worker: Worker | None = None
+        self._backpressure: Backpressure | None = None
+        self._uri = self._charts = ""
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        """Begin to open the store, which takes seconds, while data and model are built."""
-        from fundamentallm_mlflow.places import settled
-        from fundamentallm_mlflow.shipper import Shipper
+        """Start the upload worker, which opens the store while data and model are built."""
+        from fundamentallm_mlflow.child import Worker
+        from fundamentallm_mlflow.tracking_uri import store_of
 
         if run.rank:
             return
-        self._uri = settled(self.tracking_uri, self._folder(run))
+        self._uri = store_of(self.tracking_uri, self._folder(run))
         request = self.request(run.folder, self._uri)
         try:
-            self._shipper = Shipper(self._folder(run), request)
+            self._worker = Worker(self._folder(run), request)
         except OSError as error:
             raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Make the MLflow run in the store, or continue that of the run folder."""
-        from fundamentallm_mlflow.facts import start_of
-        from fundamentallm_mlflow.journal import Journal
-        from fundamentallm_mlflow.thinning import Thinning
+        """Create the MLflow run in the store, or continue that of the run folder."""
+        from fundamentallm_mlflow.journal import Backpressure
 
-        shipper, folder = self._shipper, self._folder(run)
-        if shipper is None:
+        worker = self._worker
+        if worker is None:
             return
-        if run.rank:  # only now is it known that another process logs for all
-            self._drop_shipper()
+        if run.rank:  # the rank is known only now; rank 0 logs for all processes
+            self._drop_worker()
             return
         run.report("opening the MLflow store", 0)
-        self._check(run, answer := shipper.open(lambda: run.signal is not None))
-        try:
-            self._journal = journal = Journal(folder / "journal.jsonl")
-            start = journal.append("start", id=uuid.uuid4().hex, **start_of(run, self, self._uri))
-        except OSError as error:
-            path = folder / "journal.jsonl"
-            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-        self._thinning = Thinning(folder, int(self.waiting_mb * 1e6))
+        self._check(run, reply := worker.wait_open(lambda: run.signal is not None))
+        start = self._write_start(run)
+        self._backpressure = Backpressure(self._folder(run), int(self.waiting_mb * 1e6))
         run.report("opening the MLflow store", 1, 1)
-        if "error" in answer:
-            shipper.go_on()
+        if "error" in reply:
+            worker.begin_upload()
             return
-        self._check(run, answer := shipper.attach(), start)
-        self._show(run, answer)
+        self._check(run, reply := worker.attach(), start)
+        self._show(run, reply)
 
     @hookimpl
-    def on_validation_end(self, run: Run) -> None:
-        """Mark the coming row as one that is never left out."""
-        self._validated = True
-
-    @hookimpl
-    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+    def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:
         """Append the row to the journal."""
-        journal, thinning, shipper = self._journal, self._thinning, self._shipper
-        if journal is None or thinning is None or shipper is None:
+        journal, backpressure, worker = self._journal, self._backpressure, self._worker
+        if journal is None or backpressure is None or worker is None:
             return
-        if thinning.passes(journal.size, validated=self._validated):
+        if backpressure.accepts(journal.size, validated=validated):
             self._append("metrics", step=run.progress.step, metrics=metrics)
-        self._validated = False
-        shipper.listen()
+        worker.poll()
 
     @hookimpl
     def on_rewind(self, run: Run, left: int) -> None:
-        """Tell that the steps that were left are void."""
+        """Record that the run went back, which makes the steps in between void."""
         self._append("rewind", step=run.progress.step, left=left)
 
     @hookimpl
     def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
-        """Tell of a checkpoint, which becomes a logged model with the metrics of its step."""
+        """Record a checkpoint, which becomes a logged model with the metrics of its step."""
         digits = folder.name.rpartition("-")[2]
         step = int(digits) if digits.isdecimal() else run.progress.step
         self._append("checkpoint", step=step, folder=str(folder.resolve()))
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Set the end state, and wait for the store to take what is left."""
-        from fundamentallm_mlflow.farewell import Farewell
+        """Set the end state, and wait for the upload of the remaining rows."""
+        from fundamentallm_mlflow.child import FinalWait
 
-        shipper = self._shipper
-        if shipper is None:
+        worker = self._worker
+        if worker is None:
             return
-        if self._thinning is None:  # the run ended before its start was told
-            self._drop_shipper()
+        if self._backpressure is None:  # the run ended before its training began
+            self._drop_worker()
             return
-        error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
-        self._append("end", outcome=outcome, error=error)
-        if self._journal is not None:
-            self._journal.close()
-        left = Farewell(self._folder(run), self.end_seconds, run.report).wait(shipper)
-        if left is not None:
+        self._end_journal(run, outcome)
+        problem = FinalWait(self._folder(run), self.end_seconds, run.report).wait(worker)
+        if problem is not None:
             log.warning(
-                "mlflow: %s; the rows are in %s: continuing the run ships them, or: "
+                "mlflow: %s; the rows are in %s; to upload them, resume the run, or: "
                 "fundamentallm mlflow sync %s",
-                left,
+                problem,
                 self._folder(run),
                 run.folder,
             )
-        elif self._shown:
-            log.info("mlflow: %s", self._shown)
-        self._journal = self._shipper = self._thinning = None
+        elif self._charts:
+            log.info("mlflow: %s", self._charts)
+        self._worker = self._backpressure = None
 
     def request(self, folder: Path, uri: str) -> dict[str, Any]:
-        """Return what the shipping process is told about the run in ``folder``."""
-        from fundamentallm_mlflow.places import masked
+        """Return the worker's first command for the run in ``folder``."""
+        from fundamentallm_mlflow.tracking_uri import masked
 
         return {
             "uri": uri,
-            "place": masked(uri),
+            "masked_uri": masked(uri),
             "experiment": self.experiment,
             "run_folder": str(folder.resolve()),
             "strict": self.on_start_failure == "error",
@@ -203,33 +186,52 @@ class Mlflow:
             "end_seconds": self.end_seconds,
             "system_seconds": self.system_seconds,
             "plot": self.plot,
-            "parent": os.getpid(),
+            "training_pid": os.getpid(),
         }
 
-    def _check(self, run: Run, answer: dict[str, Any], start: int | None = None) -> None:
-        """End the run because of a store that cannot be used, or warn of it."""
-        if "error" not in answer or self._shipper is None:
+    def _write_start(self, run: Run) -> int:
+        """Open the journal and append the ``start`` row; return its offset."""
+        from fundamentallm_mlflow.description import start_of
+        from fundamentallm_mlflow.journal import Journal
+
+        path = self._folder(run) / "journal.jsonl"
+        try:
+            self._journal = Journal(path)
+            facts = start_of(run, self, self._uri)
+            return self._journal.append("start", id=uuid.uuid4().hex, **facts)
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def _check(self, run: Run, reply: dict[str, Any], start: int | None = None) -> None:
+        """End the run if the store cannot be used or a signal came; only warn if that is set."""
+        if "error" not in reply or self._worker is None:
             return
-        said = self._shipper.why(answer["error"])
+        text = self._worker.explain(reply["error"])
         if run.signal is None and self.on_start_failure == "journal":
-            log.warning("%s; the rows wait in the journal", said)
+            log.warning("%s; the rows wait in the journal", text)
             return
-        self._shipper.kill()  # first: it is not to read what is dropped
+        if run.signal is not None and start is not None:
+            # The worker may have created the MLflow run already, which must not stay RUNNING.
+            self._end_journal(run, "interrupted")
+            self._worker.leave()
+            self._worker = self._backpressure = None
+            raise KeyboardInterrupt
+        self._worker.kill()  # first: it must not read the row that is dropped
         if self._journal is not None and start is not None:
             self._journal.drop(start)
-        self._drop_shipper()
-        # A signal asks for the end, and there is nothing to save yet.
-        raise PluginError(said) if run.signal is None else KeyboardInterrupt
+        self._drop_worker()
+        # A signal ends the run, and there is nothing to save yet.
+        raise PluginError(text) if run.signal is None else KeyboardInterrupt
 
-    def _show(self, run: Run, answer: dict[str, Any]) -> None:
-        from fundamentallm_mlflow.places import charts, is_server, masked
+    def _show(self, run: Run, reply: dict[str, Any]) -> None:
+        from fundamentallm_mlflow.tracking_uri import charts, is_server, masked
 
         uri = self._uri
-        if "run_id" not in answer:
+        if "run_id" not in reply:
             return
-        how = "" if is_server(uri) else f" (once 'fundamentallm ui {run.folder}' runs)"
-        self._shown = f"charts: {charts(uri, answer['experiment_id'])}{how}"
-        log.info("mlflow: run %s in %s; %s", answer["run_id"], masked(uri), self._shown)
+        how = "" if is_server(uri) else f" (to see them, run 'fundamentallm ui {run.folder}')"
+        self._charts = f"charts: {charts(uri, reply['experiment_id'])}{how}"
+        log.info("mlflow: run %s in %s; %s", reply["run_id"], masked(uri), self._charts)
 
     def _append(self, kind: str, **facts: Any) -> None:
         if self._journal is None:
@@ -238,21 +240,27 @@ class Mlflow:
             self._journal.append(kind, **facts)
         except OSError as error:
             log.warning(
-                "mlflow: the journal takes no more rows (%s): MLflow shows none from here "
-                "on; the training goes on",
+                "mlflow: the journal cannot be written (%s): MLflow gets no more rows; the "
+                "training continues",
                 error.strerror,
             )
             self._journal.close()
             self._journal = None
 
-    def _drop_shipper(self) -> None:
-        if self._shipper is not None:
-            self._shipper.kill()
+    def _end_journal(self, run: Run, outcome: Outcome) -> None:
+        error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
+        self._append("end", outcome=outcome, error=error)
         if self._journal is not None:
             self._journal.close()
-        self._journal = self._shipper = self._thinning = None
+            self._journal = None
+
+    def _drop_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = self._worker = self._backpressure = None
 
     def _folder(self, run: Run) -> Path:
-        """Return where this instance keeps its files: each has its own."""
-        name = next(name for name, instance in run.plugins.items() if instance is self)
-        return run.folder.resolve() / name
+        """Return the folder of this instance's files."""
+        return run.folder.resolve() / run.name_of(self)

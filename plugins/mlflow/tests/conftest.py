@@ -104,9 +104,9 @@ class Watch:
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:
-        shipper: Any = run.plugins["mlflow"]._shipper
-        waits = os.get_blocking(shipper._pipe)
-        os.set_blocking(shipper._pipe, False)  # or the test would wait as well
+        worker: Any = run.plugins["mlflow"]._worker
+        waits = os.get_blocking(worker._pipe)
+        os.set_blocking(worker._pipe, False)  # or the test would wait as well
         assert not waits
 
     def around(self, name: str, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +139,7 @@ class Watch:
         """Fail unless each row from ``first`` on costs what each other does, whether or not the
         store is there: one write, and one read that does not wait; and waits for nothing."""
         rows = {step: row for step, row in self.rows.items() if step >= first}
-        told = {step for step, row in rows.items() if any(c.endswith("._pass_on") for c in row)}
+        told = {step for step, row in rows.items() if any(c.endswith("._log_news") for c in row)}
         plain = {step: row for step, row in rows.items() if step not in told}
         assert len(set(plain) & set(away)) > len(away) // 2
         assert set(plain) - set(away)
@@ -190,8 +190,8 @@ def silent() -> Iterator[str]:
 
 STARTS = """
 import sys
-from fundamentallm_mlflow.store import Store
-store = Store(sys.argv[1], "together")
+from fundamentallm_mlflow.worker.client import Client
+store = Client(sys.argv[1], "together")
 print("ready", flush=True)
 sys.stdin.readline()
 store.run_for({"id": sys.argv[2], "time": 1, "name": "r", "parent": "one"})

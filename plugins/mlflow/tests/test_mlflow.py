@@ -25,14 +25,14 @@ from fundamentallm import (
 )
 from fundamentallm.testing import PluginContract, Recorder, TinyRun
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.command import mlflow as command
-from fundamentallm_mlflow.command import ui
-from fundamentallm_mlflow.facts import tags
-from fundamentallm_mlflow.farewell import Farewell
+from fundamentallm_mlflow.child import FinalWait, Worker
+from fundamentallm_mlflow.cli import mlflow as command
+from fundamentallm_mlflow.cli import ui
+from fundamentallm_mlflow.description import tags
 from fundamentallm_mlflow.journal import Journal
-from fundamentallm_mlflow.ledger import shipped
-from fundamentallm_mlflow.ship import Loop, reason
-from fundamentallm_mlflow.shipper import Shipper
+from fundamentallm_mlflow.sync_state import uploaded_bytes
+from fundamentallm_mlflow.worker.__main__ import Commands, UploadLoop
+from fundamentallm_mlflow.worker.session import explain
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -86,7 +86,7 @@ class Saves:
             run.hook.on_checkpoint_saved(run=run, folder=folder)
 
 
-def test_those_who_wait_for_the_store_see_what_for(tiny_run: TinyRun) -> None:
+def test_the_wait_for_the_store_is_shown_as_progress(tiny_run: TinyRun) -> None:
     recorder = Recorder()
     tiny_run(logger("shown"), trace=recorder, length=1)
     told = [given for hook, given in recorder.calls if hook == "on_progress"]
@@ -95,7 +95,7 @@ def test_those_who_wait_for_the_store_see_what_for(tiny_run: TinyRun) -> None:
     assert ends == [(0, None), (1, 1)]
 
 
-def test_a_run_is_in_the_store_as_it_was(
+def test_the_store_has_all_data_of_a_run(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -144,7 +144,7 @@ train(settings, plugins=[*parts, *tiny_parts(parts)], run_dir={folder!r})
 """
 
 
-def test_a_run_that_ends_in_every_way_and_is_continued_each_time_is_one_run_in_the_store(
+def test_a_run_that_ends_in_every_way_and_is_resumed_each_time_is_one_mlflow_run(
     look: Any, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     """There is no checkpoint: each time all is trained once more, and nothing logged twice."""
@@ -186,15 +186,15 @@ def test_a_run_that_ends_in_every_way_and_is_continued_each_time_is_one_run_in_t
     assert "run.length: 8 steps -> 10 steps" in kept.data.tags["settings.changed"]
 
 
-def shippers() -> list[psutil.Process]:
+def workers() -> list[psutil.Process]:
     """Return the processes that ship: others of this one may have children of their own here."""
     mine = [one for one in psutil.Process().children() if one.status() != "zombie"]
-    return [one for one in mine if "fundamentallm_mlflow.ship" in one.cmdline()]
+    return [one for one in mine if "fundamentallm_mlflow.worker" in one.cmdline()]
 
 
 @plugin
 class Assassin:
-    """Kills the process that ships, after some steps."""
+    """Kills the worker, after some steps."""
 
     steps: Any
     """Which."""
@@ -202,22 +202,22 @@ class Assassin:
     @hookimpl
     def on_step_end(self, run: Run) -> None:
         if run.progress.step in self.steps:
-            (child,) = shippers()
+            (child,) = workers()
             child.kill()
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
 @plugin
 class Stopper:
-    """Stops the process that ships, which then hears nothing."""
+    """Stops the worker, which then hears nothing."""
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:
-        for child in shippers():
+        for child in workers():
             child.suspend()
 
 
-def test_what_is_not_in_git_is_not_called_clean(tiny_run: TinyRun) -> None:
+def test_code_outside_git_has_no_tag_that_says_clean(tiny_run: TinyRun) -> None:
     run = tiny_run(length=1)
     path = run.folder / "environment.json"
     environment = json.loads(path.read_text())
@@ -231,7 +231,7 @@ def test_what_is_not_in_git_is_not_called_clean(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.parametrize("steps", [(3,), (8,)])
-def test_where_the_process_that_ships_is_killed_another_takes_over_and_nothing_is_lost(
+def test_another_worker_takes_over_from_a_killed_one_and_no_row_is_lost(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, steps: tuple[int, ...]
 ) -> None:
     one = logger(f"killed{steps}")
@@ -245,14 +245,14 @@ def test_where_the_process_that_ships_is_killed_another_takes_over_and_nothing_i
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_again_and_again_is_given_up_and_sync_ships_the_rest(
+def test_a_worker_that_is_killed_four_times_is_not_restarted_and_sync_uploads_the_rest(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"mlflow": {"experiment": "hunted", **PATIENT}}
     hunter = Assassin(steps=range(2, 6))
     run = tiny_run("mlflow", hunter, settings=settings, length=8, log_every=1)
     assert caplog.text.count("was killed: another one takes over") == 3
-    assert caplog.text.count("the shipping process ended: the rows wait in") == 1
+    assert caplog.text.count("the upload worker ended: the rows wait in") == 1
     words = ["sync", str(run.folder)]
     CliRunner().invoke(command, words, catch_exceptions=False, standalone_mode=False)
     kept = look.run("hunted")
@@ -289,38 +289,48 @@ class Terminates:
 
 
 @pytest.mark.parametrize("way", ["error", "journal"])
-def test_a_signal_ends_the_waiting_for_a_store_that_hangs(
+def test_a_signal_ends_the_wait_for_a_store_that_hangs(
     tiny_run: TinyRun, silent: str, way: str
 ) -> None:
     one = logger("hangs", tracking_uri=silent, on_start_failure=way)
     run = tiny_run(one, Terminates(after=0))
     assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 0)
     assert not (run.folder / "mlflow" / "journal.jsonl").exists()
-    assert "cannot be used" not in (run.folder / "mlflow" / "ship.log").read_text()
-    assert shippers() == []
+    assert "cannot be used" not in (run.folder / "mlflow" / "worker.log").read_text()
+    assert workers() == []
 
 
-def test_a_signal_ends_the_waiting_for_a_description(look: Any, tiny_run: TinyRun) -> None:
+def test_a_signal_during_the_wait_for_the_mlflow_run_ends_that_run_as_killed(
+    look: Any, tiny_run: TinyRun
+) -> None:
+    """The worker may have created it already, and ends it while the training process exits."""
     run = tiny_run(logger("described late"), Terminates(after=1))
     assert (run.outcome, run.signal, run.progress.step) == ("interrupted", signal.SIGTERM, 0)
-    assert (run.folder / "mlflow" / "journal.jsonl").read_text() == ""
-    assert shippers() == []
+    rows = (run.folder / "mlflow" / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(row)["kind"] for row in rows] == ["start", "end"]
+    until = time.monotonic() + 120
+    while workers():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert look.run("described late").info.status == "KILLED"
+    tiny_run(logger("described late", resume="same"))
+    assert look.run("described late").info.status == "FINISHED"
 
 
 def test_the_time_for_the_start_counts_from_the_start_of_the_run(tmp_path: Path) -> None:
     """What building took is part of it, but for a third; each answer that comes is waited for."""
-    shipper = Shipper(tmp_path, Mlflow(start_seconds=9.0).request(tmp_path, "nonsense://x"))
+    worker = Worker(tmp_path, Mlflow(start_seconds=9.0).request(tmp_path, "nonsense://x"))
     until: list[float] = []
-    one: Any = shipper
-    one._answer = lambda moment: until.append(moment - shipper._since) or {}
+    one: Any = worker
+    one._reply = lambda moment: until.append(moment - worker._started) or {}
     for built, waited in ((0.0, 0.0), (5.0, 1.0), (8.0, 0.0), (8.0, 7.0)):
-        shipper._since, shipper._waited = time.monotonic() - built, waited
-        shipper.attach()
-    shipper.kill()
+        worker._started, worker._waited = time.monotonic() - built, waited
+        worker.attach()
+    worker.kill()
     assert until == pytest.approx([9.0, 9.0, 11.0, 10.0], abs=0.5)
 
 
-def test_what_the_system_said_is_told_without_what_libraries_put_around_it() -> None:
+def test_an_error_shows_the_message_of_the_operating_system_without_that_of_libraries() -> None:
     def around(inner: Exception) -> Exception:
         pool, error = OSError(f"pool: {inner}"), RuntimeError(f"failed with exception: {inner}")
         pool.__context__, error.__context__ = inner, pool
@@ -328,16 +338,16 @@ def test_what_the_system_said_is_told_without_what_libraries_put_around_it() -> 
 
     todo = ": start its server, or set tracking_uri to a store that is there"
     refusal = ConnectionRefusedError(111, "Connection refused")
-    assert reason(around(refusal)) == f"Connection refused{todo}"
-    assert reason(around(TimeoutError("timed out"))) == f"it does not answer in time{todo}"
+    assert explain(around(refusal)) == f"Connection refused{todo}"
+    assert explain(around(TimeoutError("timed out"))) == f"it does not answer in time{todo}"
     reset = ConnectionResetError(104, "Connection reset by peer")
-    assert reason(around(RuntimeError("aborted", reset))) == f"Connection reset by peer{todo}"
-    assert reason(around(ValueError("x"))) == "failed with exception: x"
-    assert reason(PermissionError(13, "Permission denied", "/x")).endswith("denied: '/x'")
+    assert explain(around(RuntimeError("aborted", reset))) == f"Connection reset by peer{todo}"
+    assert explain(around(ValueError("x"))) == "failed with exception: x"
+    assert explain(PermissionError(13, "Permission denied", "/x")).endswith("denied: '/x'")
 
 
 @pytest.mark.slow
-def test_a_run_may_start_without_its_store_and_is_synced_later(
+def test_a_run_may_start_without_its_store_and_be_synced_later(
     look: Any, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"experiment": "later", "on_start_failure": "journal", **PATIENT}
@@ -347,7 +357,7 @@ def test_a_run_may_start_without_its_store_and_is_synced_later(
     assert "fundamentallm mlflow sync" in caplog.text
     words = ["sync", str(run.folder), "--uri", look.uri]
     done = CliRunner().invoke(command, words, catch_exceptions=False, standalone_mode=False)
-    assert f"all is in run {look.run('later').info.run_id}" in done.output
+    assert f"all rows are in run {look.run('later').info.run_id}" in done.output
     kept = look.run("later")
     assert kept.info.status == "FINISHED"
     losses = [(int(row["step"]), row["train/loss"]) for row in run.history]
@@ -357,29 +367,29 @@ def test_a_run_may_start_without_its_store_and_is_synced_later(
 def test_a_store_that_is_away_at_the_end_does_not_make_a_finished_run_a_failed_one(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    """Even where the shipping process does not hear that it is to end, and is killed."""
-    monkeypatch.setattr("fundamentallm_mlflow.shipper.GRACE", 0.0)
+    """Even where the worker does not hear that it is to end, and is killed."""
+    monkeypatch.setattr("fundamentallm_mlflow.child.GRACE_SECONDS", 0.0)
     recorder = Recorder()
     run = tiny_run(logger("ending", end_seconds=1.5), Stopper(), trace=recorder)
     assert "the store did not take the last rows in time" in caplog.text
     assert f"fundamentallm mlflow sync {run.folder}" in caplog.text
     told = [given for hook, given in recorder.calls if hook == "on_progress"]
-    ends = [(given["done"] < given["total"]) for given in told if "shipping" in given["task"]]
+    ends = [(given["done"] < given["total"]) for given in told if "uploading" in given["task"]]
     assert ends[-1] is False
     assert len(ends) > 1
     assert all(ends[:-1])
 
 
-def test_what_goes_wrong_at_the_end_is_told_and_not_raised(tmp_path: Path) -> None:
+def test_an_error_in_the_final_wait_is_returned_and_not_raised(tmp_path: Path) -> None:
     class Broken:
         def finish(self, *given: Any) -> str | None:
             raise ValueError("flush of closed file")
 
     broken: Any = Broken()
-    assert Farewell(tmp_path, 1.0, print).wait(broken) == "ValueError: flush of closed file"
+    assert FinalWait(tmp_path, 1.0, print).wait(broken) == "ValueError: flush of closed file"
 
 
-def test_the_shipping_process_gives_up_when_it_is_told_to(monkeypatch: Any) -> None:
+def test_the_worker_gives_up_after_end_seconds(monkeypatch: Any) -> None:
     class Away:
         def measure(self) -> None:
             raise ConnectionError
@@ -393,19 +403,19 @@ def test_the_shipping_process_gives_up_when_it_is_told_to(monkeypatch: Any) -> N
         def sleep(self, seconds: float) -> None:
             self.now += seconds
 
-        def tell(self, **facts: Any) -> None:
-            """Nobody hears it."""
+        def send(self, **facts: Any) -> None:
+            """Drop the reply."""
 
     away: Any = Away()
     clock: Any = Clock()
-    monkeypatch.setattr("fundamentallm_mlflow.ship.time", clock)
-    loop = Loop(away, clock, {"parent": os.getppid(), "end_seconds": 40.0})
-    loop.away, loop._gone_at, loop._pause = True, 0.0, 30.0
+    monkeypatch.setattr("fundamentallm_mlflow.worker.__main__.time", clock)
+    loop = UploadLoop(away, clock, Commands(os.getppid()), {"end_seconds": 40.0})
+    loop.away, loop._ended_at, loop._pause = True, 0.0, 30.0
     assert loop.run() == 3
     assert clock.now == 40.0
 
 
-def test_ui_makes_no_database_where_there_is_none(tmp_path: Path, monkeypatch: Any) -> None:
+def test_ui_does_not_create_a_missing_database(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     for words in ([], ["--uri", f"sqlite:///{tmp_path}/mlflow.db"]):
@@ -414,7 +424,7 @@ def test_ui_makes_no_database_where_there_is_none(tmp_path: Path, monkeypatch: A
         assert list(tmp_path.iterdir()) == []
 
 
-def test_sync_refuses_what_it_cannot_ship(tmp_path: Path) -> None:
+def test_sync_refuses_a_run_that_it_cannot_upload(tmp_path: Path) -> None:
     def error() -> str:
         with pytest.raises(FundamentalError) as caught:
             CliRunner().invoke(
@@ -463,14 +473,14 @@ def test_a_row_costs_the_training_process_one_write(
             os, name, lambda *given, real=real, name=name: calls.append(name) or real(*given)
         )
     for _ in range(10):
-        one.on_log(run, {"train/loss": 1.0})
+        one.on_log(run, {"train/loss": 1.0}, validated=False)
     assert calls == ["write", "read"] * 10
     monkeypatch.undo()
     one.on_train_end(run, "finished")
     assert json.loads((run.folder / "mlflow" / "runs.json").read_text())[0]["closed"]
 
 
-def test_a_row_costs_the_same_whether_or_not_the_store_is_there(
+def test_a_row_costs_the_same_with_and_without_the_store(
     tiny_run: TinyRun, watch: Any, tmp_path: Path
 ) -> None:
     away = {"tracking_uri": "http://127.0.0.1:9", "on_start_failure": "journal", "end_seconds": 0.1}
@@ -503,13 +513,14 @@ def test_a_hundred_thousand_rows_take_no_memory_and_wait_within_bounds_and_no_va
         if step % 100 == 0:
             metrics["val/loss"] = 1 / step
             validated += len(json.dumps(metrics)) + 60
-            one.on_validation_end(run)
-        one.on_log(run, metrics)
+        one.on_log(run, metrics, validated="val/loss" in metrics)
         if step == 1000:
             blocks, memory = sys.getallocatedblocks(), this.memory_info().rss
     assert sys.getallocatedblocks() - blocks < 1000
     assert this.memory_info().rss - memory < 10_000_000
-    assert (folder / "journal.jsonl").stat().st_size - shipped(folder) < 1_000_000 + validated
+    assert (folder / "journal.jsonl").stat().st_size - uploaded_bytes(
+        folder
+    ) < 1_000_000 + validated
     one.on_train_end(run, "finished")
     kept = look.run("many")
     assert kept.info.status == "FINISHED"
@@ -533,5 +544,5 @@ def test_a_full_disk_ends_the_logging_and_not_the_training(
     one._journal = Journal(tmp_path / "run" / "mlflow" / "journal.jsonl")
     run = tiny_run(run_dir=tmp_path / "plain")
     one.on_rewind(run, 7)
-    assert "the journal takes no more rows (No space left on device)" in caplog.text
+    assert "the journal cannot be written (No space left on device)" in caplog.text
     one.on_rewind(run, 8)

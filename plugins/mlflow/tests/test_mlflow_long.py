@@ -13,7 +13,7 @@ import pytest
 from fundamentallm import hookimpl, plugin, state
 from fundamentallm.testing import TinyRun
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.ledger import shipped
+from fundamentallm_mlflow.sync_state import uploaded_bytes
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -52,13 +52,13 @@ class Pace:
 
     def _look(self, run: Run) -> None:
         folder = run.folder / "mlflow"
-        self.waiting.append((folder / "journal.jsonl").stat().st_size - shipped(folder))
+        self.waiting.append((folder / "journal.jsonl").stat().st_size - uploaded_bytes(folder))
         ctypes.CDLL(None).malloc_trim(0)  # what is free is not held
         self.memory.append(psutil.Process().memory_info().rss)
 
 
 @pytest.mark.parametrize("rows", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_rows_of_ten_metrics_at_a_steady_pace_are_all_shipped_while_they_come(
+def test_rows_of_ten_metrics_at_a_steady_pace_are_all_uploaded_while_they_come(
     look: Any, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, rows: int
 ) -> None:
     pace, name = Pace(every=rows // LOOKS), f"long-{rows}"

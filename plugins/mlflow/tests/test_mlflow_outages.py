@@ -175,7 +175,7 @@ def refused(tiny_run: TinyRun, uri: str) -> str:
     return str(caught.value)
 
 
-def test_a_port_that_is_not_mlflow_is_named(tiny_run: TinyRun) -> None:
+def test_a_server_that_is_not_mlflow_is_named(tiny_run: TinyRun) -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(404)
@@ -189,10 +189,10 @@ def test_a_port_that_is_not_mlflow_is_named(tiny_run: TinyRun) -> None:
     threading.Thread(target=page.serve_forever, daemon=True).start()
     said = refused(tiny_run, f"http://127.0.0.1:{page.server_port}")
     page.shutdown()
-    assert "what answers there is no MLflow server (it says 404): correct tracking_uri" in said
+    assert "this is not an MLflow server (it answers 404): correct tracking_uri" in said
 
 
-def test_a_port_that_nobody_listens_at_is_named_in_a_line(tiny_run: TinyRun) -> None:
+def test_a_closed_port_is_named_in_a_line(tiny_run: TinyRun) -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     said = refused(tiny_run, uri).partition(" (details: ")[0]
     assert said == (
@@ -201,12 +201,12 @@ def test_a_port_that_nobody_listens_at_is_named_in_a_line(tiny_run: TinyRun) -> 
     )
 
 
-def test_a_port_that_says_nothing_is_given_up(tiny_run: TinyRun, silent: str) -> None:
+def test_a_port_that_never_answers_ends_the_start(tiny_run: TinyRun, silent: str) -> None:
     said = refused(tiny_run, silent)
     assert "does not answer in time: start its server" in said or "did not open within" in said
 
 
-def test_a_database_of_a_newer_version_is_left_as_it_is(
+def test_a_database_of_a_newer_version_stays_unchanged(
     look: Any, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     look.client.search_experiments()
@@ -224,7 +224,9 @@ def test_a_folder_that_cannot_be_written_is_named(tiny_run: TinyRun) -> None:
     assert "No such file" in refused(tiny_run, "sqlite:////proc/no/mlflow.db")
 
 
-def test_the_page_of_the_charts_is_printed_once_it_is_there(look: Any, tmp_path: Path) -> None:
+def test_the_address_of_the_charts_is_printed_when_the_server_answers(
+    look: Any, tmp_path: Path
+) -> None:
     look.client.create_experiment("shown")
     port = free_port()
     words = ["ui", "--uri", look.uri, "--experiment", "shown", "--port", str(port)]

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run besides its metrics: parameters, tags, data, description."""
+"""Describe a run to MLflow: parameters, tags, data, and a description in Markdown."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ import getpass
 import hashlib
 import json
 import shlex
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm import Period, hook_methods, role_of, setting_fields
-from fundamentallm_mlflow.note import note, program
-from fundamentallm_mlflow.places import noted
+from fundamentallm_mlflow.tracking_uri import recorded_uri
 
 if TYPE_CHECKING:
     from fundamentallm import Run
     from fundamentallm_mlflow import Mlflow
 
 _FOLDERS = ("name", "folder")
-_LONGEST_DIGEST = 36
+_LONGEST_DIGEST = 36  # MLflow's limit
+LINE = 88
+"""Longest line of a command in characters: MLflow's column shows it without scrolling."""
 
 
 def start_of(run: Run, own: Mlflow, uri: str) -> dict[str, Any]:
-    """Return what the ``start`` row says of a run, which goes into the store ``uri``."""
+    """Return the ``start`` row of a run, whose store is ``uri``."""
     settings = parameters(run, own)
     return {
         "step": run.progress.step,
         "resume": own.resume,
-        "chosen": run.wanted_checkpoint not in (None, "latest"),
+        "chose_checkpoint": run.wanted_checkpoint not in (None, "latest"),
         "name": own.run_name or run.name,
         "parameters": settings,
         "tags": tags(run, own.tags, settings),
@@ -35,22 +38,21 @@ def start_of(run: Run, own: Mlflow, uri: str) -> dict[str, Any]:
         "upload": own.upload_checkpoints,
         "registry": registry(own),
         "parent": own.parent,
-        **noted(own.tracking_uri, uri),
+        **recorded_uri(own.tracking_uri, uri),
     }
 
 
 def registry(own: Mlflow) -> dict[str, str] | None:
-    """Return what is to be registered, and by which metric."""
+    """Return the registered model's name and the metric that decides; None without ``registry``."""
     if own.registry is None:
         return None
     return {"name": own.registry, "monitor": own.monitor, "mode": own.mode}
 
 
 def parameters(run: Run, own: object) -> dict[str, str]:
-    """Return the settings that can make a difference to the result, as ``table.key`` -> text.
+    """Return the settings that can change the result, as ``table.key`` -> text.
 
-    Loggers, bars and savers are left out: they cannot, and would be most of the columns of a
-    comparison.
+    Observers and savers cannot change it, and would be most of the columns of a comparison.
     """
     tables: dict[str, Any] = {"run": run.settings} | {
         name: instance
@@ -63,7 +65,7 @@ def parameters(run: Run, own: object) -> dict[str, str]:
 
 
 def dataset(run: Run) -> dict[str, Any]:
-    """Return name, digest and size of the data; ``tokens`` are those of one epoch."""
+    """Return name, digest and size of the data; ``tokens`` is the number in one epoch."""
     builder = next((name for name, one in run.plugins.items() if hasattr(one, "build_data")), "")
     samples, context = run.data.epoch_samples, getattr(run.data, "context_length", None)
     tokens = samples * context if samples and context else None
@@ -81,36 +83,76 @@ def dataset(run: Run) -> dict[str, Any]:
     }
 
 
-def tags(run: Run, chosen: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
-    """Return the user's tags, and those that tell where the run came from."""
+def tags(run: Run, own: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
+    """Return the user's tags, and tags for the origin of the run."""
     record = run.folder / "environment.json"
     environment = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     git, command = environment.get("git") or {}, environment.get("command") or []
     found = {
         "mlflow.source.type": "LOCAL",
-        # The page shows what follows the last slash of it; the description has it whole.
+        # The page shows only what follows the last slash; the description has the whole command.
         "mlflow.source.name": program(command) if command else None,
         "command": shlex.join([program(command), *command[1:]]) if command else None,
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.user": _user(),
-        "mlflow.note.content": note(run, settings, environment),
+        "mlflow.note.content": description(run, settings, environment),
         "git.dirty": git.get("dirty") if git.get("commit") else None,
         "host": environment.get("host"),
         "device": run.device,
         "world_size": run.world_size,
         "run_folder": str(run.folder.resolve()),
-        # Not of settings.toml: two runs that differ in name and loggers only have the same.
+        # Not a digest of settings.toml: runs that differ only in name and loggers have one digest.
         "settings.sha256": _digest(settings),
     }
     found |= {f"version.{k}": v for k, v in environment.get("versions", {}).items()}
     found |= {f"plugin.{k}": v for k, v in environment.get("plugins", {}).items()}
-    return {key: _text(value) for key, value in found.items() if value not in (None, "")} | chosen
+    return {key: _text(value) for key, value in found.items() if value not in (None, "")} | own
 
 
 def records(run: Run) -> list[str]:
-    """Return the files of the run folder that MLflow keeps a copy of."""
+    """Return the files of the run folder that are uploaded at the start."""
     names = ("settings.toml", "environment.json")
     return [str(run.folder.resolve() / n) for n in names if (run.folder / n).is_file()]
+
+
+def description(run: Run, settings: dict[str, str], environment: dict[str, Any]) -> str:
+    """Return Markdown with model size, plugins, command, commit, and the command to resume."""
+    folder = run.folder.resolve()
+    tables = dict.fromkeys(key.partition(".")[0] for key in settings)
+    names = ", ".join(f"`{name}`" for name in run.plugins if name in tables)
+    weights = int(settings["model.parameters"])
+    parts = [f"**{run.name}**: {weights:,} weights, {run.settings.length}, with {names}."]
+    if words := environment.get("command"):
+        parts += [_fenced(wrapped([program(words), *words[1:]]))]
+    git = environment.get("git") or {}
+    if commit := git.get("commit"):
+        changes = ", with changes that were not committed" if git.get("dirty") else ""
+        parts += [f"Code: commit `{commit[:12]}`{changes}."]
+    parts += ["Resume it:"]
+    parts += [_fenced(wrapped(["fundamentallm", "resume", str(folder)]))]
+    return "\n\n".join(parts)
+
+
+def program(words: list[str]) -> str:
+    """Return the program name of a command; for ``python -m name`` it is ``name``."""
+    path = Path(words[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
+def wrapped(words: list[str]) -> str:
+    """Return a command for a shell, with line breaks only before options.
+
+    An option and its value stay on one line, however long it is.
+    """
+    starts = [0, *(i for i, word in enumerate(words) if i and word.startswith("-")), len(words)]
+    groups = [shlex.join(words[first:last]) for first, last in pairwise(starts)]
+    lines = groups[:1]
+    for group in groups[1:]:
+        if len(lines[-1]) + len(group) < LINE:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"    {group}")
+    return " \\\n".join(lines)
 
 
 def _saves(instance: object) -> bool:
@@ -140,5 +182,9 @@ def _digest(settings: dict[str, str]) -> str:
 def _user() -> str | None:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container without an entry for this user
+    except (OSError, KeyError):  # a container has no entry for this user
         return None
+
+
+def _fenced(text: str) -> str:
+    return f"```sh\n{text}\n```"

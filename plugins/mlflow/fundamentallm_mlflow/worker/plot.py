@@ -1,4 +1,4 @@
-"""A picture of the losses of a whole run."""
+"""Plot the losses of a whole run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fundamentallm_mlflow.journal import JournalReader, Timeline
 if TYPE_CHECKING:
     from pathlib import Path
 
-MOST = 4000  # points of a curve: more cannot be seen, and drawing them takes memory
+MOST = 4000  # points of a curve: a plot cannot show more, and they need memory
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the points of every loss, of the rows that count, thinned evenly to ``MOST``."""
+    """Return the points of every loss in the valid rows, at most ``MOST`` evenly spaced ones."""
     journal = folder / "journal.jsonl"
     timeline = Timeline(journal)
     found: dict[str, dict[int, float]] = {}
     for offset, row in JournalReader(journal).rows():
-        if row["kind"] == "metrics" and timeline.counts(offset, row["step"]):
+        if row["kind"] == "metrics" and timeline.is_valid(offset, row["step"]):
             for key, value in row["metrics"].items():
                 if key.endswith("/loss") and math.isfinite(value):
                     found.setdefault(key, {})[row["step"]] = value
@@ -27,10 +27,11 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(folder: Path) -> Path | None:
-    """Draw the losses over the steps into ``loss.png``; None where there is nothing to draw."""
+    """Plot the losses over the steps into ``loss.png``; return None if there is no loss."""
     found = curves(folder)
     if not found:
         return None
+    # Not pyplot, which keeps global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""``fundamentallm mlflow`` and ``fundamentallm ui``: what is left to do with MLflow by hand."""
+"""The commands ``fundamentallm mlflow sync`` and ``fundamentallm ui``."""
 
 from __future__ import annotations
 
@@ -15,57 +15,65 @@ import click
 
 from fundamentallm import PluginError, SettingsError
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.database import database
-from fundamentallm_mlflow.places import PORT, charts, chosen, is_server, masked, settled
+from fundamentallm_mlflow.tracking_uri import (
+    PORT,
+    absolute,
+    charts,
+    database,
+    is_server,
+    masked,
+    store_of,
+)
 
-URI = click.option("--uri", help="The store, in place of the one that is set.")
+URI = click.option("--uri", help="The store; replaces the one in the settings.")
 
 
 @click.group()
 def mlflow() -> None:
-    """Look after what is in MLflow."""
+    """Manage the MLflow data of runs."""
 
 
 @mlflow.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @URI
 def sync(run: Path, uri: str | None) -> None:
-    """Ship what the store has not yet taken of the run in folder RUN."""
+    """Upload the rows of the run in folder RUN that the store does not have."""
     found = recorded(run)
     if not found:
         raise SettingsError(f"{run}: its settings list no mlflow plugin")
     for name, settings in found.items():
-        click.echo(synced(run, name, settings, uri))
+        click.echo(upload_rest(run, name, settings, uri))
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), required=False)
 @URI
-@click.option("--experiment", help="The experiment to show, in place of that of RUN.")
+@click.option("--experiment", help="The experiment to show; replaces that of RUN.")
 @click.option("--port", type=click.IntRange(1, 65535), default=PORT, show_default=True)
 def ui(run: Path | None, uri: str | None, experiment: str | None, port: int) -> None:
-    """Start MLflow's server on this machine only, and print where the charts are.
+    """Start MLflow's server for this machine only, and print the address of the charts.
 
-    Of the run in folder RUN it takes store and experiment; without one, the store is that of the
-    environment variable MLFLOW_TRACKING_URI, or mlflow.db in this folder.
+    Store and experiment are those of the run in folder RUN. Without RUN, the store is that of the
+    environment variable MLFLOW_TRACKING_URI, or mlflow.db in the working directory.
     """
     plugin, settings = next(iter(recorded(run).items()) if run else iter(()), ("", Mlflow()))
-    store = settled(settings.tracking_uri, run / plugin) if run and not uri else chosen(uri)
+    store = store_of(settings.tracking_uri, run / plugin) if run and not uri else absolute(uri)
     name = experiment or settings.experiment
     file = database(store)
     if file is not None and not file.is_file():
-        raise SettingsError(f"{file}: there is no such database: name a run folder, or --uri")
+        # MLflow would create an empty database.
+        raise SettingsError(f"{file}: there is no such database: give a run folder or --uri")
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # four processes for evaluations
-    from fundamentallm_mlflow.ship import reason
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # it would start four processes
+    from fundamentallm_mlflow.worker.session import explain
 
     try:
-        from fundamentallm_mlflow.store import Store
+        from fundamentallm_mlflow.worker.client import Client
 
-        where = charts(store, Store(store, name).experiment_id, port)
+        where = charts(store, Client(store, name).experiment_id, port)
     except Exception as error:
-        said = reason(error).replace(store, masked(store))
-        raise PluginError(f"the store {masked(store)} cannot be used: {said}") from error
+        text = explain(error).replace(store, masked(store))
+        raise PluginError(f"the store {masked(store)} cannot be used: {text}") from error
     if is_server(store):
         click.echo(where)
     else:
@@ -73,11 +81,11 @@ def ui(run: Path | None, uri: str | None, experiment: str | None, port: int) -> 
 
 
 def recorded(run: Path) -> dict[str, Mlflow]:
-    """Return the mlflow plugins of a run folder's settings by name."""
+    """Return the mlflow plugins in the settings of a run folder, by instance name."""
     path = run / "settings.toml"
     if not path.is_file():
         raise SettingsError(f"{run}: is not a run folder: it has no settings.toml")
-    # Not composed: whether the other plugins can be built any more makes no difference here.
+    # Not composed: the run's other plugins may not be installed here.
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     listed = {name: dict(tables.get(name, {})) for name in tables.get("plugins", [])}
     wanted = {name: one for name, one in listed.items() if one.pop("plugin", name) == "mlflow"}
@@ -87,33 +95,33 @@ def recorded(run: Path) -> dict[str, Mlflow]:
         raise SettingsError(f"{path}: {', '.join(wanted)}: {error}") from error
 
 
-def synced(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:
-    """Ship what is left of one instance; return what to say of it."""
+def upload_rest(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:
+    """Upload the rest of one instance's journal; return the line to print."""
+    from fundamentallm_mlflow.child import LOG_FILE, Worker
     from fundamentallm_mlflow.journal import is_open
-    from fundamentallm_mlflow.shipper import Shipper
 
     folder = run.resolve() / name
     journal = folder / "journal.jsonl"
     if not journal.is_file():
-        raise SettingsError(f"{folder}: has no journal: the run has not been started with mlflow")
+        raise SettingsError(f"{folder}: has no journal: the run was not started with mlflow")
     if is_open(journal):
-        raise SettingsError(f"{run}: is being trained, which ships it")
-    store = chosen(uri) if uri else settled(settings.tracking_uri, folder)
+        raise SettingsError(f"{run}: is being trained, and the training uploads its rows")
+    store = absolute(uri) if uri else store_of(settings.tracking_uri, folder)
     request = settings.request(run, store)
-    shipper = Shipper(folder, request | {"strict": True, "system_seconds": 0.0})
-    answer = shipper.open()
-    answer = answer if "error" in answer else shipper.attach()
-    if "error" in answer:
-        shipper.kill()
-        raise PluginError(shipper.why(answer["error"]))
-    left = shipper.finish(None)
-    if left is not None:
-        raise PluginError(f"mlflow: {left} (details: {folder / 'ship.log'})")
-    return f"{run}: all is in run {answer['run_id']} of {masked(store)}"
+    worker = Worker(folder, request | {"strict": True, "system_seconds": 0.0})
+    reply = worker.wait_open()
+    reply = reply if "error" in reply else worker.attach()
+    if "error" in reply:
+        worker.kill()
+        raise PluginError(worker.explain(reply["error"]))
+    problem = worker.finish(None)
+    if problem is not None:
+        raise PluginError(f"mlflow: {problem} (details: {folder / LOG_FILE})")
+    return f"{run}: all rows are in run {reply['run_id']} of {masked(store)}"
 
 
 def serve(store: str, port: int, where: str) -> None:
-    """Run the server in this process and one more, until it is interrupted."""
+    """Run the server until it is interrupted; it takes this process and one more."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -122,7 +130,7 @@ def serve(store: str, port: int, where: str) -> None:
             raise SettingsError(f"port {port}: {error.strerror}; choose another: --port") from error
     from mlflow.cli import cli
 
-    # The server's own words about itself are none of the reader's business; its errors are.
+    # Deprecation warnings of the server's libraries would hide the address.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     threading.Thread(target=_announce, args=(port, where), daemon=True).start()
     words = [
@@ -144,7 +152,7 @@ def serve(store: str, port: int, where: str) -> None:
 
 
 def _announce(port: int, where: str) -> None:
-    """Print the URL as soon as the server answers."""
+    """Print the address of the charts as soon as the server answers."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Which MLflow run a process that continues a run folder writes into."""
+"""Decide which MLflow run a resumed run folder writes to."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-Way: TypeAlias = Literal["same", "fork", "new"]
+Decision: TypeAlias = Literal["same", "fork", "new"]
 
-# How long a run is, how often one looks and how fast it goes make no other run of it.
+# These settings change how long a run is, what is measured and where, but not what is trained.
 FREE = (
     "run.length",
     "run.validate_every",
@@ -24,12 +24,12 @@ FREE = (
 )
 
 
-def way(journal: Path, offset: int, start: Mapping[str, Any]) -> tuple[Way, str]:
+def decide(journal: Path, offset: int, start: Mapping[str, Any]) -> tuple[Decision, str]:
     """Return how the ``start`` row at ``offset`` continues the last run, and why."""
     if start["resume"] != "auto":
         return start["resume"], f'resume = "{start["resume"]}"'
     newest = newest_checkpoint(journal, offset)
-    if start["chosen"] and start["step"] < newest:
+    if start["chose_checkpoint"] and start["step"] < newest:
         return "fork", f"continued from step {start['step']}, though step {newest} was saved"
     before = previous_start(journal, offset)
     changed = changes(before["parameters"], start["parameters"]) if before else []
@@ -52,11 +52,11 @@ def previous_start(journal: Path, offset: int) -> dict[str, Any] | None:
 
 
 def newest_checkpoint(journal: Path, offset: int) -> int:
-    """Return the step of the newest checkpoint that the run had before ``offset``; -1 if none."""
+    """Return the step of the newest valid checkpoint before ``offset``; -1 if there is none."""
     before = Timeline(journal, offset - 1)
     steps = [
         row["step"]
         for at, row in JournalReader(journal, stop=offset).rows()
-        if row["kind"] == "checkpoint" and before.counts(at, row["step"])
+        if row["kind"] == "checkpoint" and before.is_valid(at, row["step"])
     ]
     return max(steps, default=-1)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fundamentallm.testing import TinyRun
 from fundamentallm_mlflow import Mlflow
-from fundamentallm_mlflow.note import LINE, program, wrapped
-from fundamentallm_mlflow.store import Store
+from fundamentallm_mlflow.description import LINE, program, wrapped
+from fundamentallm_mlflow.worker.client import Client
 
 START: dict[str, Any] = {
     "name": "r",
@@ -41,12 +41,12 @@ def test_lines_end_before_an_option_and_are_short() -> None:
     assert max(map(len, [first, *lines])) <= LINE + len("     \\")
 
 
-def test_a_program_has_the_name_that_one_types() -> None:
+def test_a_program_has_the_name_that_a_user_types() -> None:
     assert program(["/opt/bin/fundamentallm", "train"]) == "fundamentallm"
     assert program(["/lib/fundamentallm/__main__.py", "train"]) == "fundamentallm"
 
 
-def test_a_note_says_what_is_trained_by_which_code_and_how_to_go_on(tiny_run: TinyRun) -> None:
+def test_a_description_has_model_code_command_and_how_to_resume(tiny_run: TinyRun) -> None:
     part = Mlflow(tracking_uri="nonsense://x", on_start_failure="journal", end_seconds=0.01)
     run = tiny_run(part, length=2)
     with (run.folder / "mlflow" / "journal.jsonl").open(encoding="utf-8") as rows:
@@ -62,13 +62,13 @@ def test_a_note_says_what_is_trained_by_which_code_and_how_to_go_on(tiny_run: Ti
     assert shlex.split(tags["command"])[1:] == record["command"][1:]
 
 
-def test_a_note_that_was_edited_stays_when_the_run_is_continued(look: Any) -> None:
-    store = Store(look.uri, "edited")
+def test_an_edited_description_stays_when_the_run_is_resumed(look: Any) -> None:
+    store = Client(look.uri, "edited")
     run_id = store.run_for(START | {"id": "1" * 32})
     said = {"mlflow.note.content": "made", "host": "a"}
     store.describe(run_id, START | {"tags": said}, {})
     assert look.client.get_run(run_id).data.tags["mlflow.note.content"] == "made"
-    store.client.set_tag(run_id, "mlflow.note.content", "written by hand")
+    store.api.set_tag(run_id, "mlflow.note.content", "written by hand")
     store.describe(run_id, START | {"tags": said | {"host": "b"}}, {})
     tags = look.client.get_run(run_id).data.tags
     assert (tags["mlflow.note.content"], tags["host"]) == ("written by hand", "b")

@@ -19,19 +19,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fundamentallm_mlflow import Mlflow, system
+from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow.child import Worker
 from fundamentallm_mlflow.journal import Journal, JournalReader
-from fundamentallm_mlflow.ledger import Ledger
-from fundamentallm_mlflow.places import charts, chosen, masked, noted, settled
-from fundamentallm_mlflow.shipment import Shipping
-from fundamentallm_mlflow.shipper import Shipper
-from fundamentallm_mlflow.turn import Turn
-from fundamentallm_mlflow.work import Work
+from fundamentallm_mlflow.sync_state import SyncState
+from fundamentallm_mlflow.tracking_uri import absolute, charts, masked, recorded_uri, store_of
+from fundamentallm_mlflow.worker import system_metrics
+from fundamentallm_mlflow.worker.session import FolderLock, Session
+from fundamentallm_mlflow.worker.sync import Sync
 
 START: dict[str, Any] = {
     "step": 0,
     "resume": "auto",
-    "chosen": False,
+    "chose_checkpoint": False,
     "name": "r",
     "records": [],
     "tags": {},
@@ -64,16 +64,16 @@ class Process:
 
 
 def opened(uri: str, experiment: str) -> Any:
-    from fundamentallm_mlflow.store import Store
+    from fundamentallm_mlflow.worker.client import Client
 
-    return Store(uri, experiment)
+    return Client(uri, experiment)
 
 
-def ship(folder: Path, store: Any, experiment: str) -> str:
-    shipping = Shipping(folder, store.uri, experiment, store)
-    shipping.ship()
-    shipping.close()
-    return shipping.entry.run_id
+def upload(folder: Path, store: Any, experiment: str) -> str:
+    one = Sync(folder, store.uri, experiment, store)
+    one.upload()
+    one.close()
+    return one.run.run_id
 
 
 def losses(steps: range, scale: float = 1.0) -> list[tuple[int, float]]:
@@ -82,11 +82,11 @@ def losses(steps: range, scale: float = 1.0) -> list[tuple[int, float]]:
 
 def test_a_run_that_is_killed_and_resumed_has_each_step_once(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(6).ends(None)
-    first = ship(tmp_path, opened(look.uri, "killed"), "killed")
+    first = upload(tmp_path, opened(look.uri, "killed"), "killed")
     kept = look.run("killed")
     assert (kept.info.status, kept.data.tags["outcome"]) == ("FAILED", "killed")
     Process(tmp_path, step=4).trains(9).ends()
-    assert ship(tmp_path, opened(look.uri, "killed"), "killed") == first
+    assert upload(tmp_path, opened(look.uri, "killed"), "killed") == first
     kept = look.run("killed")
     assert (kept.info.status, kept.data.tags["outcome"]) == ("FINISHED", "finished")
     assert "error" not in kept.data.tags
@@ -97,10 +97,10 @@ def test_a_run_that_is_killed_and_resumed_has_each_step_once(look: Any, tmp_path
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 def test_wherever_processes_die_every_row_is_there_once(look: Any, data: st.DataObject) -> None:
     """Both may: the one that trains, after any row, and the one that ships, at any call."""
-    from fundamentallm_mlflow import shipment
-    from fundamentallm_mlflow.store import Store
+    from fundamentallm_mlflow.worker import sync
+    from fundamentallm_mlflow.worker.client import Client
 
-    class Dying(Store):
+    class Dying(Client):
         calls = 1 << 30
         after = False
 
@@ -112,7 +112,7 @@ def test_wherever_processes_die_every_row_is_there_once(look: Any, data: st.Data
             if self.calls == 0:
                 raise KeyboardInterrupt
 
-    before, shipment.ENOUGH = shipment.ENOUGH, 3
+    before, sync.BATCH_POINTS = sync.BATCH_POINTS, 3
     try:
         with tempfile.TemporaryDirectory() as name:
             folder, reached = Path(name), 0
@@ -126,12 +126,12 @@ def test_wherever_processes_die_every_row_is_there_once(look: Any, data: st.Data
                 store.calls = data.draw(st.integers(1, 4), label="calls")
                 store.after = data.draw(st.booleans(), label="after")
                 with contextlib.suppress(KeyboardInterrupt):
-                    ship(folder, store, "anywhere")
-            run_id = ship(folder, Store(look.uri, "anywhere"), "anywhere")
+                    upload(folder, store, "anywhere")
+            run_id = upload(folder, Client(look.uri, "anywhere"), "anywhere")
             assert look.points(run_id, "train/loss") == losses(range(1, reached + 1))
-            assert len(Ledger(folder).entries) == 1
+            assert len(SyncState(folder).runs) == 1
     finally:
-        shipment.ENOUGH = before
+        sync.BATCH_POINTS = before
 
 
 def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_there(
@@ -141,18 +141,18 @@ def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_there(
     first.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
     first.trains(8).journal.append("checkpoint", step=8, folder="/nowhere/step-00000008")
     first.ends()
-    ship(tmp_path, opened(look.uri, "fork"), "fork")
-    Process(tmp_path, step=4, chosen=True).trains(6, scale=2.0).ends()
-    fork = ship(tmp_path, opened(look.uri, "fork"), "fork")
-    old = look.client.get_run(Ledger(tmp_path).entries[0].run_id)
+    upload(tmp_path, opened(look.uri, "fork"), "fork")
+    Process(tmp_path, step=4, chose_checkpoint=True).trains(6, scale=2.0).ends()
+    fork = upload(tmp_path, opened(look.uri, "fork"), "fork")
+    old = look.client.get_run(SyncState(tmp_path).runs[0].run_id)
     tags = look.client.get_run(fork).data.tags
     assert look.points(old, "train/loss") == losses(range(1, 9))
     assert look.points(fork, "train/loss") == losses(range(1, 5)) + losses(range(5, 7), 2.0)
     assert (tags["forked_from"], tags["forked_at"]) == (old.info.run_id, "4")
     assert tags["fork_reason"] == "continued from step 4, though step 8 was saved"
     # The newest checkpoint that belongs to the fork is the one of step 4.
-    Process(tmp_path, step=4, chosen=True).trains(7, scale=2.0).ends()
-    assert ship(tmp_path, opened(look.uri, "fork"), "fork") == fork
+    Process(tmp_path, step=4, chose_checkpoint=True).trains(7, scale=2.0).ends()
+    assert upload(tmp_path, opened(look.uri, "fork"), "fork") == fork
     assert [step for step, _ in look.points(fork, "train/loss")] == list(range(1, 8))
 
 
@@ -166,14 +166,14 @@ def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_there(
         ({"resume": "fork"}, 2),
     ],
 )
-def test_changed_settings_fork_unless_one_says_otherwise(
+def test_changed_settings_fork_unless_resume_decides_otherwise(
     look: Any, tmp_path: Path, facts: dict[str, Any], runs: int
 ) -> None:
     Process(tmp_path).trains(3).ends()
-    ship(tmp_path, opened(look.uri, "changed"), "changed")
+    upload(tmp_path, opened(look.uri, "changed"), "changed")
     Process(tmp_path, step=3, **facts).trains(4).ends()
-    run = look.client.get_run(ship(tmp_path, opened(look.uri, "changed"), "changed"))
-    assert len(Ledger(tmp_path).entries) == runs
+    run = look.client.get_run(upload(tmp_path, opened(look.uri, "changed"), "changed"))
+    assert len(SyncState(tmp_path).runs) == runs
     assert look.points(run, "train/loss") == losses(range(1, 5))
     if runs == 2 and "parameters" in facts:
         assert run.data.tags["fork_reason"] == "adamw.lr: not set -> 2"
@@ -183,30 +183,32 @@ def test_changed_settings_fork_unless_one_says_otherwise(
 
 def test_a_new_run_has_no_history(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3).ends()
-    first = ship(tmp_path, opened(look.uri, "new"), "new")
+    first = upload(tmp_path, opened(look.uri, "new"), "new")
     Process(tmp_path, step=3, resume="new").trains(5).ends()
-    second = look.client.get_run(ship(tmp_path, opened(look.uri, "new"), "new"))
+    second = look.client.get_run(upload(tmp_path, opened(look.uri, "new"), "new"))
     assert second.data.tags["continues"] == first
     assert look.points(second, "train/loss") == losses(range(4, 6))
 
 
-def test_rows_that_an_ended_process_left_go_into_its_own_run(look: Any, tmp_path: Path) -> None:
+def test_the_remaining_rows_of_an_ended_process_go_to_its_own_run(
+    look: Any, tmp_path: Path
+) -> None:
     Process(tmp_path).trains(3).ends("interrupted")
     Process(tmp_path, step=2, resume="fork").trains(4, scale=2.0).ends()
-    second = ship(tmp_path, opened(look.uri, "left"), "left")
-    first, _ = Ledger(tmp_path).entries
+    second = upload(tmp_path, opened(look.uri, "left"), "left")
+    first, _ = SyncState(tmp_path).runs
     kept = look.client.get_run(first.run_id)
     assert kept.info.status == "KILLED"
     assert look.points(kept, "train/loss") == losses(range(1, 4))
     assert look.points(second, "train/loss") == losses(range(1, 3)) + losses(range(3, 5), 2.0)
 
 
-def test_steps_that_became_void_are_told_and_not_doubled(look: Any, tmp_path: Path) -> None:
+def test_void_steps_are_tagged_and_not_doubled(look: Any, tmp_path: Path) -> None:
     process = Process(tmp_path).trains(6)
     process.journal.append("rewind", step=4, left=6)
     process.step = 4
     process.trains(8, scale=2.0).ends()
-    ship(tmp_path, opened(look.uri, "rewound"), "rewound")
+    upload(tmp_path, opened(look.uri, "rewound"), "rewound")
     kept = look.run("rewound")
     assert look.points(kept, "train/loss") == losses(range(1, 7)) + losses(range(7, 9), 2.0)
     assert kept.data.tags["rewind.6"] == "steps 5 to 6 are void: the run went back"
@@ -218,7 +220,7 @@ def test_a_checkpoint_is_a_model_with_the_metrics_of_its_step(look: Any, tmp_pat
     process.journal.append("metrics", step=6, metrics={"val/loss": 1.5})
     process.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
     process.ends()
-    run_id = ship(tmp_path, opened(look.uri, "models"), "models")
+    run_id = upload(tmp_path, opened(look.uri, "models"), "models")
     (model,) = look.client.search_logged_models([look.run("models").info.experiment_id])
     assert (model.name, model.source_run_id) == ("step-00000004", run_id)
     assert model.tags["path"] == "/nowhere/step-00000004"
@@ -228,10 +230,10 @@ def test_a_checkpoint_is_a_model_with_the_metrics_of_its_step(look: Any, tmp_pat
 
 def test_a_run_that_was_deleted_gets_a_new_one_with_all_rows(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3).ends()
-    first = ship(tmp_path, opened(look.uri, "gone"), "gone")
+    first = upload(tmp_path, opened(look.uri, "gone"), "gone")
     look.client.delete_run(first)
     Process(tmp_path, step=3).trains(5).ends()
-    second = ship(tmp_path, opened(look.uri, "gone"), "gone")
+    second = upload(tmp_path, opened(look.uri, "gone"), "gone")
     assert second != first
     assert look.points(second, "train/loss") == losses(range(1, 6))
 
@@ -249,9 +251,9 @@ def test_a_second_store_gets_all_of_a_run_that_the_first_one_has(
     process.journal.append("checkpoint", step=4, folder="/nowhere/step-00000004")
     process.ends(None)
     Process(tmp_path, step=2).trains(6).ends()
-    first = ship(tmp_path, opened(look.uri, "moved"), "moved")
+    first = upload(tmp_path, opened(look.uri, "moved"), "moved")
     for _ in range(2):  # the second time there is nothing left to do
-        there = ship(tmp_path, opened(second.uri, "moved"), "moved")
+        there = upload(tmp_path, opened(second.uri, "moved"), "moved")
         kept = second.run("moved")
         assert (kept.info.run_id, kept.info.status) == (there, "FINISHED")
         assert second.points(kept, "train/loss") == losses(range(1, 7))
@@ -260,57 +262,55 @@ def test_a_second_store_gets_all_of_a_run_that_the_first_one_has(
         assert kept.data.params["run.length"] == "8 steps"
     # And back: what is trained on goes on in the run that the first store has.
     Process(tmp_path, step=6).trains(8).ends()
-    assert ship(tmp_path, opened(look.uri, "moved"), "moved") == first
+    assert upload(tmp_path, opened(look.uri, "moved"), "moved") == first
     assert look.points(look.run("moved"), "train/loss") == losses(range(1, 9))
-    assert ship(tmp_path, opened(second.uri, "moved"), "moved") == there
+    assert upload(tmp_path, opened(second.uri, "moved"), "moved") == there
     assert second.points(second.run("moved"), "train/loss") == losses(range(1, 9))
     assert {run.info.status for run in (look.run("moved"), second.run("moved"))} == {"FINISHED"}
 
 
-def test_a_run_that_was_deleted_is_shipped_anew_though_all_had_been_taken(
-    look: Any, tmp_path: Path
-) -> None:
+def test_a_deleted_run_is_uploaded_again_though_it_was_complete(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3).ends()
-    first = ship(tmp_path, opened(look.uri, "again"), "again")
+    first = upload(tmp_path, opened(look.uri, "again"), "again")
     look.client.delete_run(first)
-    assert ship(tmp_path, opened(look.uri, "again"), "again") != first
+    assert upload(tmp_path, opened(look.uri, "again"), "again") != first
     assert look.points(look.run("again"), "train/loss") == losses(range(1, 4))
 
 
 @pytest.mark.parametrize("is_orphan", [True, False])
-def test_who_ships_for_a_training_process_that_has_died_makes_way_for_another(
+def test_a_worker_whose_training_process_died_yields_the_lock_to_another(
     look: Any, tmp_path: Path, *, is_orphan: bool
 ) -> None:
     own = Mlflow(end_seconds=300.0, on_start_failure="journal", start_seconds=600.0)
     asked = own.request(tmp_path, "http://127.0.0.1:9")
-    before = Shipper(tmp_path, asked | ({"parent": 1} if is_orphan else {}))
-    assert "error" in before.open()
-    before.go_on()
+    before = Worker(tmp_path, asked | ({"training_pid": 1} if is_orphan else {}))
+    assert "error" in before.wait_open()
+    before.begin_upload()
     pid = int((tmp_path / ".lock").read_text())
-    turn = Turn(tmp_path, os.getpid())
+    lock = FolderLock(tmp_path, os.getpid())
     if is_orphan:
-        turn.take(300.0)
-        assert "another process ships the rest" in (tmp_path / "ship.log").read_text()
+        lock.acquire(300.0)
+        assert "another process uploads the rest" in (tmp_path / "worker.log").read_text()
     else:
-        with pytest.raises(TimeoutError, match=rf"still ships this run \(pid {pid}\)"):
-            turn.take(0.5)
+        with pytest.raises(TimeoutError, match=rf"still uploads this run \(pid {pid}\)"):
+            lock.acquire(0.5)
         before.kill()
-        turn.take(60.0)
+        lock.acquire(60.0)
     before.kill()
     assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
-def test_a_lost_ledger_is_made_anew_without_doubled_runs_or_points(
+def test_a_lost_sync_state_is_rebuilt_without_doubled_runs_or_points(
     look: Any, tmp_path: Path
 ) -> None:
     Process(tmp_path).trains(3).ends()
-    first = ship(tmp_path, opened(look.uri, "lost"), "lost")
+    first = upload(tmp_path, opened(look.uri, "lost"), "lost")
     (tmp_path / "runs.json").unlink()
-    assert ship(tmp_path, opened(look.uri, "lost"), "lost") == first
+    assert upload(tmp_path, opened(look.uri, "lost"), "lost") == first
     assert look.points(look.run("lost"), "train/loss") == losses(range(1, 4))
 
 
-def test_a_refused_metric_does_not_take_others_along(look: Any) -> None:
+def test_a_refused_metric_does_not_affect_the_others_in_its_batch(look: Any) -> None:
     store = opened(look.uri, "refused")
     run_id = store.run_for(START | {"id": "refused", "time": 1})
     store.describe(run_id, START, {})
@@ -354,16 +354,16 @@ def test_a_description_that_is_refused_in_parts_is_logged_without_them(look: Any
     assert kept.data.params["a"] == "1"
 
 
-def test_two_metrics_whose_names_become_one_stay_two(look: Any, tmp_path: Path) -> None:
+def test_two_metrics_with_one_safe_name_stay_two(look: Any, tmp_path: Path) -> None:
     process = Process(tmp_path)
     long = ["m/" + "x" * 300 + end for end in "ab"]
     for step in (1, 2):
         metrics = {name: float(n) for n, name in enumerate(["bad(x)", "bad_x_", *long])}
         process.journal.append("metrics", step=step, metrics=metrics)
         if step == 1:
-            ship(tmp_path, opened(look.uri, "names"), "names")  # and on by another process
+            upload(tmp_path, opened(look.uri, "names"), "names")  # and on by another process
     process.ends()
-    run_id = ship(tmp_path, opened(look.uri, "names"), "names")
+    run_id = upload(tmp_path, opened(look.uri, "names"), "names")
     found = look.run("names").data.metrics
     assert sorted(found.values()) == [0.0, 1.0, 2.0, 3.0]
     assert found["bad_x_"] == 0.0
@@ -372,31 +372,31 @@ def test_two_metrics_whose_names_become_one_stay_two(look: Any, tmp_path: Path) 
 
 
 def test_a_model_that_was_half_logged_is_completed(look: Any, tmp_path: Path) -> None:
-    from fundamentallm_mlflow.store import Store
+    from fundamentallm_mlflow.worker.client import Client
 
-    class Dying(Store):
-        def offers(self, call: Any, *given: Any, **named: Any) -> bool:
+    class Dying(Client):
+        def accepted(self, call: Any, *given: Any, **named: Any) -> bool:
             if "model_id" in named:
                 raise KeyboardInterrupt
-            return super().offers(call, *given, **named)
+            return super().accepted(call, *given, **named)
 
     process = Process(tmp_path)
     saves(process, tmp_path, 2.0)
     process.ends()
     with pytest.raises(KeyboardInterrupt):
-        ship(tmp_path, Dying(look.uri, "half"), "half")
+        upload(tmp_path, Dying(look.uri, "half"), "half")
     for _ in range(2):
-        ship(tmp_path, opened(look.uri, "half"), "half")
+        upload(tmp_path, opened(look.uri, "half"), "half")
         (model,) = look.client.search_logged_models([look.run("half").info.experiment_id])
         assert [(m.key, m.value) for m in model.metrics] == [("val/loss", 2.0)]
         assert model.status == "READY"
         assert len(look.run("half").outputs.model_outputs) == 1
 
 
-def test_files_of_checkpoints_are_copied_if_that_is_wanted(
+def test_files_of_checkpoints_are_uploaded_if_the_setting_says_so(
     look: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from fundamentallm_mlflow.store import MlflowClient
+    from fundamentallm_mlflow.worker.client import MlflowClient
 
     process = Process(tmp_path, upload=True)
     for _ in range(3):
@@ -414,7 +414,7 @@ def test_files_of_checkpoints_are_copied_if_that_is_wanted(
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", slow)
     process.ends()
-    ship(tmp_path, opened(look.uri, "files"), "files")
+    upload(tmp_path, opened(look.uri, "files"), "files")
     kept = look.run("files")
     assert kept.info.status == "FINISHED"
     assert "checkpoints/step-00000003" in look.files(kept, "checkpoints")
@@ -426,12 +426,12 @@ def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-00000004.txt").write_text("a sample")
     Process(tmp_path).trains(3).ends()
-    asked = {"uri": look.uri, "place": look.uri, "experiment": "system", "plot": True}
-    machine = {"parent": 1, "system_seconds": 5.0, "run_folder": str(tmp_path)}
-    work = Work(asked | machine, tmp_path)
+    asked = {"uri": look.uri, "masked_uri": look.uri, "experiment": "system", "plot": True}
+    machine = {"training_pid": 1, "system_seconds": 5.0, "run_folder": str(tmp_path)}
+    work = Session(asked | machine, tmp_path)
     work.attach()
     work.measure()
-    work.ship()
+    work.upload()
     work.end()
     kept = look.run("system")
     found = {"system/cpu_utilization_percentage", "system/system_memory_usage_percentage"}
@@ -440,13 +440,13 @@ def test_system_metrics_have_the_names_that_mlflow_looks_for(look: Any, tmp_path
     assert look.files(kept, "samples") == {"samples/step-00000004.txt"}
 
 
-def machine(folder: Path, uri: str, experiment: str, seconds: float = 0.0) -> Work:
+def machine(folder: Path, uri: str, experiment: str, seconds: float = 0.0) -> Session:
     """What ships ``folder``, and looks at this process, if ``seconds`` say so."""
-    asked = {"uri": uri, "place": uri, "experiment": experiment, "plot": False}
-    return Work(
+    asked = {"uri": uri, "masked_uri": uri, "experiment": experiment, "plot": False}
+    return Session(
         asked
         | {
-            "parent": os.getpid(),
+            "training_pid": os.getpid(),
             "system_seconds": seconds,
             "run_folder": str(folder),
             "start_seconds": 60.0,
@@ -464,7 +464,7 @@ def seen(folder: Path) -> list[tuple[int, float]]:
 MEMORY = "system/training_memory_megabytes"
 
 
-def test_what_is_seen_of_the_machine_is_kept_without_a_store_and_goes_into_every_one(
+def test_measurements_are_kept_without_a_store_and_go_into_every_store(
     look: Any, second: Any, tmp_path: Path
 ) -> None:
     process = Process(tmp_path).trains(3)
@@ -477,16 +477,16 @@ def test_what_is_seen_of_the_machine_is_kept_without_a_store_and_goes_into_every
     process.ends()
     for store in (look, second, second):
         work = machine(tmp_path, store.uri, "looks")
-        work.ship()
+        work.upload()
         work.end()
         assert store.points(store.run("looks"), MEMORY) == kept
     # What is seen of a process that begins another MLflow run goes there.
     Process(tmp_path, step=3, resume="fork").trains(4).ends()
     fork = machine(tmp_path, look.uri, "looks", 1e-4)
     fork.measure()
-    fork.ship()
+    fork.upload()
     later = seen(tmp_path)[5:]
-    first, last = (entry.run_id for entry in Ledger(tmp_path).entries[-2:])
+    first, last = (entry.run_id for entry in SyncState(tmp_path).runs[-2:])
     assert len(later) == 1
     assert look.points(fork.attach()["run_id"], MEMORY) == later
     assert look.points(look.runs("looks")[0], MEMORY) == kept
@@ -504,7 +504,7 @@ WRONG = (
 )
 
 
-def test_a_damaged_look_costs_no_other_and_no_row(look: Any, tmp_path: Path) -> None:
+def test_a_damaged_measurement_affects_no_other_row(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3)
     machine(tmp_path, look.uri, "damaged", 1000.0).measure()
     path = tmp_path / "system.jsonl"
@@ -513,47 +513,50 @@ def test_a_damaged_look_costs_no_other_and_no_row(look: Any, tmp_path: Path) -> 
     path.write_text("\n".join([*lines, json.dumps(row), ""]))
     work = machine(tmp_path, look.uri, "damaged", 1000.0)
     work.measure()
-    work.ship()
+    work.upload()
     kept = look.run("damaged")
     assert [step for step, _ in look.points(kept, MEMORY)] == [row["step"], row["step"] + 1]
     assert len(look.points(kept, "train/loss")) == 3
 
 
-def test_a_file_of_looks_that_was_deleted_is_read_anew(look: Any, tmp_path: Path) -> None:
+def test_a_deleted_file_of_measurements_is_read_from_its_start(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3)
     for _ in range(5):
         work = machine(tmp_path, look.uri, "anew", 1000.0)
         work.measure()
-    work.ship()
+    work.upload()
     (tmp_path / "system.jsonl").unlink()
     work = machine(tmp_path, look.uri, "anew", 1e-9)
     work.measure()
-    work.ship()
+    work.upload()
     assert set(seen(tmp_path)) <= set(look.points(look.run("anew"), MEMORY))
     assert len(seen(tmp_path)) == 1
 
 
-def test_a_machine_that_cannot_be_looked_at_keeps_no_row_back(
+def test_a_machine_that_cannot_be_measured_stops_no_upload(
     look: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(pid: int) -> dict[str, float]:
         raise ZeroDivisionError(pid)
 
-    monkeypatch.setattr(system, "_host", fail)
+    monkeypatch.setattr(system_metrics, "_host", fail)
     Process(tmp_path).trains(3)
     work = machine(tmp_path, look.uri, "unseen", 1000.0)
     for _ in range(2):
         work.measure()
-    work.ship()
+    work.upload()
     assert len(look.points(look.run("unseen"), "train/loss")) == 3
 
 
-def test_words_of_nvidia_smi_are_no_numbers() -> None:
-    assert system._device("No devices were found") == []
-    assert system._device("0, 12, 100, 1000, [N/A]")[0] == ("gpu_0_utilization_percentage", 12.0)
+def test_messages_of_nvidia_smi_are_no_measurements() -> None:
+    assert system_metrics._device("No devices were found") == []
+    assert system_metrics._device("0, 12, 100, 1000, [N/A]")[0] == (
+        "gpu_0_utilization_percentage",
+        12.0,
+    )
 
 
-def test_a_look_that_was_cut_short_costs_no_other_and_no_step_is_there_twice(
+def test_an_incomplete_measurement_affects_no_other_and_no_step_is_doubled(
     look: Any, tmp_path: Path
 ) -> None:
     Process(tmp_path).trains(3).ends()
@@ -566,27 +569,27 @@ def test_a_look_that_was_cut_short_costs_no_other_and_no_step_is_there_twice(
     with path.open("ab") as file:
         file.write(b'{"kind": "system", "time": 1, "st')  # the process was killed here
     work = machine(tmp_path, look.uri, "torn")
-    work.ship()
+    work.upload()
     assert look.points(look.run("torn"), MEMORY) == seen(tmp_path)
     work = machine(tmp_path, look.uri, "torn", 1000.0)
     work.measure()
-    work.ship()
+    work.upload()
     assert [step for step, _ in seen(tmp_path)] == [0, 1, 2, 3, 4]
     assert look.points(look.run("torn"), MEMORY) == seen(tmp_path)
 
 
-def test_where_the_process_that_ships_dies_nothing_that_was_seen_is_lost_or_doubled(
+def test_no_measurement_is_lost_or_doubled_wherever_the_worker_dies(
     look: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from fundamentallm_mlflow.store import Store
+    from fundamentallm_mlflow.worker.client import Client
 
     Process(tmp_path).trains(3).ends()
     work = machine(tmp_path, look.uri, "dies", 1e-4)
     for _ in range(6):
         work.measure()
         time.sleep(0.001)
-    monkeypatch.setattr("fundamentallm_mlflow.shipment.ENOUGH", 8)  # two looks
-    real, calls = Store.take, []
+    monkeypatch.setattr("fundamentallm_mlflow.worker.sync.BATCH_POINTS", 8)  # two looks
+    real, calls = Client.take, []
 
     def dying(self: Any, run_id: str, points: Any) -> None:
         calls.append(len(points))
@@ -594,17 +597,17 @@ def test_where_the_process_that_ships_dies_nothing_that_was_seen_is_lost_or_doub
         if len(calls) % 2 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "take", dying)
+    monkeypatch.setattr(Client, "take", dying)
     for _ in range(9):
         with contextlib.suppress(KeyboardInterrupt):
-            machine(tmp_path, look.uri, "dies").ship()
+            machine(tmp_path, look.uri, "dies").upload()
     assert max(calls) <= 12
     assert look.points(look.run("dies"), MEMORY) == seen(tmp_path)
-    assert Ledger(tmp_path).entries[0].system == (tmp_path / "system.jsonl").stat().st_size
+    assert SyncState(tmp_path).runs[0].system_uploaded == (tmp_path / "system.jsonl").stat().st_size
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_full_disk_ends_the_looking_and_not_the_shipping(
+def test_a_full_disk_ends_the_measurements_and_not_the_upload(
     look: Any, tmp_path: Path, monkeypatch: Any, *, is_there: bool
 ) -> None:
     def full(*given: Any, **facts: Any) -> int:
@@ -619,28 +622,30 @@ def test_a_full_disk_ends_the_looking_and_not_the_shipping(
     work = machine(tmp_path, look.uri, name, 1e-4)
     for _ in range(2):
         work.measure()
-        work.ship()
+        work.upload()
     assert look.points(look.run(name), "train/loss") == losses(range(1, 4))
     assert look.points(look.run(name), MEMORY) == []
 
 
-def test_who_could_not_begin_to_ship_waits_for_its_turn(look: Any, tmp_path: Path) -> None:
+def test_a_worker_without_the_lock_neither_opens_nor_measures_nor_uploads(
+    look: Any, tmp_path: Path
+) -> None:
     Process(tmp_path).trains(3).ends()
-    first, then = Turn(tmp_path, os.getpid()), Turn(tmp_path, os.getpid())
-    first.take(1.0)
+    first, then = FolderLock(tmp_path, os.getpid()), FolderLock(tmp_path, os.getpid())
+    first.acquire(1.0)
     work = machine(tmp_path, look.uri, "turns", 1e-4)
-    work._turn, work._request["start_seconds"] = then, 0.0
-    for part in (work.open, work.measure, work.ship):
-        with pytest.raises(TimeoutError, match="still ships this run"):
+    work._lock, work._request["start_seconds"] = then, 0.0
+    for part in (work.open, work.measure, work.upload):
+        with pytest.raises(TimeoutError, match="still uploads this run"):
             part()
     assert not (tmp_path / "system.jsonl").exists()
     first.__exit__()
-    work.ship()
+    work.upload()
     assert look.points(look.run("turns"), "train/loss") == losses(range(1, 4))
 
 
-def test_a_gpu_that_does_not_know_everything_is_shown_as_far_as_it_does() -> None:
-    from fundamentallm_mlflow.system import _device
+def test_a_gpu_that_reports_some_values_is_logged_with_those() -> None:
+    from fundamentallm_mlflow.worker.system_metrics import _device
 
     assert dict(_device("1, 50, 1000, 4000, [N/A]")) == {
         "gpu_1_utilization_percentage": 50.0,
@@ -651,12 +656,12 @@ def test_a_gpu_that_does_not_know_everything_is_shown_as_far_as_it_does() -> Non
 
 
 @pytest.mark.slow
-def test_two_runs_may_start_on_one_fresh_database(look: Any, tmp_path: Path) -> None:
+def test_two_runs_may_start_on_one_new_database(look: Any, tmp_path: Path) -> None:
     fresh = f"sqlite:///{tmp_path / 'fresh.db'}"
     code = (
         "import sys\n"
-        "from fundamentallm_mlflow.store import Store\n"
-        "store = Store(sys.argv[1], 'shared')\n"
+        "from fundamentallm_mlflow.worker.client import Client\n"
+        "store = Client(sys.argv[1], 'shared')\n"
         "run_id = store.run_for({'id': sys.argv[2], 'time': 1, 'name': 'r'})\n"
         "store.end(run_id, {'outcome': 'finished'})\n"
     )
@@ -673,20 +678,20 @@ def test_a_folder_that_cannot_hold_a_database_is_an_error_at_once() -> None:
 
 def test_a_deleted_experiment_is_an_error_that_says_so(look: Any) -> None:
     look.client.delete_experiment(look.client.create_experiment("deleted"))
-    with pytest.raises(ValueError, match="'deleted' was deleted there: restore it"):
+    with pytest.raises(ValueError, match="'deleted' is deleted in the store: restore it"):
         opened(look.uri, "deleted")
 
 
-def test_a_database_is_the_same_from_every_folder(monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_uri_of_a_database_is_absolute(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert chosen(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert chosen("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
-    assert chosen("sqlite:////x/b.db") == "sqlite:////x/b.db"
-    assert chosen("http://host:5000") == "http://host:5000"
+    assert absolute(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
+    assert absolute("sqlite:////x/b.db") == "sqlite:////x/b.db"
+    assert absolute("http://host:5000") == "http://host:5000"
 
 
-def test_a_run_stays_in_its_store_in_whatever_folder_it_is_continued(
+def test_a_run_stays_in_its_store_from_whatever_folder_it_is_resumed(
     monkeypatch: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("here", "else"):
@@ -696,20 +701,20 @@ def test_a_run_stays_in_its_store_in_whatever_folder_it_is_continued(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     for number, asked in enumerate([None, "sqlite:///a.db", "http://me:secret@host"]):
         run = here / str(number)
-        assert settled(asked, run) == chosen(asked)
-        Process(run, **noted(asked, chosen(asked))).ends()
+        assert store_of(asked, run) == absolute(asked)
+        Process(run, **recorded_uri(asked, absolute(asked))).ends()
         assert "secret" not in (run / "journal.jsonl").read_text()
     monkeypatch.chdir(elsewhere)
-    assert settled(None, here / "0") == f"sqlite:///{here}/mlflow.db"
-    assert settled("sqlite:///a.db", here / "1") == f"sqlite:///{here}/a.db"
-    assert settled("http://me:secret@host", here / "2") == "http://me:secret@host"
-    assert settled(None, here / "2") == "http://me@host"
+    assert store_of(None, here / "0") == f"sqlite:///{here}/mlflow.db"
+    assert store_of("sqlite:///a.db", here / "1") == f"sqlite:///{here}/a.db"
+    assert store_of("http://me:secret@host", here / "2") == "http://me:secret@host"
+    assert store_of(None, here / "2") == "http://me@host"
     assert caplog.text == ""
-    assert settled("sqlite:///b.db", here / "1") == f"sqlite:///{elsewhere}/b.db"
+    assert store_of("sqlite:///b.db", here / "1") == f"sqlite:///{elsewhere}/b.db"
     said = f"the store of this run is now sqlite:///{elsewhere}/b.db; it was sqlite:///{here}/a.db"
     assert said in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
-    assert settled(None, here / "0") == "http://other"
+    assert store_of(None, here / "0") == "http://other"
     assert "is now http://other" in caplog.text
 
 
@@ -719,10 +724,10 @@ def test_no_message_and_no_url_shows_a_password() -> None:
     assert charts("https://me:secret@host/x/", "7").startswith("https://host/x/#/experiments/7/")
 
 
-def test_a_ledger_that_is_no_ledger_is_as_good_as_none(tmp_path: Path) -> None:
+def test_a_damaged_sync_state_is_treated_as_missing(tmp_path: Path) -> None:
     for text in ("", "{", json.dumps({"run_id": 1})):
         (tmp_path / "runs.json").write_text(text)
-        assert Ledger(tmp_path).entries == []
+        assert SyncState(tmp_path).runs == []
 
 
 def saves(process: Process, folder: Path, loss: float) -> None:
@@ -739,10 +744,10 @@ def registered(folder: Path, uri: str, values: list[float], mode: str = "min") -
     for value in values:
         saves(process, folder, value)
     process.ends()
-    return ship(folder, opened(uri, "registry"), "registry")
+    return upload(folder, opened(uri, "registry"), "registry")
 
 
-def test_the_best_checkpoint_that_is_left_is_a_version_and_the_best_of_all_runs_has_the_alias(
+def test_the_best_remaining_checkpoint_is_a_version_and_the_best_of_all_runs_has_the_alias(
     look: Any, tmp_path: Path
 ) -> None:
     def best() -> tuple[str, str]:
@@ -762,10 +767,10 @@ def test_the_best_checkpoint_that_is_left_is_a_version_and_the_best_of_all_runs_
     models = [look.client.get_logged_model(one.tags["model_id"]) for one in versions]
     assert {model.tags["path"] for model in models} == paths
     # Once more, as after an answer that got lost; and where the best was deleted meanwhile.
-    ship(tmp_path / "1", opened(look.uri, "registry"), "registry")
+    upload(tmp_path / "1", opened(look.uri, "registry"), "registry")
     assert len(look.client.search_model_versions("name = 'poet'")) == 3
     (tmp_path / "3" / "checkpoints" / "step-00000001").rmdir()
-    ship(tmp_path / "3", opened(look.uri, "registry"), "registry")
+    upload(tmp_path / "3", opened(look.uri, "registry"), "registry")
     assert best() == (third, "1.5")
     assert len(look.client.search_model_versions("name = 'poet'")) == 4
 
@@ -773,7 +778,7 @@ def test_the_best_checkpoint_that_is_left_is_a_version_and_the_best_of_all_runs_
 def test_a_run_without_a_checkpoint_registers_nothing(look: Any, tmp_path: Path) -> None:
     process = Process(tmp_path, registry={"name": "nobody", "monitor": "val/loss", "mode": "min"})
     process.trains(3).ends()
-    ship(tmp_path, opened(look.uri, "nobody"), "nobody")
+    upload(tmp_path, opened(look.uri, "nobody"), "nobody")
     assert look.client.search_model_versions("name = 'nobody'") == []
 
 
@@ -782,19 +787,19 @@ def test_runs_of_one_parent_are_its_children_and_it_ends_with_the_last_of_them(
 ) -> None:
     both = [Process(tmp_path / name, parent="sweep").trains(2) for name in "ab"]
     store = opened(look.uri, "sweeps")
-    shippings = [Shipping(tmp_path / name, look.uri, "sweeps", store) for name in "ab"]
+    syncs = [Sync(tmp_path / name, look.uri, "sweeps", store) for name in "ab"]
     (parent,) = [run for run in look.runs("sweeps") if run.info.run_name == "sweep"]
-    for process, shipping, status in zip(both, shippings, ("RUNNING", "FINISHED"), strict=True):
+    for process, one, status in zip(both, syncs, ("RUNNING", "FINISHED"), strict=True):
         assert look.client.get_run(parent.info.run_id).info.status == "RUNNING"
         process.ends()
-        shipping.ship()
-        shipping.close()
-        child = look.client.get_run(shipping.entry.run_id)
+        one.upload()
+        one.close()
+        child = look.client.get_run(one.run.run_id)
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert look.client.get_run(parent.info.run_id).info.status == status
     assert len(look.runs("sweeps")) == 3
     Process(tmp_path / "a", parent="sweep", step=2).trains(3).ends()
-    Shipping(tmp_path / "a", look.uri, "sweeps", store)
+    Sync(tmp_path / "a", look.uri, "sweeps", store)
     assert look.client.get_run(parent.info.run_id).info.status == "RUNNING"
     assert len(look.runs("sweeps")) == 3
 

@@ -1,0 +1,1 @@
+"""The upload worker: a child process, the only one that imports mlflow."""
