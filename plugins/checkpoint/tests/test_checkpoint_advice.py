@@ -1,4 +1,4 @@
-"""After a bad end the error tells what there is to go on from, and how."""
+"""The error of a failed run says which checkpoint to resume from, and how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import shlex
 
 import pytest
 
-from fundamentallm import DataError, Period, PluginError, StorageError, hookimpl, plugin
+from fundamentallm import (
+    DataError,
+    Period,
+    PluginError,
+    StorageError,
+    command_line,
+    hookimpl,
+    plugin,
+)
 from fundamentallm_checkpoint import Checkpoint
 
 
@@ -28,16 +36,18 @@ def notes(tiny_run, tmp_path, error, *plugins):
     return getattr(raised.value, "__notes__", [])
 
 
-def test_a_failed_run_tells_its_newest_checkpoint_and_what_resumes_it(tiny_run, tmp_path):
+def test_the_error_of_a_failed_run_names_its_newest_checkpoint_and_the_command_to_resume(
+    tiny_run, tmp_path
+):
     (note,) = notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1)))
     folder = tmp_path / "run"
     assert note == (
         f"the newest finite checkpoint is {folder}/checkpoints/step-00000002; "
-        f"resume with: fundamentallm resume {folder}"
+        f"resume with: {command_line('resume', folder)}"
     )
 
 
-def test_a_model_alone_is_nothing_to_resume_from(tiny_run, tmp_path):
+def test_a_checkpoint_of_the_model_only_is_not_advised_to_resume_from(tiny_run, tmp_path):
     assert (
         notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(1), contents="model"))
         == []
@@ -58,14 +68,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_advised(tiny_run, tmp_path):
     assert "step-00000001;" in note
 
 
-def test_an_error_that_a_resume_would_repeat_advises_none(tiny_run, tmp_path):
+def test_an_error_that_resuming_would_repeat_gets_no_advice(tiny_run, tmp_path):
     assert (
         notes(tiny_run, tmp_path, DataError("the data has ended"), Checkpoint(every=Period(1)))
         == []
     )
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_advises_none(tiny_run, tmp_path):
+def test_a_run_that_failed_before_its_first_checkpoint_gets_no_advice(tiny_run, tmp_path):
     assert notes(tiny_run, tmp_path, OSError("gone"), Checkpoint(every=Period(3))) == []
 
 
@@ -93,8 +103,4 @@ def test_what_is_advised_can_be_given_to_a_shell(tiny_run, tmp_path):
     with pytest.raises(PluginError) as raised:
         tiny_run(Fails(error=OSError("gone")), Checkpoint(every=Period(1)), run_dir=folder)
     (note,) = raised.value.__notes__
-    assert shlex.split(note.partition("resume with: ")[2]) == [
-        "fundamentallm",
-        "resume",
-        str(folder),
-    ]
+    assert shlex.split(note.partition("resume with: ")[2])[-2:] == ["resume", str(folder)]

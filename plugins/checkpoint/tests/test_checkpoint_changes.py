@@ -1,4 +1,4 @@
-"""Settings that are not those of the checkpoint: told, and refused where the run would be another."""
+"""Changed settings are logged, and refused where they make the run another one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
     return {r.getMessage(): r.levelno for r in caplog.records if "→" in r.getMessage()}
 
 
-def test_what_is_safe_to_change_is_told_line_by_line(
+def test_allowed_changes_are_logged_line_by_line(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_run(Checkpoint(every=TWO), Layers(), length=4)
@@ -71,7 +71,7 @@ def test_what_is_safe_to_change_is_told_line_by_line(
     )
 
 
-def test_nothing_is_told_where_nothing_has_changed(
+def test_nothing_is_logged_where_nothing_has_changed(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -88,25 +88,25 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("told", "changed"), CHANGES, ids=[told for told, _ in CHANGES])
-def test_another_model_is_refused_and_how_to_go_on_all_the_same_is_told(
-    told: str, changed: dict[str, Any], tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("said", "changed"), CHANGES, ids=[said for said, _ in CHANGES])
+def test_another_model_is_refused_with_the_override_that_allows_it(
+    said: str, changed: dict[str, Any], tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tiny_run(Checkpoint(every=TWO), Layers(), length=4)
     before, trace = (run.folder / "settings.toml").read_text(), Recorder()
     with pytest.raises(SettingsError) as caught:
         tiny_run(Checkpoint(every=TWO), Layers(**changed), length=6, trace=trace)
-    key = told.partition(":")[0]
-    assert caught.value.problems[0] == told
+    key = said.partition(":")[0]
+    assert caught.value.problems[0] == said
     assert f"--set 'checkpoint.allow_changes=[\"{key}\"]'" in caught.value.problems[-1]
     assert "on_train_start" not in trace.names
     assert (run.folder / "settings.toml").read_text() == before
     allowing = Checkpoint(every=TWO, allow_changes=[key])
     assert tiny_run(allowing, Layers(**changed), length=6).progress.step == 6
-    assert lines(caplog)[told] == logging.WARNING
+    assert lines(caplog)[said] == logging.WARNING
 
 
-def test_another_seed_is_refused_and_every_refusal_is_in_one_message(tiny_run: TinyRun) -> None:
+def test_another_seed_is_refused_and_one_message_has_every_refusal(tiny_run: TinyRun) -> None:
     tiny_run(Checkpoint(every=TWO), Layers(), length=4)
     with pytest.raises(SettingsError) as caught:
         tiny_run(Checkpoint(every=TWO), Layers(width=9), length=6, seed=7)
@@ -288,7 +288,7 @@ def test_other_data_are_refused(tiny_run: TinyRun) -> None:
     assert tiny_run(allowing, data("b" * 40), length=6).progress.step == 6
 
 
-def test_a_setting_that_a_later_version_of_a_plugin_has_besides_changes_nothing(
+def test_a_setting_that_only_a_later_version_of_a_plugin_has_changes_nothing(
     tiny_run: TinyRun,
 ) -> None:
     def version(number: int) -> Any:

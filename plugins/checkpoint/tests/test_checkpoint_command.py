@@ -89,7 +89,7 @@ def test_lists_the_checkpoints_of_all_instances(trained: Path) -> None:
     assert "best" in found[5][4], "of the greatest losses at checkpoints of its own"
 
 
-def test_finds_what_sizes_tell_and_ends_with_the_code_of_storage(run: Path) -> None:
+def test_a_missing_file_is_found_without_reading_and_ends_with_exit_code_5(run: Path) -> None:
     (run / "checkpoints" / "step-00000004" / "state.json").unlink()
     with pytest.raises(StorageError, match="1 of 3 checkpoints are damaged") as caught:
         listed_alone(run)
@@ -124,17 +124,19 @@ def test_a_changed_byte_is_found_by_reading_all(run: Path) -> None:
     )
 
 
-def test_those_of_another_run_are_told_from_its_own(run: Path) -> None:
+def test_checkpoints_of_another_run_are_listed_as_such(run: Path) -> None:
     (run / "run-id").write_text("0123456789ab")
     assert all("of another run" in line for line in listed_alone(run)[1:])
 
 
-def test_a_run_whose_plugins_are_gone_is_listed_all_the_same(run: Path) -> None:
+def test_checkpoints_are_listed_although_a_plugin_is_not_installed(run: Path) -> None:
     (run / "settings.toml").write_text('plugins = ["no_such_plugin"]\n[run]\nlength = 5\n')
     assert len(listed(run)) == 6
 
 
-def test_says_what_is_no_run_folder_and_where_there_is_none(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_folder_and_a_run_without_checkpoints_are_reported(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(SettingsError, match="is not a run folder"):
         listed(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -154,7 +156,7 @@ def test_needs_no_torch(trained: Path) -> None:
     assert not {"torch", "numpy", "safetensors"} & set(done.stdout.split())
 
 
-def test_one_of_a_newer_version_is_not_called_damaged(run: Path) -> None:
+def test_a_checkpoint_of_a_newer_version_is_not_called_damaged(run: Path) -> None:
     path = run / "checkpoints" / "step-00000004" / "manifest.json"
     head = path.read_text().rpartition(',\n "seal"')[0].replace('"format": 1', '"format": 2')
     seal = hashlib.sha256(head.encode()).hexdigest()

@@ -8,13 +8,13 @@ import os
 import resource
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
 import torch
 
-from fundamentallm import Period, StorageError, train
+from fundamentallm import Period, StorageError, hookimpl, plugin, state, train
 from fundamentallm.testing import TinyRun, assert_same_weights, compose_tiny
 from fundamentallm_checkpoint import Checkpoint, resume
 from fundamentallm_checkpoint.resume import LoadRequest
@@ -26,6 +26,8 @@ from fundamentallm_checkpoint.storage.retention import Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fundamentallm import Run
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "state.safetensors")
 RULES = Rules(keep_last=3, monitor="val/loss")
@@ -39,11 +41,22 @@ def publish(home: Path, snapshot: dict[str, object], facts: Manifest) -> Manifes
     return publishing.publish(home, snapshots.pack(snapshot), facts)
 
 
+@plugin
+class Keeps:
+    """Keep a tensor, so that a checkpoint has a file for the tensors of plugins."""
+
+    seen: Any = state(default=None)
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        self.seen = torch.arange(100 + run.progress.step)
+
+
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("sound") / "run"
-    train(compose_tiny(Checkpoint(every=Period(2))), run_dir=folder)
+    train(compose_tiny(Checkpoint(every=Period(2)), Keeps()), run_dir=folder)
     return folder
 
 
@@ -82,7 +95,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=["flip", "cut", "delete", "swap", "link"])
-def test_a_damaged_file_is_told_and_the_older_checkpoint_taken(
+def test_a_damaged_file_is_reported_and_the_older_checkpoint_loaded(
     damage: Callable[[Path], None],
     said: str,
     name: str,
@@ -151,7 +164,7 @@ def with_file(name: str, **seal: object) -> Callable[[dict[str, object]], None]:
         (with_file("more.bin", size=1, sha256="0" * 64), "more.bin cannot be read: No such file"),
     ],
 )
-def test_a_manifest_that_was_edited_is_told(
+def test_an_edited_manifest_is_reported(
     change: Callable[[dict[str, object]], None],
     said: str,
     run_folder: Path,
@@ -168,7 +181,7 @@ def test_a_manifest_that_was_edited_is_told(
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format": NaN}', "\xff", "[" * 100_000, "x" * 2**21]
 )
-def test_a_manifest_that_is_none_is_told(
+def test_a_file_that_is_no_manifest_is_reported(
     text: str, run_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
@@ -187,7 +200,7 @@ def test_a_file_that_no_manifest_lists_is_not_read(run_folder: Path) -> None:
     assert loaded.folder == newest
 
 
-def test_a_resumed_run_goes_on_from_the_older_one_to_the_same_end(
+def test_a_run_resumed_from_the_older_checkpoint_ends_bit_identical(
     run_folder: Path, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     flip(run_folder / "checkpoints" / "step-00000004" / "model.safetensors")
@@ -197,7 +210,7 @@ def test_a_resumed_run_goes_on_from_the_older_one_to_the_same_end(
     assert loaded is not None
 
 
-def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_anew(
+def test_if_all_checkpoints_are_damaged_the_run_ends_and_does_not_start_again(
     run_folder: Path, tiny_run: TinyRun
 ) -> None:
     folder = run_folder / "checkpoints"
@@ -212,7 +225,7 @@ def test_checkpoints_that_are_all_damaged_end_the_run_and_never_start_it_anew(
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_newer_format_is_refused_and_not_passed_over(run_folder: Path, tiny_run: TinyRun) -> None:
+def test_a_newer_format_is_refused_and_not_skipped(run_folder: Path, tiny_run: TinyRun) -> None:
     path = run_folder / "checkpoints" / "step-00000004" / "manifest.json"
     reseal(path, edit("format", 2))
     with pytest.raises(StorageError, match=r"format 2, and this version .* reads format 1: pip "):
@@ -253,7 +266,7 @@ class Faults:
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         def tried(*words: object) -> object:
-            self.left -= name != "close"  # what a close tells, fsync has told before
+            self.left -= name != "close"  # fsync has reported its errors before
             if self.left == 0 and name != "close":
                 self.fault(words[0])
             return getattr(durable_files.System, name)(*words)
@@ -389,7 +402,7 @@ def wide() -> dict[str, object]:
     return {"model": {"w": torch.ones(10)}, "optimizer": moments, "progress": {}}
 
 
-def test_retention_goes_on_where_one_cannot_be_deleted(
+def test_retention_continues_where_a_checkpoint_cannot_be_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(1, 7):

@@ -49,7 +49,7 @@ DTYPES = [
 
 
 def saved(folder: Path, snapshot: dict[str, Any]) -> Manifest:
-    """Write a snapshot, as a run does that saves beside its steps, and return its manifest."""
+    """Write a snapshot as an asynchronous save does, and return its manifest."""
     staged = HostBuffer().copy(snapshot_files.pack(snapshot))
     written = snapshot_files.write(folder, staged)
     return Manifest(
@@ -65,7 +65,7 @@ def bits(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two trees are the same, bit by bit and type by type."""
+    """Return whether two trees are the same, bit by bit and type by type."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and bits(one) == bits(other)
     if type(one) is not type(other):
@@ -129,7 +129,7 @@ snapshots = st.fixed_dictionaries(
             model_names, st.dictionaries(model_names, trees_of, max_size=3), max_size=3
         ),
         "plugins": st.dictionaries(names, trees_of, max_size=3),
-        "random": trees_of,
+        "logged": trees_of,
     }
 )
 
@@ -158,9 +158,7 @@ def test_any_tree_comes_back_exactly_from_strict_json(tree: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kind_of_number_is_readable_by_safetensors(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_every_dtype_is_readable_by_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.arange(6).reshape(2, 3).to(dtype)
     safetensors.write(tmp_path / "it", {"odd": tensor[:, :1], "even": tensor.t()})
     found = load_file(tmp_path / "it")
@@ -190,7 +188,7 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
-def test_what_is_not_finite_is_found_in_every_kind_of_float(tmp_path: Path) -> None:
+def test_nan_is_found_in_every_float_dtype(tmp_path: Path) -> None:
     for index, dtype in enumerate(kind for kind in DTYPES if kind.is_floating_point):
         poison = torch.tensor([1.0, float("nan")]).to(dtype)
         tensors_ = {"sound": torch.ones(2, dtype=dtype), "poison": poison}
@@ -215,7 +213,7 @@ def test_a_tensor_that_the_format_cannot_hold_is_named(
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
-    snapshot = {"model": {"w": torch.ones(2)}, "optimizer": {}, "random": torch.ones(2)}
+    snapshot = {"model": {"w": torch.ones(2)}, "optimizer": {}, "plugins": torch.ones(2)}
     written = saved(tmp_path, snapshot)
     for name in written.files:
         start = (tmp_path / name).read_bytes()[:16]
@@ -232,7 +230,7 @@ def test_optimizer_state_is_kept_by_parameter_name(tmp_path: Path) -> None:
     }
 
 
-def test_what_was_read_is_no_part_of_the_file_any_more(tmp_path: Path) -> None:
+def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
     safetensors.write(tmp_path / "it", {"w": torch.ones(1000)})
     found = safetensors.read(tmp_path / "it")
     (tmp_path / "it").write_bytes(bytes((tmp_path / "it").stat().st_size))

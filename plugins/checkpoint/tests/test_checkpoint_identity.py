@@ -70,7 +70,7 @@ def test_runs_of_one_name_share_a_folder_and_nothing_else(
         assert_same_weights(longer, tiny_run(length=6, seed=seed, run_dir=tmp_path / f"{name}6"))
 
 
-def test_a_run_whose_folder_was_lost_goes_on_once_its_id_is_told(
+def test_a_run_whose_folder_was_lost_continues_once_its_id_is_written(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     run = tiny_run(shared(tmp_path), length=4)
@@ -95,7 +95,7 @@ def test_the_id_is_made_once_and_is_that_of_every_checkpoint(
     assert run_id(again) != first
 
 
-def test_a_folder_without_an_id_takes_the_checkpoints_that_are_in_it(tiny_run: TinyRun) -> None:
+def test_a_folder_without_an_id_adopts_the_checkpoints_in_it(tiny_run: TinyRun) -> None:
     run = tiny_run(Checkpoint(every=Period(2)), length=4)
     known = run_id(run)
     (run.folder / "run-id").unlink()
@@ -108,17 +108,17 @@ def test_a_folder_without_an_id_takes_the_checkpoints_that_are_in_it(tiny_run: T
 
 
 @pytest.mark.parametrize("text", ["", "../../other", "\xff\xfe", "0" * 65])
-def test_an_id_that_is_none_is_told(text: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_an_invalid_id_is_reported(text: str, tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run-id").write_text(text)
     with pytest.raises(StorageError, match=r"run/run-id: is not the id of a run"):
         tiny_run(shared(tmp_path), length=2)
 
 
-def test_every_process_comes_to_know_the_id(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_every_process_learns_the_id(tiny_run: TinyRun, tmp_path: Path) -> None:
     @plugin
     class First:
-        """What the first process does, beside this one, which is the second."""
+        """Act as the first process; this process is the second one."""
 
         @hookimpl
         def build_tokenizer(self, run: Run) -> object:
@@ -155,7 +155,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("wish", "step"), [(None, 7), ("latest", 7), ("best", 3), ("step-4", 4)])
-def test_those_of_another_run_are_never_loaded(
+def test_checkpoints_of_another_run_are_never_loaded(
     wish: str | None, step: int, mixed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = load(mixed, wish, MINE)
@@ -165,32 +165,32 @@ def test_those_of_another_run_are_never_loaded(
     assert f"3 checkpoints of another run than {MINE} are ignored, among them {mixed}/" in warning
 
 
-def test_those_of_another_run_are_not_to_be_had_by_name_either(mixed: Path) -> None:
+def test_a_checkpoint_of_another_run_is_not_loaded_by_name(mixed: Path) -> None:
     with pytest.raises(
         StorageError, match=r"there is no checkpoint 'step-8' \(checkpoints: step-0"
     ):
         load(mixed, "step-8", MINE)
 
 
-def test_if_all_are_those_of_another_run_there_is_none(tmp_path: Path) -> None:
+def test_if_all_checkpoints_are_of_another_run_none_is_loaded(tmp_path: Path) -> None:
     publish(tmp_path / "home", 1, THEIRS)
     assert load(tmp_path / "home", None, MINE) is None
 
 
-def test_retention_neither_counts_nor_deletes_those_of_another_run(mixed: Path) -> None:
+def test_retention_neither_counts_nor_deletes_checkpoints_of_another_run(mixed: Path) -> None:
     rules = Rules(keep_last=2, keep_best=1, monitor="val/loss")
     directory.prune(mixed, directory.sound(mixed, MINE), rules)
     assert steps(mixed) == [1, 2, 3, 6, 7, 8]
 
 
-def test_one_of_another_run_is_never_overwritten(mixed: Path) -> None:
+def test_a_checkpoint_of_another_run_is_never_overwritten(mixed: Path) -> None:
     before = contents(mixed)
     with pytest.raises(StorageError, match=r"step-00000002 is a checkpoint of another run"):
         publish(mixed, 2, MINE)
     assert contents(mixed) == before
 
 
-def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
+def test_a_later_checkpoint_of_another_run_is_an_error_before_the_first_step(
     mixed: Path, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -208,7 +208,7 @@ def test_one_of_another_run_that_is_in_the_way_is_told_before_the_first_step(
     assert contents(run / "checkpoints") == before
 
 
-def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
+def test_checkpoints_of_another_run_are_not_moved_away(mixed: Path) -> None:
     before = contents(mixed)
     directory.supersede(mixed, 8, MINE)
     assert contents(mixed) == before
@@ -221,7 +221,7 @@ def test_those_of_another_run_are_not_set_aside(mixed: Path) -> None:
     ("before", "after"),
     [("here", "far"), ("far", "here"), ("far", "near"), ("far", "renamed"), ("here", "renamed")],
 )
-def test_a_run_goes_on_though_its_checkpoints_are_no_longer_where_its_settings_say(
+def test_a_run_resumes_although_its_settings_name_another_folder(
     before: str, after: str, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     tables = {
@@ -245,7 +245,7 @@ def test_a_run_goes_on_though_its_checkpoints_are_no_longer_where_its_settings_s
     assert goes_on(before, 7).names.count("on_step_start") == 1
 
 
-def test_checkpoints_in_a_former_folder_are_listed_and_set_aside(
+def test_checkpoints_in_a_former_folder_are_listed_and_moved_away(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin
@@ -264,7 +264,7 @@ def test_checkpoints_in_a_former_folder_are_listed_and_set_aside(
     assert steps(aside) == [4]
 
 
-def test_a_name_that_several_folders_have_is_told_once(tiny_run: TinyRun) -> None:
+def test_a_name_that_several_folders_have_is_listed_once(tiny_run: TinyRun) -> None:
     @plugin
     class Asks:
         @hookimpl
@@ -273,6 +273,6 @@ def test_a_name_that_several_folders_have_is_told_once(tiny_run: TinyRun) -> Non
 
     tables = {"checkpoint": KEPT, "archive": KEPT | {"plugin": "checkpoint"}}
     tiny_run(*tables, settings=tables, length=4)
-    told = r"no checkpoint 'foo' \(checkpoints: step-00000004, step-00000002\)"
-    with pytest.raises(StorageError, match=told):
+    said = r"no checkpoint 'foo' \(checkpoints: step-00000004, step-00000002\)"
+    with pytest.raises(StorageError, match=said):
         tiny_run(*tables, Asks(), settings=tables, length=4)

@@ -96,30 +96,30 @@ def poisoned(tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("wish", [None, "latest"])
-def test_poisoned_checkpoints_are_passed_over_with_a_warning_that_names_them(
+def test_checkpoints_with_nan_are_skipped_with_a_warning_that_names_them(
     wish: str | None, poisoned: Path, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     cured = Poison(at=0, asks_for=wish)
     run = tiny_run(Checkpoint(every=Period(1), keep_last=9), cured, length=5, log_every=99)
     assert (cured.begins, run.outcome) == (2, "finished")
-    told = [r.getMessage() for r in caplog.records if "NaN or infinity" in r.getMessage()]
-    assert ["step-00000004: it holds" in told[0], "step-00000003: it holds" in told[1]] == [
+    reported = [r.getMessage() for r in caplog.records if "NaN or infinity" in r.getMessage()]
+    assert ["step-00000004: it holds" in reported[0], "step-00000003: it holds" in reported[1]] == [
         True,
         True,
     ]
-    assert "to load it all the same, name step-00000004" in told[0]
+    assert "to load it all the same, name step-00000004" in reported[0]
 
 
-def test_a_poisoned_checkpoint_is_taken_if_it_is_asked_for_by_name(
-    poisoned: Path, tiny_run: TinyRun
-) -> None:
+def test_a_checkpoint_with_nan_is_loaded_if_it_is_named(poisoned: Path, tiny_run: TinyRun) -> None:
     cured = Poison(at=0, asks_for="step-4")
     with pytest.raises(Exception, match="diverged"):
         tiny_run(Checkpoint(every=Period(1)), cured, length=5, log_every=99)
     assert cured.begins == 4
 
 
-def test_if_all_are_poisoned_the_run_does_not_begin_anew(poisoned: Path, tiny_run: TinyRun) -> None:
+def test_if_all_checkpoints_hold_nan_the_run_does_not_start_again(
+    poisoned: Path, tiny_run: TinyRun
+) -> None:
     for step in (1, 2):
         shutil.rmtree(poisoned / "checkpoints" / f"step-{step:08d}")
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_if_all_are_poisoned_the_run_does_not_begin_anew(poisoned: Path, tiny_ru
     ("name", "value", "finite"),
     [("mask", "-inf", True), ("mask", "nan", False), ("hidden.bias", "inf", False)],
 )
-def test_an_infinity_in_a_mask_is_nothing_wrong(
+def test_an_infinity_in_a_mask_is_accepted(
     name: str, value: str, finite: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     poison = Poison(at=2, name=name, value=float(value))
@@ -173,7 +173,7 @@ def start(tmp_path: Path, listed: str, tables: str, *overrides: str) -> Run:
 SMALL = "checkpoint = {every = 2, keep_last = 9, contents = 'model'}\n"
 
 
-def test_the_model_alone_takes_a_third_of_the_space_and_says_what_it_is(
+def test_a_checkpoint_of_the_model_only_has_no_optimizer_state_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start(tmp_path, '"checkpoint"', SMALL)
@@ -187,7 +187,7 @@ def test_the_model_alone_takes_a_third_of_the_space_and_says_what_it_is(
     assert "all checkpoints will hold the model only: the run cannot be resumed" in caplog.text
 
 
-def test_the_model_alone_can_be_loaded_and_not_resumed_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_model_only_can_be_loaded_and_not_resumed_from(tmp_path: Path) -> None:
     run = start(tmp_path, '"checkpoint"', SMALL)
     loaded = load_run(run.folder, at="step-4").model.state_dict()
     kept = safetensors.read(run.folder / "checkpoints" / "step-00000004" / "model.safetensors")
@@ -217,7 +217,7 @@ def test_a_loaded_run_knows_its_checkpoint(tmp_path: Path) -> None:
     assert again.digest == latest.loaded.digest
 
 
-def test_a_run_goes_on_from_the_newest_that_holds_all(
+def test_a_run_resumes_from_the_newest_complete_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tables = (
@@ -237,13 +237,13 @@ def test_a_run_goes_on_from_the_newest_that_holds_all(
 
 
 def sealed(folder: Path, name: str, data: bytes) -> None:
-    """Put data in the place of a file, and make the manifest tell its size and hash."""
+    """Put data in the place of a file, and correct its size and hash in the manifest."""
     (folder / name).write_bytes(data)
     reseal(folder, name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def reseal(folder: Path, name: str, size: int, sha256: str) -> None:
-    """Make the manifest tell a file's size and hash, as somebody would who knows how."""
+    """Change a file's size and hash in the manifest, with a valid seal."""
     path = folder / "manifest.json"
     table = json.loads(path.read_text())
     del table["seal"]
@@ -324,11 +324,11 @@ TENSORS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "said"), TENSORS.values(), ids=TENSORS)
-def test_a_file_of_tensors_that_is_none_is_refused(data: bytes, said: str, one_saved: Path) -> None:
+def test_an_invalid_file_of_tensors_is_refused(data: bytes, said: str, one_saved: Path) -> None:
     sealed(one_saved, "model.safetensors", data)
-    told = refusal(one_saved)
-    assert "model.safetensors is not a sound safetensors file" in told
-    assert any(text in told for text in said.split("|")), told
+    reported = refusal(one_saved)
+    assert "model.safetensors is not a sound safetensors file" in reported
+    assert any(text in reported for text in said.split("|")), reported
 
 
 def test_what_another_program_writes_as_safetensors_can_be_read(tmp_path: Path) -> None:
@@ -369,12 +369,12 @@ STATES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "said"), STATES.values(), ids=STATES)
-def test_a_state_that_is_none_is_refused(data: bytes, said: str, one_saved: Path) -> None:
+def test_an_invalid_state_is_refused(data: bytes, said: str, one_saved: Path) -> None:
     sealed(one_saved, "state.json", data)
     assert said in refusal(one_saved)
 
 
-def test_a_file_that_would_block_or_lead_elsewhere_is_not_opened(one_saved: Path) -> None:
+def test_a_fifo_or_a_link_is_not_opened(one_saved: Path) -> None:
     path = one_saved / "manifest.json"
     path.symlink_to(path.rename(one_saved.parent / "elsewhere.json"))
     assert "manifest.json cannot be read" in refusal(one_saved)
@@ -402,8 +402,8 @@ def test_files_of_absurd_size_are_refused_with_little_memory(
         child = os.fork()  # whose peak is its own
         if child == 0:
             before = peak()
-            told = refusal(folder)
-            fine = name in told and "larger than" in told and peak() - before < 32
+            reported = refusal(folder)
+            fine = name in reported and "larger than" in reported and peak() - before < 32
             os._exit(0 if fine else 1)
         assert os.waitpid(child, 0)[1] == 0, name
 
@@ -421,14 +421,14 @@ def holds_in_a_child(check: Callable[[], bool]) -> bool:
 
 
 def hollow(folder: Path, size: int) -> None:
-    """Make the weights a file of holes, as large as its header and the manifest tell."""
+    """Make the weights a sparse file, as large as its header and the manifest say."""
     head = file_of({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}})
     (folder / "model.safetensors").write_bytes(head)
     os.truncate(folder / "model.safetensors", len(head) + size)
     reseal(folder, "model.safetensors", len(head) + size, "0" * 64)
 
 
-def test_a_file_of_holes_larger_than_the_memory_is_refused_and_the_one_before_taken(
+def test_a_sparse_file_larger_than_the_memory_is_refused_and_the_older_checkpoint_loaded(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints"
@@ -446,21 +446,21 @@ def test_a_file_of_holes_larger_than_the_memory_is_refused_and_the_one_before_ta
     assert holds_in_a_child(takes_the_other)
 
 
-def test_a_checkpoint_for_which_no_memory_is_free_is_told_and_not_passed_over(
+def test_a_checkpoint_that_does_not_fit_into_the_free_memory_is_an_error_and_not_skipped(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints"
     monkeypatch.setattr(safetensors, "memory", lambda: Memory(total=2**50, free=100))
-    told = refusal(home / "step-00000004")
-    assert re.search(r"step-00000004: model.safetensors holds \S+ bytes .* 100 bytes", told)
-    assert "step-00000002" not in told, "which would lose two steps"
-    monkeypatch.setattr(safetensors, "memory", lambda: None)  # a system that does not tell
+    reported = refusal(home / "step-00000004")
+    assert re.search(r"step-00000004: model.safetensors holds \S+ bytes .* 100 bytes", reported)
+    assert "step-00000002" not in reported, "which would lose two steps"
+    monkeypatch.setattr(safetensors, "memory", lambda: None)  # a system that does not report it
     loaded = resume.load([home], LoadRequest(rules=RULES))
     assert loaded is not None
     assert loaded.manifest.step == 4
 
 
-def test_a_file_larger_than_the_limit_of_the_process_is_told_by_its_name(one_saved: Path) -> None:
+def test_a_file_larger_than_the_limit_of_the_process_is_named(one_saved: Path) -> None:
     hollow(one_saved, 2**30)
 
     def is_told() -> bool:
@@ -472,7 +472,7 @@ def test_a_file_larger_than_the_limit_of_the_process_is_told_by_its_name(one_sav
     assert holds_in_a_child(is_told)
 
 
-def test_the_room_is_that_of_the_machine_or_what_a_group_of_processes_may_have(
+def test_memory_is_that_of_the_machine_or_of_the_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts, limit = tmp_path / "meminfo", tmp_path / "memory.max"

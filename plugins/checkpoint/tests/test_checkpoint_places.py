@@ -39,7 +39,7 @@ def settle() -> None:
 
 
 class Disk(durable_files.System):
-    """A disk with so many bytes free, or one that does not tell."""
+    """A disk with so many bytes free, or one that reports none."""
 
     def __init__(self, free: int, blocks: int = 10**9) -> None:
         self.free, self.blocks = free, blocks
@@ -48,7 +48,7 @@ class Disk(durable_files.System):
         return SimpleNamespace(f_bavail=self.free, f_frsize=1, f_blocks=self.blocks)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+def test_a_disk_without_room_for_a_checkpoint_is_an_error_before_the_first_step(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Disk(free=300))
@@ -69,16 +69,16 @@ def test_a_disk_that_may_be_too_small_for_the_moments_is_a_warning(
     assert "with the optimizer's state, a checkpoint may not fit" in caplog.text
 
 
-def test_a_disk_that_does_not_tell_its_room_is_tried(
+def test_a_disk_that_reports_no_free_space_is_tried(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Disk(free=0, blocks=0))
     assert saved(tiny_run(Checkpoint(every=TWO), length=4).folder / "checkpoints") == [2, 4]
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_without_room_is_not_begun(
-    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @plugin
     class Fills:
@@ -98,11 +98,11 @@ def test_a_save_without_room_is_not_begun(
     with pytest.raises(
         StorageError, match=r"step 4 .*bytes are needed, and 20,000 are free. Earlier"
     ):
-        tiny_run(Checkpoint(every=TWO, asynchronous=beside), Fills(), length=4)
+        tiny_run(Checkpoint(every=TWO, asynchronous=asynchronous), Fills(), length=4)
     assert saved(tmp_path / "run" / "checkpoints") == [2]
 
 
-def test_a_folder_that_takes_no_files_is_told_before_the_first_step(
+def test_a_folder_that_is_not_writable_is_an_error_before_the_first_step(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class ReadOnly(durable_files.System):
@@ -124,7 +124,7 @@ def test_a_finished_run_needs_no_room(tiny_run: TinyRun, monkeypatch: pytest.Mon
     assert tiny_run(Checkpoint(every=TWO), length=4).outcome == "finished"
 
 
-def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
+def test_a_run_folder_that_is_deleted_is_made_again_with_the_same_id(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids: list[str] = []
@@ -148,7 +148,7 @@ def test_a_run_folder_that_is_deleted_is_made_again_and_still_is_that_run(
     assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
 
 
-def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_again(
+def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_restored(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     class Kills(durable_files.System):
@@ -183,7 +183,7 @@ def test_a_checkpoint_that_was_being_replaced_when_the_process_died_is_found_aga
     assert not list(home.glob(".*"))
 
 
-def test_the_folders_of_instances_that_are_no_longer_listed_are_seen_to(
+def test_later_checkpoints_of_instances_that_are_no_longer_listed_are_moved_away(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     tables = {
@@ -218,7 +218,7 @@ class Averages:
         self.average = torch.zeros(2**20)
 
 
-def test_what_plugins_keep_counts_as_soon_as_it_is_there(
+def test_the_state_of_plugins_counts_after_the_first_step(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Disk(free=2**22))
@@ -228,7 +228,7 @@ def test_what_plugins_keep_counts_as_soon_as_it_is_there(
     assert trace.names.count("on_step_start") == 1
 
 
-def test_what_plugins_keep_is_only_warned_of_where_the_run_is_to_go_on(
+def test_too_large_a_state_of_plugins_is_a_warning_with_on_save_error_continue(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Disk(free=2**22))
@@ -237,7 +237,7 @@ def test_what_plugins_keep_is_only_warned_of_where_the_run_is_to_go_on(
     assert "no checkpoint can be saved: " in caplog.text
 
 
-def test_memory_for_the_copy_is_made_for_what_plugins_keep_too(
+def test_the_memory_for_the_copy_includes_the_state_of_plugins(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
@@ -248,7 +248,7 @@ def test_memory_for_the_copy_is_made_for_what_plugins_keep_too(
 
 
 @pytest.mark.parametrize(("persistent", "length"), [(True, 0), (False, 4)])
-def test_weights_that_no_checkpoint_can_hold_are_told_before_the_first_step(
+def test_weights_that_no_checkpoint_can_store_are_an_error_before_the_first_step(
     persistent: bool, length: int, tiny_run: TinyRun
 ) -> None:
     @plugin
@@ -261,13 +261,13 @@ def test_weights_that_no_checkpoint_can_hold_are_told_before_the_first_step(
             run.model.register_buffer("waves", buffer, persistent=persistent)
 
     trace = Recorder()
-    told = pytest.raises(StorageError, match=r"waves: .* cannot store torch\.complex128")
-    with told if persistent else contextlib.nullcontext():
+    said = pytest.raises(StorageError, match=r"waves: .* cannot store torch\.complex128")
+    with said if persistent else contextlib.nullcontext():
         tiny_run(Checkpoint(every=Period(9)), Adds(), length=4, trace=trace)
     assert trace.names.count("on_step_start") == length
 
 
-def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
+def test_the_name_of_a_new_run_folder_is_durable_before_the_first_step(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
@@ -287,7 +287,7 @@ def test_the_name_of_a_new_run_folder_is_on_the_disk_before_the_first_step(
     assert synced.count(str(tmp_path)) == 1
 
 
-def test_a_run_folder_whose_name_is_not_on_the_disk_has_no_id(
+def test_a_run_folder_whose_name_is_not_durable_has_no_id(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Fails(durable_files.System):
@@ -303,7 +303,7 @@ def test_a_run_folder_whose_name_is_not_on_the_disk_has_no_id(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
+def test_a_file_system_that_cannot_sync_folders_takes_checkpoints(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     class Plain(durable_files.System):
@@ -317,7 +317,7 @@ def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
     assert saved(run.folder / "checkpoints") == [2]
 
 
-def test_a_metric_that_is_only_logged_tells_the_best_too(tiny_run: TinyRun) -> None:
+def test_a_metric_that_is_only_logged_decides_the_best(tiny_run: TinyRun) -> None:
     kept = Checkpoint(every=Period(100), keep_best=1, monitor="train/loss", save_final=False)
     run = tiny_run(kept, length=12, validate_every=5, log_every=2)
     losses = {row["step"]: row["train/loss"] for row in run.history if "train/loss" in row}

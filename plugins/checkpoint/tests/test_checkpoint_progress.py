@@ -1,4 +1,4 @@
-"""What a save tells of how far it is."""
+"""The progress that a save reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SlowDisk(durable_files.System):
-    """Takes its time to make durable what a save beside the steps has written."""
+    """A disk that is slow to sync what an asynchronous save has written."""
 
     @staticmethod
     def fsync(number: int) -> None:
@@ -28,36 +28,36 @@ class SlowDisk(durable_files.System):
 
 
 @plugin
-class Hears:
-    """Keeps what saves told, and which files there were when they told that it is all."""
+class Listens:
+    """Collect the reported progress, and the files that exist at each reported end."""
 
-    told: list[tuple[int, int | None]] = field(init=False, factory=list)
+    said: list[tuple[int, int | None]] = field(init=False, factory=list)
     there: list[set[str]] = field(init=False, factory=list)
 
     @hookimpl
     def on_progress(self, run: Run, task: str, done: int, total: int | None) -> None:
         if task != "saving":
             return
-        self.told.append((done, total))
+        self.said.append((done, total))
         if done == total:
             found = (run.folder / "checkpoints").glob(".tmp-*/*")
             self.there.append({path.name for path in found})
 
 
-def test_a_save_that_is_waited_for_ends_what_it_began_to_tell(
+def test_a_save_that_is_waited_for_reports_its_end(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "system", SlowDisk())
-    hears = Hears()
-    tiny_run(Checkpoint(every=Period(1)), hears, length=2)
-    assert hears.told[0][0] != hears.told[0][1], "the first save is waited for by the second"
-    assert [done == total for done, total in hears.told].count(True) == 2
-    assert hears.told[-1][0] == hears.told[-1][1]
+    listens = Listens()
+    tiny_run(Checkpoint(every=Period(1)), listens, length=2)
+    assert listens.said[0][0] != listens.said[0][1], "the first save is waited for by the second"
+    assert [done == total for done, total in listens.said].count(True) == 2
+    assert listens.said[-1][0] == listens.said[-1][1]
 
 
-def test_a_save_is_not_told_to_be_done_before_its_files_are_durable(tiny_run: TinyRun) -> None:
-    hears = Hears()
-    tiny_run(Checkpoint(every=Period(1), asynchronous=False), hears, length=2)
+def test_a_save_reports_its_end_after_its_files_are_durable(tiny_run: TinyRun) -> None:
+    listens = Listens()
+    tiny_run(Checkpoint(every=Period(1), asynchronous=False), listens, length=2)
     expected = {"model.safetensors", "optimizer.safetensors", "state.json"}
-    assert len(hears.there) == 2
-    assert all(found >= expected for found in hears.there)
+    assert len(listens.there) == 2
+    assert all(found >= expected for found in listens.there)

@@ -50,7 +50,7 @@ rules = st.builds(
 
 @settings(deadline=None)
 @given(existing, rules)
-def test_what_is_promised_to_stay_stays(there: list[Manifest], given_: Rules) -> None:
+def test_what_the_rules_keep_is_kept(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
     stays = sorted((m for m in there if m.step not in gone), key=lambda m: m.step)
     newest = sorted(there, key=lambda m: m.step)
@@ -64,7 +64,7 @@ def test_what_is_promised_to_stay_stays(there: list[Manifest], given_: Rules) ->
 
 @settings(deadline=None)
 @given(existing, rules)
-def test_nothing_stays_without_a_reason(there: list[Manifest], given_: Rules) -> None:
+def test_nothing_is_kept_without_a_rule(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
     milestones = sum(MILESTONE in m.tags for m in there)
     assert len(there) - len(gone) <= max(given_.keep_last, 2) + given_.keep_best + milestones + 1
@@ -97,7 +97,7 @@ def test_of_equals_the_earlier_is_the_better() -> None:
     assert plan(there, kept) == {2, 3}
 
 
-def test_a_run_that_starts_anew_needs_no_memory_of_the_best() -> None:
+def test_a_restarted_run_needs_no_memory_of_the_best() -> None:
     kept = Rules(keep_last=2, keep_best=1, monitor="val/loss")
     there = [known(1, 0.5), *[known(step, 1.0) for step in range(2, 9)]]
     remaining = there

@@ -88,7 +88,7 @@ def test_saves_every_period_and_at_the_end(tiny_run: TinyRun) -> None:
     assert saved(tiny_run(Checkpoint(every=TWO, keep_last=9), length=5)) == [2, 4, 5]
 
 
-def test_leaves_out_the_last_step_if_told_so(tiny_run: TinyRun) -> None:
+def test_the_last_step_is_not_saved_with_save_final_false(tiny_run: TinyRun) -> None:
     run = tiny_run(Checkpoint(every=TWO, keep_last=9, save_final=False), length=5)
     assert saved(run) == [2, 4]
 
@@ -132,17 +132,17 @@ class KillsSaving:
 
 
 @pytest.mark.parametrize(
-    ("victim", "beside"),
+    ("victim", "asynchronous"),
     [(Ends(at=7, by=9), True), (Ends(at=7, by=9), False), (KillsSaving(nth=25), False)],
 )
 def test_a_killed_run_resumes_bit_identical(
-    victim: object, beside: bool, tiny_run: TinyRun, tmp_path: Path
+    victim: object, asynchronous: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
     torch.set_num_threads(1)  # what other threads hold is lost to a child
     child = os.fork()
     if child == 0:
-        kept = Checkpoint(every=TWO, asynchronous=beside)
+        kept = Checkpoint(every=TWO, asynchronous=asynchronous)
         train(compose_tiny(kept, victim, length=9), run_dir=folder)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -163,13 +163,13 @@ def test_keeps_the_last_the_best_and_the_milestones(tiny_run: TinyRun) -> None:
     assert manifest(run, best)["metrics"]["val/loss"] == losses[best]  # type: ignore[index]
 
 
-def test_the_metrics_of_a_checkpoint_are_those_of_its_very_step(tiny_run: TinyRun) -> None:
+def test_a_checkpoint_has_the_metrics_of_its_own_step(tiny_run: TinyRun) -> None:
     run = tiny_run(Checkpoint(every=Period(1), keep_last=9), length=4, log_every=2)
     known = {step: sorted(manifest(run, step)["metrics"]) for step in (1, 2, 3)}  # type: ignore[call-overload]
     assert known == {1: [], 2: ["optim/lr", "train/loss", "train/tokens"], 3: []}
 
 
-def test_an_older_validation_says_nothing_of_a_checkpoint(tiny_run: TinyRun) -> None:
+def test_a_checkpoint_has_no_metrics_of_an_older_validation(tiny_run: TinyRun) -> None:
     kept = Checkpoint(every=Period(1), keep_last=9)
     run = tiny_run(kept, length=4, log_every=1, validate_every=2)
     assert ["val/loss" in manifest(run, step)["metrics"] for step in (1, 2, 3)] == [
@@ -187,21 +187,21 @@ def test_saves_a_validation_that_is_among_the_best(tiny_run: TinyRun) -> None:
     assert saved(run) == [3, 6]
 
 
-def test_a_greater_metric_is_better_if_told_so(tiny_run: TinyRun) -> None:
+def test_a_greater_metric_is_better_with_mode_max(tiny_run: TinyRun) -> None:
     kept = Checkpoint(every=Period(100), keep_best=1, mode="max", save_final=False)
     assert saved(tiny_run(kept, length=6, validate_every=3)) == [3]
 
 
-def test_announces_only_what_is_there_already(tiny_run: TinyRun) -> None:
+def test_on_checkpoint_saved_is_called_for_complete_checkpoints(tiny_run: TinyRun) -> None:
     found: list[tuple[str, bool]] = []
 
     @plugin
-    class Hears:
+    class Listens:
         @hookimpl
         def on_checkpoint_saved(self, folder: Path) -> None:
             found.append((folder.name, (folder / "manifest.json").is_file()))
 
-    tiny_run(Checkpoint(every=TWO), Hears(), length=4)
+    tiny_run(Checkpoint(every=TWO), Listens(), length=4)
     assert found == [("step-00000002", True), ("step-00000004", True)]
 
 
@@ -250,7 +250,7 @@ def test_two_instances_share_the_name_of_their_run(tiny_run: TinyRun) -> None:
     assert json.loads(other.read_text())["run"] == manifest(run, 6)["run"]
 
 
-def test_an_abandoned_continuation_is_set_aside(
+def test_later_checkpoints_than_the_resumed_one_are_moved_away(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_run(Checkpoint(every=TWO, keep_last=9), length=6)
@@ -316,7 +316,7 @@ def test_loading_writes_nothing(recorded: Run) -> None:
     assert {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")} == before
 
 
-def test_says_which_checkpoints_there_are_if_the_wanted_one_is_not(recorded: Run) -> None:
+def test_the_error_for_an_unknown_checkpoint_lists_those_that_exist(recorded: Run) -> None:
     known = r"checkpoints: step-00000012, step-00000011"
     with pytest.raises(StorageError, match=rf"no checkpoint 'step-13' \({known}"):
         load_run(recorded.folder, at="step-13")
@@ -328,13 +328,13 @@ def test_says_which_checkpoints_there_are_if_the_wanted_one_is_not(recorded: Run
         load_run(recorded.folder, at="best")
 
 
-def test_what_is_wanted_by_name_is_never_replaced_by_another(recorded: Run) -> None:
+def test_a_named_checkpoint_is_never_replaced_by_another(recorded: Run) -> None:
     (recorded.folder / "checkpoints" / "step-00000007" / "model.safetensors").unlink()
     with pytest.raises(StorageError, match=r"step-00000007: model\.safetensors cannot be read"):
         load_run(recorded.folder, at="step-00000007")
 
 
-def test_a_nan_in_the_weights_is_told_and_never_crowds_out_the_last_sound_weights(
+def test_nan_in_the_weights_is_a_warning_and_the_last_sound_weights_are_kept(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     @plugin
@@ -369,7 +369,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(tiny_run: TinyRun) -> 
     assert {oct(path.stat().st_mode & 0o777) for path in newest.iterdir()} == {oct(0o640)}
 
 
-def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_not(
+def test_leftovers_of_dead_processes_are_deleted_and_folders_of_living_ones_are_not(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     from fundamentallm_checkpoint.storage import durable_files
@@ -383,7 +383,7 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_not(
         assert [path.name for path in folder.glob(".*")] == [".tmp-00000002-alive"]
 
 
-def test_a_state_that_no_checkpoint_can_hold_is_named(tiny_run: TinyRun) -> None:
+def test_a_state_that_no_checkpoint_can_store_is_named(tiny_run: TinyRun) -> None:
     @plugin
     class Strange:
         memory: object = state(factory=lambda: {"seen": {1, 2}})
@@ -396,7 +396,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_named(tiny_run: TinyRun) -> None
         tiny_run(Checkpoint(every=TWO), Strange(), length=2)
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_first_step(
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_first_step(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     (tmp_path / "store").write_text("not a folder")

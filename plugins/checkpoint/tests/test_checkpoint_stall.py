@@ -109,7 +109,7 @@ class Weighs:
         run.hook.on_safe_point = weighed  # type: ignore[method-assign]
 
 
-def test_from_the_second_save_on_a_step_takes_no_memory_for_what_it_saves(
+def test_from_the_second_save_on_a_step_allocates_no_memory_for_its_copy(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "CHUNK", 2**14)
@@ -166,7 +166,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Begun:
 
 @plugin
 class Looks:
-    """Gathers which threads did what at the safe points of steps that save beside."""
+    """Collect which threads did what while asynchronous saves were written."""
 
     begun: Any = None
     seen: dict[str, set[str]] = field(init=False, factory=dict)
@@ -200,7 +200,7 @@ def weights(arena: HostBuffer, **model: torch.Tensor) -> dict[str, torch.Tensor]
     return arena.copy(packed(**model)).tensors["model.safetensors"]
 
 
-def test_places_are_found_anew_when_tensors_change_their_form_name_or_company() -> None:
+def test_the_memory_is_divided_again_when_dtypes_shapes_or_names_change() -> None:
     arena = HostBuffer()
     wide, other = torch.randn(1024, 300), torch.randn(300, 1024)
     first = weights(arena, a=wide, b=other)
@@ -239,7 +239,9 @@ def test_one_tensor_that_is_larger_than_all_pool_is_copied_in_pieces(
     arena.release()
 
 
-def test_without_a_thread_to_spare_the_step_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_another_thread_the_training_thread_copies_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -249,7 +251,7 @@ def test_without_a_thread_to_spare_the_step_copies_alone(monkeypatch: pytest.Mon
     assert [name for name in large if not copies[name].equal(large[name])] == []
 
 
-def test_a_thread_that_copies_later_than_all_pool_is_not_waited_for() -> None:
+def test_a_thread_that_starts_late_is_not_waited_for() -> None:
     gate, began = threading.Event(), threading.Event()
     threads = CopyThreads()
     threads._pool = ThreadPoolExecutor(1)
@@ -265,7 +267,7 @@ def test_a_thread_that_copies_later_than_all_pool_is_not_waited_for() -> None:
     threads.stop()
 
 
-def test_a_copy_that_fails_in_any_thread_is_no_copy() -> None:
+def test_an_error_in_any_copying_thread_is_raised() -> None:
     threads = CopyThreads()
     pairs = [(torch.empty(600, 600), torch.randn(600, 600)) for _ in range(9)]
     pairs[5] = (torch.empty(600, 600), torch.randn(600, 601))
@@ -274,7 +276,7 @@ def test_a_copy_that_fails_in_any_thread_is_no_copy() -> None:
     threads.stop()
 
 
-def test_where_what_is_done_meanwhile_fails_no_thread_copies_any_more() -> None:
+def test_if_the_block_fails_no_thread_copies_afterwards() -> None:
     threads = CopyThreads()
     originals = [torch.randn(600, 600) for _ in range(9)]
     copies = [torch.empty(600, 600) for _ in range(9)]

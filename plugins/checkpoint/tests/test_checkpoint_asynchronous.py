@@ -1,4 +1,4 @@
-"""Saving beside the steps: what is saved, who waits for it, and who hears of it."""
+"""Asynchronous saving: what is saved, what waits for it, and when it is reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def saved(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
-def flying() -> list[threading.Thread]:
+def pending_saves() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
@@ -57,7 +57,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     monkeypatch.setattr(durable_files, "system", made)
     yield made
     made.opened.set()
-    for thread in flying():
+    for thread in pending_saves():
         thread.join()
 
 
@@ -74,7 +74,7 @@ class Opens:
         if run.progress.step == self.at:
             self.seen.append(saved(run.folder / "checkpoints"))
             self.gate.opened.set()
-            for thread in flying():
+            for thread in pending_saves():
                 thread.join()
 
 
@@ -84,24 +84,24 @@ def opens(at: int, gate: Gate) -> Opens:
     return made
 
 
-def test_the_steps_go_on_while_a_save_is_written_and_it_is_of_its_own_step_alone(
+def test_steps_continue_while_a_save_is_written_and_it_holds_its_own_step_only(
     gate: Gate, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     kept = Checkpoint(every=Period(3), keep_last=9)
     opening = opens(5, gate)
-    run = tiny_run(kept, opening, length=7, run_dir=tmp_path / "beside")
+    run = tiny_run(kept, opening, length=7, run_dir=tmp_path / "asynchronous")
     assert opening.seen == [[]]
     assert saved(run.folder / "checkpoints") == [3, 6, 7]
     within = Checkpoint(every=Period(3), keep_last=9, asynchronous=False)
     plain = tiny_run(within, length=7, run_dir=tmp_path / "within")
     assert_same_weights(run, plain)
     for step in (3, 6, 7):
-        for name in ("model.safetensors", "optimizer.safetensors", "state.safetensors"):
+        for name in ("model.safetensors", "optimizer.safetensors"):
             place = Path("checkpoints") / f"step-{step:08d}" / name
             assert (run.folder / place).read_bytes() == (plain.folder / place).read_bytes()
 
 
-def test_a_resumed_run_ends_bit_identical_from_a_copy_that_waited(
+def test_a_run_resumed_from_an_asynchronous_save_ends_bit_identical(
     gate: Gate, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     tiny_run(Checkpoint(every=Period(3), save_final=False), opens(5, gate), length=5)
@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_bit_identical_from_a_copy_that_waited(
     assert_same_weights(resumed, tiny_run(length=9, run_dir=tmp_path / "whole"))
 
 
-def test_only_the_last_save_is_written_by_the_thread_that_trains(
+def test_only_the_last_save_is_written_by_the_training_thread(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, bool]] = []
@@ -127,25 +127,25 @@ def test_only_the_last_save_is_written_by_the_thread_that_trains(
     assert {name: who for name, who in by.items() if name in expected} == expected
 
 
-def test_the_run_hears_of_a_save_in_its_own_thread_once_it_is_durable(
+def test_on_checkpoint_saved_is_called_in_the_training_thread_once_the_save_is_durable(
     gate: Gate, tiny_run: TinyRun
 ) -> None:
-    heard: list[tuple[str, int, bool, bool]] = []
+    calls: list[tuple[str, int, bool, bool]] = []
 
     @plugin
-    class Hears:
+    class Listens:
         @hookimpl
         def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
             main = threading.current_thread() is threading.main_thread()
-            heard.append(
+            calls.append(
                 (folder.name, run.progress.step, main, (folder / "manifest.json").exists())
             )
 
     trace = Recorder()
-    tiny_run(Checkpoint(every=Period(3)), Hears(), opens(5, gate), length=7, trace=trace)
-    assert heard[0] == ("step-00000003", 5, True, True)
-    assert heard[1][0] == "step-00000006"
-    assert heard[2] == ("step-00000007", 7, True, True)
+    tiny_run(Checkpoint(every=Period(3)), Listens(), opens(5, gate), length=7, trace=trace)
+    assert calls[0] == ("step-00000003", 5, True, True)
+    assert calls[1][0] == "step-00000006"
+    assert calls[2] == ("step-00000007", 7, True, True)
     names = [name for name in trace.names if name in ("on_checkpoint_saved", "on_train_end")]
     assert names == ["on_checkpoint_saved"] * 3 + ["on_train_end"]
 
@@ -164,13 +164,13 @@ class Refuses(durable_files.System):
         return super().write(number, data)
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
-    beside: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Refuses(4))
     with pytest.raises(StorageError) as caught:
-        tiny_run(Checkpoint(every=Period(2), asynchronous=beside), length=99)
+        tiny_run(Checkpoint(every=Period(2), asynchronous=asynchronous), length=99)
     assert caught.value.exit_code == 5
     home = tmp_path / "run" / "checkpoints"
     assert f"the checkpoint of step 4 could not be saved: {home}/.tmp-00000004-" in str(
@@ -184,9 +184,9 @@ def test_a_disk_that_refuses_a_save_ends_the_run_with_path_and_cause(
     assert_same_weights(resumed, tiny_run(length=6, run_dir=tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_run_that_is_told_to_goes_on_without_the_save(
-    beside: bool,
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_with_on_save_error_continue_continues_without_the_save(
+    asynchronous: bool,
     tiny_run: TinyRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -194,21 +194,21 @@ def test_a_run_that_is_told_to_goes_on_without_the_save(
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Refuses(4))
     kept = Checkpoint(
-        every=Period(2), asynchronous=beside, on_save_error="continue", save_final=False
+        every=Period(2), asynchronous=asynchronous, on_save_error="continue", save_final=False
     )
     run = tiny_run(kept, length=7)
     assert run.outcome == "finished"
     assert saved(run.folder / "checkpoints") == [2]
-    told = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
-    assert [text.split()[4] for text in told] == ["4", "6"]
-    assert "The run goes on" in told[0]
+    said = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
+    assert [text.split()[4] for text in said] == ["4", "6"]
+    assert "The run goes on" in said[0]
     assert_same_weights(run, tiny_run(length=7, run_dir=tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("length", [5, 6])
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_run_whose_last_save_is_refused_has_failed_whatever_it_is_told(
-    beside: bool,
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_whose_last_save_is_refused_fails_whatever_on_save_error_says(
+    asynchronous: bool,
     length: int,
     tiny_run: TinyRun,
     tmp_path: Path,
@@ -216,14 +216,14 @@ def test_a_run_whose_last_save_is_refused_has_failed_whatever_it_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(durable_files, "system", Refuses(4))
-    kept = Checkpoint(every=Period(2), asynchronous=beside, on_save_error="continue")
+    kept = Checkpoint(every=Period(2), asynchronous=asynchronous, on_save_error="continue")
     with pytest.raises(
         StorageError, match=f"step {length} could not be saved.* untouched. It was the last"
     ):
         tiny_run(kept, length=length)
     assert saved(tmp_path / "run" / "checkpoints") == [2]
-    told = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
-    assert [text.split()[4] for text in told] == ["4"]
+    said = [r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage()]
+    assert [text.split()[4] for text in said] == ["4"]
 
 
 def test_a_save_that_is_due_while_one_is_written_waits_for_it(
@@ -234,24 +234,24 @@ def test_a_save_that_is_due_while_one_is_written_waits_for_it(
     assert saved(run.folder / "checkpoints") == [1, 2, 3, 4]
 
 
-def test_a_save_that_is_due_while_one_is_written_is_left_out_if_told_so(
+def test_a_save_that_is_due_while_one_is_written_is_skipped_with_when_busy_skip(
     gate: Gate, tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = Checkpoint(every=Period(2), keep_last=9, when_busy="skip")
     run = tiny_run(kept, opens(7, gate), length=9)
     assert saved(run.folder / "checkpoints") == [2, 8, 9]
-    told = [r.getMessage() for r in caplog.records if "is being written" in r.getMessage()]
-    assert told == [f"step {step} is not saved: step 2 is being written" for step in (4, 6)]
+    said = [r.getMessage() for r in caplog.records if "is being written" in r.getMessage()]
+    assert said == [f"step {step} is not saved: step 2 is being written" for step in (4, 6)]
 
 
-def test_a_milestone_is_never_left_out(gate: Gate, tiny_run: TinyRun) -> None:
+def test_a_milestone_is_never_skipped(gate: Gate, tiny_run: TinyRun) -> None:
     threading.Timer(0.3, gate.opened.set).start()
     kept = Checkpoint(every=Period(2), keep_every=Period(3), when_busy="skip", keep_last=9)
     run = tiny_run(kept, length=4)
     assert saved(run.folder / "checkpoints") == [2, 3, 4]
 
 
-def test_the_best_are_told_by_the_one_that_is_being_written_too(
+def test_a_checkpoint_that_is_being_written_counts_among_the_best(
     gate: Gate, tiny_run: TinyRun
 ) -> None:
     kept = Checkpoint(every=Period(99), keep_best=1, mode="max", save_final=False)
@@ -261,7 +261,7 @@ def test_the_best_are_told_by_the_one_that_is_being_written_too(
     assert saved(run.folder / "checkpoints") == [2]
 
 
-def test_a_run_that_fails_waits_for_the_save_that_is_under_way(
+def test_a_run_that_fails_waits_for_the_pending_save(
     gate: Gate, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     @plugin
@@ -306,9 +306,7 @@ class GoesBack:
         self.came_to.append(run.progress.step)
 
 
-def test_going_back_to_the_latest_waits_for_the_one_that_is_being_written(
-    gate: Gate, tiny_run: TinyRun
-) -> None:
+def test_a_rewind_to_the_latest_waits_for_the_pending_save(gate: Gate, tiny_run: TinyRun) -> None:
     back = GoesBack(at=5, to="latest")
     back.gate = gate
     run = tiny_run(Checkpoint(every=Period(4), keep_last=9), back, length=8)
@@ -317,7 +315,7 @@ def test_going_back_to_the_latest_waits_for_the_one_that_is_being_written(
 
 
 @pytest.mark.parametrize("to", ["step-00000002", "step-2"])
-def test_going_back_sets_the_void_checkpoints_aside(
+def test_a_rewind_moves_the_void_checkpoints_away(
     to: str, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     kept = Checkpoint(every=Period(2), keep_last=9, save_final=False)
@@ -336,7 +334,7 @@ def test_going_back_sets_the_void_checkpoints_aside(
     assert samples == [16, 36], "the data goes on behind what was read"
 
 
-def test_of_what_was_set_aside_by_going_back_only_the_last_stays(tiny_run: TinyRun) -> None:
+def test_only_what_the_last_rewind_moved_away_is_kept(tiny_run: TinyRun) -> None:
     @plugin
     class Twice:
         asked: list[int] = field(init=False, factory=list)
@@ -352,7 +350,7 @@ def test_of_what_was_set_aside_by_going_back_only_the_last_stays(tiny_run: TinyR
     assert saved(run.folder / "checkpoints") == [2, 4, 6]
 
 
-def test_a_run_killed_after_going_back_resumes_bit_identical(
+def test_a_run_killed_after_a_rewind_resumes_bit_identical(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     @plugin
@@ -398,7 +396,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
     step = mmap.mmap(-1, 8)
 
     @plugin
-    class Tells:
+    class Counts:
         @hookimpl
         def on_step_end(self, run: Run) -> None:
             step[0] = run.progress.step
@@ -407,7 +405,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
     child = os.fork()
     if child == 0:
         durable_files.system = Kills(nth)
-        run = compose_tiny(Checkpoint(every=Period(2)), Tells(), length=9)
+        run = compose_tiny(Checkpoint(every=Period(2)), Counts(), length=9)
         train(run, run_dir=tmp_path / "run")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -419,7 +417,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_bit_identical(
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_every_copy_is_made_in_the_same_memory_and_takes_no_more_than_what_is_saved() -> None:
+def test_all_copies_use_the_same_memory_and_no_more_than_what_is_saved() -> None:
     shared = torch.randn(300, 40)
     model = {
         "a": shared,
