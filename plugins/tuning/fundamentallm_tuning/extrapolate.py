@@ -109,9 +109,9 @@ def may_change(composed: Composed) -> bool:
     period among its settings.
     """
     return any(
-        bool(heard & STEPPING) and (not heard & {*SHAPING, "judge_step"} or _has_period(one))
+        bool(used & STEPPING) and (not used & {*SHAPING, "judge_step"} or _has_period(one))
         for one in composed.plugins.values()
-        if not follows(one) and (heard := hooks(one))
+        if not follows(one) and (used := hooks(one))
     )
 
 
