@@ -58,10 +58,14 @@ class Watches:
 
     calls: dict[int, list[str]] = field(init=False, factory=dict)
     opened: dict[int, list[str]] = field(init=False, factory=dict)
+    watched: Any = field(init=False, default=None)
 
     @hookimpl
-    def on_train_start(self, run: Run) -> None:
+    def on_step_end(self, run: Run) -> None:
+        # At every step: the core replaces the caller of a hook after its first call.
         safe_point = run.hook.on_safe_point
+        if safe_point is self.watched:
+            return
 
         def watched(*, run: Run) -> Any:
             LISTS.append([])
@@ -76,6 +80,7 @@ class Watches:
                 self.opened[run.progress.step] = LISTS.pop()
             return answer
 
+        self.watched = watched
         run.hook.on_safe_point = watched  # type: ignore[method-assign]
 
 

@@ -89,10 +89,14 @@ class Weighs:
 
     tensors: list[int] = field(init=False, factory=list)
     peaks: list[int] = field(init=False, factory=list)
+    weighed: Any = field(init=False, default=None)
 
     @hookimpl
-    def on_train_start(self, run: Run) -> None:
+    def on_step_end(self, run: Run) -> None:
+        # At every step: the core replaces the caller of a hook after its first call.
         saves = run.hook.on_safe_point
+        if saves is self.weighed:
+            return
 
         def weighed(*, run: Run) -> object:
             if run.progress.step == 1 or run.ending:
@@ -106,6 +110,7 @@ class Weighs:
                 self.tensors.append(new.size)
             return settle()
 
+        self.weighed = weighed
         run.hook.on_safe_point = weighed  # type: ignore[method-assign]
 
 
