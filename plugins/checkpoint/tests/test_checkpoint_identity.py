@@ -121,9 +121,8 @@ def test_every_process_learns_the_id(tiny_run: TinyRun, tmp_path: Path) -> None:
         """Act as the first process; this process is the second one."""
 
         @hookimpl
-        def build_tokenizer(self, run: Run) -> object:
+        def adapt_model(self, run: Run) -> None:
             run.rank = 1
-            return object()
 
         @hookimpl
         def on_step_start(self, run: Run) -> None:
