@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_re, optional
 from fundamentallm.host import Found, attribute_docs, choice_options, described, field, plugin
 from fundamentallm.host import (
+    Provenance,
     plugin_name,
     setting_fields,
     settings_options,
@@ -56,6 +57,7 @@ __all__ = [
     "Period",
     "PluginError",
     "Progress",
+    "Provenance",
     "Rejection",
     "Run",
     "RunSettings",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fundamentallm.data import Batch, Rejection
 from fundamentallm.errors import PluginError
-from fundamentallm.host import FirstCall, get_state
+from fundamentallm.host import FirstCall, Provenance, get_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,7 +41,7 @@ class Checks:
     """The checks of one run."""
 
     registry: PluginManager
-    brought: Mapping[str, str]
+    brought: Mapping[str, Provenance]
 
     def first_calls(self) -> dict[str, FirstCall]:
         """Return what ``freeze`` has to do at the first call of each hook."""
@@ -167,9 +167,9 @@ class Checks:
         return self._said(plugin, inspect.getfile(cls), what)
 
     def _said(self, plugin: str, place: str, what: str) -> PluginError:
-        brought = self.brought.get(plugin, "")
-        # A local plugin is brought by the file that the message begins with.
-        source = "" if place.startswith(brought) else f" ({brought})"
+        brought = self.brought.get(plugin)
+        # The message begins with the file of a local plugin already.
+        source = "" if brought is None or brought.kind == "file" else f" ({brought})"
         return PluginError(f"{place}: plugin {plugin!r}{source}: {what}")
 
     def _answerer(self, hook: str) -> HookImpl | None:

@@ -13,11 +13,11 @@ from fundamentallm import host
 from fundamentallm.errors import FundamentalError, StorageError
 from fundamentallm.folder import is_run
 from fundamentallm.process import command_line
-from fundamentallm.settings import Composed, compose
+from fundamentallm.settings import FIRST_PARTY, Composed, compose
 from fundamentallm.threads import sharing_cores
 
 
-@click.group(cls=host.Commands, entries="fundamentallm.commands")
+@click.group(cls=host.Commands, entries="fundamentallm.commands", known=FIRST_PARTY["commands"])
 @click.version_option(package_name="fundamentallm")
 def cli() -> None:
     """Train language models, and any other PyTorch model, from a TOML file."""

@@ -1,5 +1,7 @@
 """What can go wrong, sorted by what the user can do about it. Each kind has an exit code."""
 
+from collections.abc import Sequence
+
 
 class FundamentalError(Exception):
     """An end of the run that its user can act on; ``str()`` of it is the whole message."""
@@ -8,12 +10,17 @@ class FundamentalError(Exception):
 
 
 class SettingsError(FundamentalError):
-    """The settings, or the way the command was called, are wrong. Holds every mistake found."""
+    """The settings, or the way the command was called, are wrong; it has every mistake found.
+
+    ``mistakes`` are what it was made with: texts, or a ``Mistake`` each where ``compose`` found
+    them. ``problems`` are their texts.
+    """
 
     exit_code = 2
 
-    def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else problems
+    def __init__(self, mistakes: str | Sequence[object]) -> None:
+        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        self.problems = [str(mistake) for mistake in self.mistakes]
         super().__init__("\n".join(self.problems))
 
 

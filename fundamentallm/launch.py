@@ -289,7 +289,7 @@ def _record_ending(run: Run, settings: Composed) -> None:
 
 
 @contextlib.contextmanager
-def naming_the_plugin(registry: PluginManager, brought: Mapping[str, str]) -> Iterator[None]:
+def naming_the_plugin(registry: PluginManager, brought: Mapping[str, object]) -> Iterator[None]:
     """Turn what a plugin raises into an error that names plugin, distribution and hook."""
     try:
         yield

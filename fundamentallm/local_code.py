@@ -19,6 +19,7 @@ from typing import Any
 
 from fundamentallm.errors import StorageError
 from fundamentallm.folder import CODE, environment
+from fundamentallm.host import local
 
 
 def local_files(plugins: Iterable[object]) -> dict[Path, Path]:
@@ -107,8 +108,9 @@ def _digest(path: Path) -> str | None:
 
 def _file_of(cls: type, packages: set[str]) -> Path | None:
     """Return the file of a class; None if it has none or an installed package brings it."""
-    if cls.__module__.partition(".")[0] in packages:  # which may be installed as editable
-        return None
+    module = cls.__module__
+    if not module.startswith(f"{local.__name__}.") and module.partition(".")[0] in packages:
+        return None  # the package may be installed as editable, and so lie anywhere
     try:
         path = Path(inspect.getfile(cls)).resolve()
     except (OSError, TypeError):  # typed into an interpreter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from fundamentallm.errors import SettingsError
+from fundamentallm.host.mistakes import WrongForm
 
 if TYPE_CHECKING:
     from fundamentallm.data import Progress
@@ -52,8 +52,7 @@ class Period:
             return cls(value)
         found = _FORM.fullmatch(value) if isinstance(value, str) else None
         if found is None:
-            shown = json.dumps(value, default=str)
-            raise ValueError(f"expected a period such as 500 or '10 minutes', got {shown}")
+            raise WrongForm("a period such as 500 or '10 minutes'", value)
         unit, known = found[2] + "s", (*_COUNTS, *_SECONDS)
         if unit not in known:
             raise ValueError(f"unknown unit {unit!r}; known: {', '.join(known)}")

@@ -16,8 +16,9 @@ from attrs.validators import ge, matches_re, optional
 
 from fundamentallm import host
 from fundamentallm.errors import FundamentalError, SettingsError
+from fundamentallm.folder import environment
 from fundamentallm.hookspecs import REQUIRED, Hooks
-from fundamentallm.host import Found, Host, Source, field, plugin, suggest, walk
+from fundamentallm.host import Found, Host, Known, Provenance, Source, field, plugin, suggest, walk
 from fundamentallm.periods import Period
 
 Role: TypeAlias = Literal["data", "model", "optimizer", "training", "control", "saver", "observer"]
@@ -46,6 +47,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "saver": (),
     "observer": (),
 }
+# Not read from the plugins themselves: it advises on those that are not installed.
+FIRST_PARTY = tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8"))
 CORE_METRICS = ("train/loss", "train/tokens", "optim/lr", "val/loss")
 
 
@@ -111,8 +114,17 @@ def compose(
     every mistake; nothing is created, no data is read.
     """
     source = host.read(settings, overrides)
+    source.recorded = _recorded(source.path)
     made = host.compose(HOST, source, plugins=plugins, add=add, remove=remove)
     return Composed(made.host, made.own, made.plugins, made.source, made.brought)
+
+
+def _recorded(settings: Path | None) -> dict[str, Provenance]:
+    """Return where the plugins of a run came from, if the settings lie in its folder."""
+    table = environment(settings.parent).get("plugins") if settings else None
+    facts = table.items() if isinstance(table, dict) else ()
+    found = {name: Provenance.from_json(fact) for name, fact in facts}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def order(plugins: Mapping[str, object]) -> list[str]:
@@ -148,7 +160,10 @@ def check_values(source: Source, built: Mapping[str, Any]) -> None:
             source.blame(key, "the data has no epochs")
     for name, wanted in ((name, getattr(one, "monitor", None)) for name, one in built.items()):
         if isinstance(wanted, str) and not any(fnmatchcase(wanted, p) for p in produced):
-            text = f"nothing listed produces {wanted!r}{suggest(wanted, produced)}"
+            text = (
+                f"nothing listed produces {wanted!r}{suggest(wanted, produced)}; "
+                "a plugin names the metrics that it logs in `produces`"
+            )
             source.blame((name, "monitor"), text)
 
 
@@ -158,7 +173,7 @@ HOST = Host(
     hooks=Hooks,
     table=RunSettings,
     required=REQUIRED,
-    known=tomli.loads(Path(__file__).with_name("first_party.toml").read_text("utf-8")),
+    known={name: Known(**facts) for name, facts in FIRST_PARTY["plugins"].items()},
     check=check_values,
     error=SettingsError,
     fatal=ends_the_run,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -788,3 +789,17 @@ def test_a_run_that_cannot_be_continued_does_not_say_that_it_is_at_step_0(call: 
     log = Path("runs/tiny/train.log").read_text()
     assert "failed while starting, before any step" in log
     assert "at step 0" not in log
+
+
+def test_an_unknown_command_is_answered_by_what_to_install_or_to_type(monkeypatch, capsys):
+    def said(name):
+        monkeypatch.setattr(sys, "argv", ["fundamentallm", name])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: ())
+    assert "there is no command 'lr-finder': pip install fundamentallm-tuning" in said("lr-finder")
+    assert "there is no command 'trian' (did you mean 'train'?)" in said("trian")
+    assert "there is no command 'samples' (did you mean 'sample'?)" in said("samples")

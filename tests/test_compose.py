@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tomli_w
 
 from fundamentallm import (
     Composed,
+    Provenance,
     SettingsError,
     compose,
     find_plugins,
@@ -121,7 +123,7 @@ def test_the_listed_plugins_are_built_from_their_tables_in_list_order(install: I
     composed = compose(listed("two", "parts", "one", one={"size": 3}))
     assert list(composed.plugins) == ["two", "parts", "one"]
     assert composed.plugins["one"].size == 3
-    assert composed.brought == {
+    assert {name: str(who) for name, who in composed.brought.items()} == {
         "two": "acme-one 1.0",
         "parts": "acme-parts 1.0",
         "one": "acme-one 1.0",
@@ -147,7 +149,7 @@ def test_a_second_instance_has_a_name_and_a_table_of_its_own(install: Install) -
         "saver": 2,
         "archive": 9,
     }
-    assert composed.brought["archive"] == "acme-saver 1.0"
+    assert composed.brought["archive"] == Provenance("distribution", "acme-saver", "1.0")
     assert composed.tables["archive"] == {"plugin": "saver", "keep": 9}
     assert compose(composed.tables).tables == composed.tables
 
@@ -225,8 +227,9 @@ def test_what_is_said_to_be_installed_is_a_distribution_of_this_repository() -> 
     import fundamentallm
 
     core = Path(fundamentallm.__file__).parent
-    names = tomli.loads((core / "first_party.toml").read_text())
-    for name, distribution in names.items():
+    plugins = tomli.loads((core / "first_party.toml").read_text())["plugins"]
+    for name, facts in plugins.items():
+        distribution = facts["distribution"]
         folder = (
             core.parent / "plugins" / distribution.removeprefix("fundamentallm-").replace("-", "_")
         )
@@ -267,12 +270,6 @@ def test_two_distributions_that_offer_one_name_are_both_named(install: Install) 
         ("import no_such_module", "Noise", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def (", "Noise", "SyntaxError: invalid syntax (acme_noise.py, line 6)"),
         ("", "Noise", "AttributeError: module 'acme_noise' has no attribute 'Noise'"),
-        (
-            "class Noise: ...",
-            "Noise",
-            "TypeError: <class 'acme_noise.Noise'> is not a @plugin class",
-        ),
-        ("noise = 5", "noise", "TypeError: 5 is not a @plugin class"),
     ],
 )
 @pytest.mark.usefixtures("parts")
@@ -283,6 +280,52 @@ def test_an_installed_plugin_that_cannot_be_loaded_is_told_with_its_distribution
     (problem,) = problems(listed("parts", "noise"))
     assert problem.startswith("settings: plugins: noise (acme-noise 1.0) cannot be loaded: ")
     assert problem.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("code", "entry", "said"),
+    [
+        ("class Noise: ...", "Noise", "class Noise is not marked with @plugin"),
+        ("noise = 5", "noise", "5 is not marked with @plugin"),
+        (
+            "@plugin\nclass Noise: ...",
+            "Noise",
+            "class Noise has no method that is marked with @hookimpl",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("parts")
+def test_an_entry_point_without_a_marked_class_is_named_with_the_mark_that_it_lacks(
+    install: Install, code: str, entry: str, said: str
+) -> None:
+    install("acme-noise", code, noise=entry)
+    assert problems(listed("parts", "noise")) == [
+        f"settings: plugins: noise (acme-noise 1.0): {said}"
+    ]
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_missing_plugin_of_a_recorded_run_names_its_version_and_how_to_leave_it_out() -> None:
+    folder = Path("runs/base")
+    facts = {"beeper": {"kind": "distribution", "name": "acme-beeper", "version": "0.1.0"}}
+    written(folder / "environment.json", json.dumps({"plugins": facts}))
+    path = written(folder / "settings.toml", "plugins = ['parts', 'beeper']\nrun.length = 1\n")
+    assert problems(path) == [
+        (
+            f"{path}:1: plugins: no installed plugin is named 'beeper': "
+            "pip install acme-beeper==0.1.0, or leave it out: --no-plugin beeper"
+        )
+    ]
+    compose(path, remove=["beeper"])
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"plugins": 5}', '{"plugins": {"beeper": [1]}}'])
+@pytest.mark.usefixtures("parts")
+def test_a_damaged_record_of_a_run_gives_no_advice_and_no_error(record: str) -> None:
+    written("runs/base/environment.json", record)
+    path = written("runs/base/settings.toml", "plugins = ['parts', 'beeper']\nrun.length = 1\n")
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:1: plugins: no installed plugin is named 'beeper'")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +343,7 @@ def test_a_local_file_is_a_plugin_named_by_its_stem_beside_the_settings() -> Non
     )
     composed = compose(path)
     assert composed.plugins["my_plugin"].size == 5
-    assert composed.brought["my_plugin"] == str(Path.cwd() / "sub/my_plugin.py")
+    assert composed.brought["my_plugin"] == Provenance("file", str(Path.cwd() / "sub/my_plugin.py"))
 
 
 @pytest.mark.usefixtures("parts")
@@ -308,7 +351,7 @@ def test_a_local_file_is_relative_to_the_file_that_lists_it() -> None:
     written("far/my_plugin.py", LOCAL)
     written("far/base.toml", "plugins = ['parts', 'my_plugin.py']\nrun.length = 1\n")
     composed = compose(written("near/run.toml", "extends = '../far/base.toml'\n"))
-    assert composed.brought["my_plugin"].endswith("/far/my_plugin.py")
+    assert composed.brought["my_plugin"].name.endswith("/far/my_plugin.py")
 
 
 @pytest.mark.usefixtures("parts")
@@ -331,8 +374,8 @@ def test_several_plugins_in_one_file_are_told_apart_by_the_files_name() -> None:
     written("third.py", LOCAL + other)
     (problem,) = problems(listed("parts", "third.py"))
     assert problem == (
-        f"settings: plugins: third ({Path.cwd()}/third.py) cannot be loaded: ValueError: "
-        "it has 2 plugins, and none named like the file"
+        f"settings: plugins: third ({Path.cwd()}/third.py): the file has several plugins "
+        "(MyPlugin, Other), and none of them is named like the file"
     )
 
 
@@ -348,11 +391,6 @@ def test_what_a_local_file_imports_is_not_its_own_plugin() -> None:
         ("def (", "SyntaxError: invalid syntax (bad.py, line 1)"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("", "it has 0 plugins, and none named like the file"),
-        (
-            "from fundamentallm import hookimpl\nclass Bad:\n    @hookimpl\n    def on_log(self): ...\n",
-            "is not a @plugin class",
-        ),
     ],
 )
 @pytest.mark.usefixtures("parts")
@@ -361,6 +399,36 @@ def test_a_local_file_that_cannot_be_loaded_is_told(code: str, said: str) -> Non
     (problem,) = problems(listed("parts", "bad.py"))
     assert problem.startswith(f"settings: plugins: bad ({Path.cwd()}/bad.py) cannot be loaded: ")
     assert problem.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "",
+            (
+                "the file has no plugin: expected a class marked with @plugin, with methods marked "
+                "with @hookimpl"
+            ),
+        ),
+        (
+            PRELUDE + "class Bad:\n    @hookimpl\n    def on_log(self): ...\n",
+            "class Bad is not marked with @plugin",
+        ),
+        (
+            PRELUDE + "@plugin\nclass Bad:\n    def on_log(self): ...\n",
+            "class Bad has no method that is marked with @hookimpl",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("parts")
+def test_a_local_file_without_a_marked_class_is_named_with_the_mark_that_it_lacks(
+    code: str, said: str
+) -> None:
+    written("bad.py", code)
+    assert problems(listed("parts", "bad.py")) == [
+        f"settings: plugins: bad ({Path.cwd()}/bad.py): {said}"
+    ]
 
 
 @pytest.mark.usefixtures("parts")
@@ -426,7 +494,7 @@ def test_an_object_takes_part_under_the_name_of_its_class() -> None:
 @pytest.mark.usefixtures("parts")
 def test_two_objects_of_one_name_are_told() -> None:
     (problem,) = problems(listed("parts"), plugins=[Watch(), Watch()])
-    assert problem.endswith("'watch' is taken")
+    assert problem.endswith("cannot be added: the name 'watch' is taken")
 
 
 class Bare:
@@ -434,11 +502,23 @@ class Bare:
     def on_log(self) -> None: ...
 
 
-@pytest.mark.parametrize("wrong", [Watch, Bare(), "watch", None])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (Watch, "Watch is a class: give an object of it, Watch(...)"),
+        (Bare, "Bare is a class: give an object of it, Bare(...)"),
+        ("watch", "'watch' is no plugin: its class str is not marked with @plugin"),
+        (None, "None is no plugin: its class NoneType is not marked with @plugin"),
+    ],
+)
 @pytest.mark.usefixtures("parts")
-def test_what_is_no_plugin_object_is_told(wrong: Any) -> None:
-    found = problems(listed("parts"), plugins=[wrong])
-    assert found[0].startswith(f"settings: plugins: {wrong!r} is no @plugin object")
+def test_what_is_no_plugin_object_is_named_with_the_reason(wrong: Any, said: str) -> None:
+    assert problems(listed("parts"), plugins=[wrong]) == [f"settings: plugins: {said}"]
+
+
+def test_an_object_of_a_class_without_the_mark_is_named_with_its_class() -> None:
+    (problem,) = problems(listed(), plugins=[Bare()])
+    assert problem.endswith("is no plugin: its class Bare is not marked with @plugin")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -530,16 +610,24 @@ def test_an_instance_may_speak_for_all_instances_of_its_class(install: Install) 
 
 
 @pytest.mark.usefixtures("parts")
-def test_every_required_hook_that_nobody_answers_is_told(install: Install) -> None:
-    assert problems(listed()) == [
-        "build_data: no plugin answers; list one that does",
-        "build_model: no plugin answers; list one that does",
-        "build_optimizer: no plugin answers; list one that does",
+def test_a_run_without_data_model_or_optimizer_says_which_plugins_bring_one(
+    install: Install,
+) -> None:
+    path = written("run.toml", "\nplugins = []\nrun.length = 1\n")
+    assert problems(path) == [
+        "run.toml:2: plugins: no data: list one of text, or a plugin that answers build_data",
+        "run.toml:2: plugins: no model: list one of gpt, or a plugin that answers build_model",
+        (
+            "run.toml:2: plugins: no optimizer: list one of adafactor, adam, adamw, muon, sgd, "
+            "or a plugin that answers build_optimizer"
+        ),
     ]
     install("acme-data", hooks("Data", "build_data(self)"), data="Data")
-    assert [text[:15] for text in problems(listed("data"))] == [
-        "build_model: no",
-        "build_optimizer",
+    with pytest.raises(SettingsError) as caught:
+        compose(listed("data"))
+    assert [(one.kind, one.hook) for one in caught.value.mistakes] == [
+        ("required", "build_model"),
+        ("required", "build_optimizer"),
     ]
 
 
@@ -729,12 +817,16 @@ def test_a_monitor_that_nobody_produces_is_told_with_its_line(install: Install) 
         "run.toml", "plugins = ['parts', 'stop']\nrun.length = 1\n[stop]\nmonitor = 'val/los'\n"
     )
     assert problems(path) == [
-        "run.toml:4: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?)"
+        (
+            "run.toml:4: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?); "
+            "a plugin names the metrics that it logs in `produces`"
+        )
     ]
     assert problems(path, overrides=["stop.monitor=sys/gpu"]) == [
         (
             "--set: stop.monitor: nothing listed produces 'sys/gpu' "
-            "(known: optim/lr, train/loss, train/tokens, val/loss)"
+            "(known: optim/lr, train/loss, train/tokens, val/loss); "
+            "a plugin names the metrics that it logs in `produces`"
         )
     ]
 
@@ -848,7 +940,10 @@ def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_sugges
             f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: ModuleNotFoundError: No module named 'fundamentalm'",
             'run.toml:12: text.path: expected a path, got ["a.txt"]',
             "run.toml:15: text.batch_size: must be >= 1: 0",
-            "run.toml:18: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?)",
+            (
+                "run.toml:18: stop.monitor: nothing listed produces 'val/los' (did you mean 'val/loss'?); "
+                "a plugin names the metrics that it logs in `produces`"
+            ),
             "run.toml:20: stopp: unknown table (did you mean 'stop'?)",
             "run.toml:24: one.groups.0.decay: expected a whole number, got 1.5",
             (

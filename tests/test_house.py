@@ -8,12 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import tomli
 
-from fundamentallm import HOOKS, find_plugins, setting_fields
+from fundamentallm import HOOKS, find_plugins, role_of, setting_fields
 
 ROOT = Path(__file__).parent.parent
 OUR_HOST = sorted((ROOT / "fundamentallm" / "host").glob("*.py"))
@@ -177,14 +178,24 @@ class TestEveryDistribution:
             assert re.search(rf"plugin(: [^=]+)? = {name}\b", tests), f"no PluginContract of {name}"
 
 
-def test_every_first_party_plugin_is_known_by_the_distribution_that_brings_it():
+def test_every_first_party_plugin_is_known_by_its_distribution_and_role():
     ours = tomli.loads((ROOT / "fundamentallm" / "first_party.toml").read_text())
     found = {
-        name: offers[0].distribution
+        name: {"distribution": offers[0].distribution, "role": role_of(offers[0].load())}
         for name, offers in find_plugins().items()
         if offers[0].distribution.startswith("fundamentallm-")
     }
-    assert ours == found
+    assert ours["plugins"] == found
+
+
+def test_every_first_party_command_is_known_by_the_distribution_that_brings_it():
+    ours = tomli.loads((ROOT / "fundamentallm" / "first_party.toml").read_text())
+    found = {
+        entry.name: entry.dist.name
+        for entry in metadata.entry_points(group="fundamentallm.commands")
+        if entry.dist.name.startswith("fundamentallm-")
+    }
+    assert ours["commands"] == found
 
 
 def test_every_hook_is_documented_and_tested():

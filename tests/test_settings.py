@@ -115,8 +115,8 @@ def built(values: dict[str, Any], cls: type = Everything) -> Any:
     """Build a plugin of its table; raise ``SettingsError`` with every mistake."""
     source = read({"it": values})
     instance = build(cls, source.values["it"], source, ("it",))
-    if source.problems:
-        raise SettingsError(source.problems)
+    if source.mistakes:
+        raise SettingsError(source.mistakes)
     return instance
 
 
@@ -307,14 +307,16 @@ def test_a_setting_without_default_that_is_missing_is_told_with_its_tables_place
 ) -> None:
     source = read(written(tmp_path / "run.toml", "\n[run]\nseed = 1\n"))
     build(RunSettings, source.values["run"], source, ("run",))
-    assert source.problems == [f"{tmp_path}/run.toml:2: run.length: is missing, and has no default"]
+    assert list(map(str, source.mistakes)) == [
+        f"{tmp_path}/run.toml:2: run.length: is missing, and has no default"
+    ]
 
 
 @pytest.mark.parametrize("value", [5, "length", [1], True])
 def test_a_table_is_a_table(value: Any) -> None:
     source = read({"run": value})
     build(RunSettings, source.values["run"], source, ("run",))
-    (problem,) = source.problems
+    (problem,) = map(str, source.mistakes)
     assert problem.startswith("settings: run: expected a table, got ")
 
 
@@ -408,7 +410,7 @@ def test_validators_of_any_make_are_told() -> None:
     size, maybe, pair = complaints({"size": 3, "maybe": 0, "pair": 1}, Picky)
     assert size.startswith("size: must be in [1, 2, 4]")
     assert maybe == "maybe: must be >= 1: 0"
-    assert pair.startswith("pair: ")
+    assert pair == "pair: its validator refuses the value"
 
 
 def test_a_mistake_in_one_setting_is_not_followed_by_guesses_about_others() -> None:
@@ -429,7 +431,7 @@ def written(path: Path, text: str) -> Path:
 def build_from(path: Path, *overrides: str) -> Any:
     source = read(path, overrides)
     instance = build(Everything, source.values["it"], source, ("it",))
-    assert source.problems == []
+    assert source.mistakes == []
     return instance
 
 
@@ -618,7 +620,7 @@ def test_settings_written_as_toml_anywhere_build_the_same_again(values: dict[str
     text = tomli_w.dumps({"it": plain(one)})
     there = Source(Path("/elsewhere/run.toml"), tomli.loads(text))
     other = build(Everything, there.values["it"], there, ("it",))
-    assert there.problems == []
+    assert there.mistakes == []
     for name in setting_fields(Everything):
         mine, theirs = getattr(one, name), getattr(other, name)
         assert absolute(theirs) == absolute(mine), name

@@ -24,10 +24,11 @@ from fundamentallm.host.declare import (
 from fundamentallm.host.discover import Found, find
 from fundamentallm.host.dispatch import Around, FirstCall, Shared, blame, freeze
 from fundamentallm.host.environment import environment
-from fundamentallm.host.host import Host, class_problems, hook_methods, role_of
-from fundamentallm.host.sources import Key, Origin, Source, read
+from fundamentallm.host.host import Host, Known, class_problems, hook_methods, role_of
+from fundamentallm.host.mistakes import Key, Mistake, WrongForm, suggest, written
+from fundamentallm.host.sources import Origin, Provenance, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
-from fundamentallm.host.structure import build, plain, structure, suggest, walk, written
+from fundamentallm.host.structure import build, plain, structure, walk
 
 __all__ = [
     "Around",
@@ -40,9 +41,13 @@ __all__ = [
     "Host",
     "Key",
     "Kind",
+    "Known",
+    "Mistake",
     "Origin",
+    "Provenance",
     "Shared",
     "Source",
+    "WrongForm",
     "attribute_docs",
     "blame",
     "build",

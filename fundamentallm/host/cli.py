@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,17 @@ from typing import Any
 import click
 
 from fundamentallm.host.compose import Composed
-from fundamentallm.host.structure import written
+from fundamentallm.host.mistakes import suggest, written
 
 
 class Commands(click.Group):
     """An application's own commands and those of installed distributions, loaded when called."""
 
-    def __init__(self, *, entries: str, **options: Any) -> None:
-        """``entries`` is the entry-point group that distributions offer commands in."""
+    def __init__(self, *, entries: str, known: Mapping[str, str], **options: Any) -> None:
+        """``entries`` is the entry-point group that distributions offer commands in, ``known`` the
+        distributions of commands that may not be installed."""
         super().__init__(**options)
-        self.offered_in = entries
+        self.offered_in, self.known = entries, known
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -29,6 +30,18 @@ class Commands(click.Group):
         """Return a command, loaded if it is another distribution's."""
         own, entry = super().get_command(context, name), self._entries().get(name)
         return entry.load() if own is None and entry else own
+
+    def resolve_command(
+        self, context: click.Context, words: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called; for an unknown one say what to install or to type."""
+        name = words[0]
+        if not name.startswith("-") and self.get_command(context, name) is None:
+            distribution = self.known.get(name)
+            meant = suggest(name, {*self.list_commands(context), *self.known})
+            advice = f": pip install {distribution}" if distribution else meant
+            context.fail(f"there is no command {name!r}{advice}")
+        return super().resolve_command(context, words)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands; one that cannot be loaded says so and hides no other."""

@@ -10,11 +10,13 @@ from typing import Any
 import attrs
 import pluggy
 
+from fundamentallm.host import local
 from fundamentallm.host.declare import plugin_name
-from fundamentallm.host.discover import find, plugin_class
+from fundamentallm.host.discover import find, plugin_class, wanted_plugin
 from fundamentallm.host.host import Host, answering, class_problems
-from fundamentallm.host.sources import Source
-from fundamentallm.host.structure import build, plain, suggest, written
+from fundamentallm.host.mistakes import Mistake, suggest
+from fundamentallm.host.sources import Provenance, Source
+from fundamentallm.host.structure import build, plain
 
 
 @attrs.define
@@ -27,8 +29,8 @@ class Composed:
     """The application's own table, as an instance of ``host.table``."""
     plugins: dict[str, Any]
     source: Source
-    brought: dict[str, str]
-    """Instance name -> who brings its class: a distribution and its version, or a file."""
+    brought: dict[str, Provenance]
+    """Where the class of each plugin comes from, by instance name."""
 
     @property
     def tables(self) -> dict[str, Any]:
@@ -52,31 +54,32 @@ def compose(
 ) -> Composed:
     """Make the plugins that settings list, and check that all fits together.
 
-    ``source`` is what ``read`` returned; it is used up. ``plugins`` are ready instances to use
-    beside the listed ones; ``add`` and ``remove`` change the list. Raises ``host.error`` with every
-    mistake; nothing is created.
+    ``source`` is what ``read`` returned, and is changed. ``plugins`` are instances to use together
+    with the listed ones; ``add`` and ``remove`` change the list. Raises ``host.error`` with every
+    mistake; creates nothing.
     """
-    if source.problems:  # of syntax: anything said beyond them would be a guess
-        raise host.error(source.problems)
+    if source.mistakes:  # of syntax: what they hide can only be guessed
+        raise host.error(source.mistakes)
     own: Any = build(host.table, source.values.get(host.own, {}), source, (host.own,))
     listed, found = _listed(host, source, add, remove), find(host.name)
-    built, brought = dict[str, Any](), dict[str, str]()
+    _use_folders(source, listed)
+    built, brought = dict[str, Any](), dict[str, Provenance]()
     for name, entry in listed.items():
-        cls, brought[name] = plugin_class(host, source, name, entry, found)
-        if cls is not None:
-            built[name] = build(cls, _table(source, name), source, (name,))
+        cls, who = plugin_class(host, source, (name, entry), found)
+        if cls is not None and who is not None:
+            built[name], brought[name] = build(cls, _table(source, name), source, (name,)), who
     for instance in plugins:
-        name, brought[name] = _given(host, source, instance, built)
-        built[name] = instance
+        if _is_plugin_object(host, source, instance, built):
+            name = plugin_name(type(instance))
+            built[name] = instance
+            brought[name] = Provenance("object", type(instance).__module__)
     known = {"plugins", host.own, *listed, *built, *remove}
     _claim_tables(source, known, {*found, *host.known})
     _check_hooks(host, source, built, brought)
-    if listed.keys() <= built.keys():  # what a plugin would answer that was not found is unknown
-        missing = [hook for hook in host.required if hook not in answering(host, built)]
-        source.problems += [f"{hook}: no plugin answers; list one that does" for hook in missing]
+    _check_required(host, source, built)
     host.check(source, built | {host.own: own})
-    if source.problems:
-        raise host.error(source.problems)
+    if source.mistakes:
+        raise host.error(source.mistakes)
     order(host, built)
     source.values["plugins"] = list(listed.values())
     return Composed(host, own, built, source, brought)
@@ -84,6 +87,9 @@ def compose(
 
 def register(host: Host, composed: Composed, defaults: Mapping[str, Any]) -> pluggy.PluginManager:
     """Register the plugins, so that they are called in list order, and the defaults they need."""
+    files = [Path(who.name) for who in composed.brought.values() if who.kind == "file"]
+    if files:
+        local.use(file.parent for file in files)
     registry = pluggy.PluginManager(host.name)
     registry.add_hookspecs(host.hooks)
     answers = answering(host, composed.plugins)
@@ -103,7 +109,7 @@ def order(host: Host, plugins: Mapping[str, object]) -> list[str]:
         ready = [name for name in left if not any((other, name) in pairs for other in left)]
         if not ready:
             circle = f"before/after of these plugins run in a circle: {', '.join(left)}"
-            raise host.error([circle])
+            raise host.error([Mistake((), "hook", circle)])
         done.append(ready[0])
     return done
 
@@ -116,18 +122,20 @@ def _listed(
     offered = stated if isinstance(stated, list | tuple) else [stated]
     entries = [entry for entry in offered if isinstance(entry, str)]
     if offered is not stated or len(entries) < len(offered):
-        source.blame(("plugins",), f"expected a list of plugin names, got {written(stated)}")
+        source.note(Mistake(("plugins",), "type", "a list of plugin names", stated))
     listed: dict[str, str] = {}
     here = source.origin(("plugins",)).folder
     for entry, folder in [*((e, here) for e in entries), *((e, Path.cwd()) for e in add)]:
         local = entry.endswith(".py")
         name = Path(entry).stem if local else entry
         if name in listed or name in host.reserved:
-            source.blame(("plugins",), f"{name!r} is listed twice, or a name of the core's")
+            text = f"{name!r} is listed twice, or a name of the core's"
+            source.blame(("plugins",), text, "plugin")
         listed[name] = str(folder / entry) if local else entry
     for name in remove:
         if listed.pop(name, None) is None:
-            source.blame(("plugins",), f"{name!r} is not listed{suggest(name, listed)}")
+            text = f"{name!r} is not listed{suggest(name, listed)}"
+            source.blame(("plugins",), text, "plugin")
     return listed
 
 
@@ -136,13 +144,51 @@ def _table(source: Source, name: str) -> Any:
     return {k: v for k, v in table.items() if k != "plugin"} if isinstance(table, dict) else table
 
 
-def _given(
+def _use_folders(source: Source, listed: Mapping[str, str]) -> None:
+    """Make the modules importable that lie beside the local files among the listed plugins."""
+    wanted = {name: wanted_plugin(source, name, entry) for name, entry in listed.items()}
+    files = [
+        source.origin((name, "plugin")).folder / entry
+        for name, entry in wanted.items()
+        if entry.endswith(".py")
+    ]
+    if files:
+        local.use(file.parent for file in files)
+
+
+def _check_required(host: Host, source: Source, built: Mapping[str, object]) -> None:
+    """Note which required hooks no plugin answers."""
+    if any(mistake.kind == "plugin" for mistake in source.mistakes):
+        return  # a plugin that was not found might answer them
+    answers = answering(host, built)
+    for hook in (hook for hook in host.required if hook not in answers):
+        source.blame(("plugins",), _advice(host, hook), "required", hook)
+
+
+def _advice(host: Host, hook: str) -> str:
+    """Say what to list so that a required hook has an answer."""
+    role = next((role for role, hooks in host.roles.items() if hook in hooks), None)
+    names = [name for name, one in host.known.items() if one.role == role]
+    if role is None or not names:
+        return f"no plugin answers {hook}: list one that does"
+    return f"no {role}: list one of {', '.join(names)}, or a plugin that answers {hook}"
+
+
+def _is_plugin_object(
     host: Host, source: Source, instance: object, built: Mapping[str, object]
-) -> tuple[str, str]:
-    name = plugin_name(type(instance))
-    if name in built or name in host.reserved or not attrs.has(type(instance)):
-        source.blame(("plugins",), f"{instance!r} is no @plugin object, or {name!r} is taken")
-    return name, f"{type(instance).__module__}, given as an object"
+) -> bool:
+    """Return whether an object can be used as a plugin; note a mistake if not."""
+    name, cls = plugin_name(type(instance)), type(instance)
+    text = ""
+    if isinstance(instance, type):
+        text = f"{instance.__name__} is a class: give an object of it, {instance.__name__}(...)"
+    elif not attrs.has(cls):
+        text = f"{instance!r} is no plugin: its class {cls.__name__} is not marked with @plugin"
+    elif name in built or name in host.reserved:
+        text = f"{instance!r} cannot be added: the name {name!r} is taken"
+    if text:
+        source.blame(("plugins",), text, "plugin")
+    return not text
 
 
 def _precedes(plugins: Mapping[str, object], one: str, other: str) -> bool:
@@ -154,7 +200,7 @@ def _precedes(plugins: Mapping[str, object], one: str, other: str) -> bool:
 
 
 def _check_hooks(
-    host: Host, source: Source, plugins: Mapping[str, Any], brought: Mapping[str, str]
+    host: Host, source: Source, plugins: Mapping[str, Any], brought: Mapping[str, Provenance]
 ) -> None:
     """Note what is wrong with the plugins' hooks, alone and together."""
     problems = [
@@ -173,15 +219,15 @@ def _check_hooks(
             if host.kind(hook) == "exclusive" and not same:
                 problems += [f"{both} both answer, but only one can"]
     for text in problems:
-        source.blame(("plugins",), text)
+        source.blame(("plugins",), text, "hook")
 
 
 def _claim_tables(source: Source, known: set[str], offered: set[str]) -> None:
     for name, value in source.values.items():
-        # What a file takes over from one that it extends need not be in its own list.
+        # A file need not list every plugin of the file that it extends.
         meant = name in offered or (isinstance(value, dict) and "plugin" in value)
         if name in known or (meant and source.origin((name,)).extended):
             continue
         text = f"unknown {'table' if isinstance(value, dict) else 'setting'}{suggest(name, known)}"
         text = "has a table here, but is not in the plugins list" if meant else text
-        source.blame((name,), text)
+        source.blame((name,), text, "unknown")

@@ -257,7 +257,9 @@ def _each(calls: list[Call], to_the_end: bool) -> Callable[..., list[Any]]:
     return call_each
 
 
-def blame(error: BaseException, registry: PluginManager, brought: Mapping[str, str]) -> str | None:
+def blame(
+    error: BaseException, registry: PluginManager, brought: Mapping[str, object]
+) -> str | None:
     """Return which plugin raised an error, in which hook and line; None if none of them did."""
     name, hook, place = _raiser(error, registry)
     who = f"plugin {name!r} ({brought.get(name)})"

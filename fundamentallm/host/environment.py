@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from fundamentallm.host.compose import Composed
+from fundamentallm.host.host import role_of
 
 
 def environment(
@@ -26,7 +29,10 @@ def environment(
     versions = ("pluggy", *distributions)
     return {
         "versions": {name: metadata.version(name) for name in versions},
-        "plugins": composed.brought,
+        "plugins": {name: attrs.asdict(who) for name, who in composed.brought.items()},
+        "roles": {
+            name: role_of(composed.host, type(one)) for name, one in composed.plugins.items()
+        },
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),

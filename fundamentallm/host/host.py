@@ -8,9 +8,9 @@ from typing import Any
 
 import attrs
 
+from fundamentallm.host.mistakes import Mistake, suggest
 from fundamentallm.host.sources import Source
 from fundamentallm.host.specs import HookFacts, Kind, hook_facts
-from fundamentallm.host.structure import suggest
 
 
 def _nothing_more(_: Source, __: Mapping[str, Any]) -> None:
@@ -20,6 +20,14 @@ def _nothing_more(_: Source, __: Mapping[str, Any]) -> None:
 def _never(_: str, __: Exception) -> bool:
     """Let no error of an observer end the application."""
     return False
+
+
+@attrs.frozen
+class Known:
+    """A plugin that the application knows of without loading it."""
+
+    distribution: str
+    role: str
 
 
 @attrs.frozen(kw_only=True)
@@ -32,12 +40,12 @@ class Host:
     """The class whose methods specify the hooks, each with a marker of ``markers(name)``."""
     table: type
     """The class that describes the application's own table."""
-    error: Callable[[list[str]], Exception]
+    error: Callable[[list[Mistake]], Exception]
     """Makes the exception that is raised with the mistakes that were found."""
     required: tuple[str, ...] = ()
     """Exclusive hooks that have no default."""
-    known: Mapping[str, str] = attrs.field(factory=dict)
-    """Name -> distribution of the plugins to suggest where they are not installed."""
+    known: Mapping[str, Known] = attrs.field(factory=dict)
+    """The plugins to suggest, by name, whether they are installed or not."""
     check: Callable[[Source, Mapping[str, Any]], None] = _nothing_more
     """Notes in the source what else is wrong with the built plugins and the own table together."""
     to_the_end: tuple[str, ...] = ()
@@ -130,6 +138,8 @@ def class_problems(host: Host, cls: type) -> Iterator[str]:
     hooks = host.hook_names
     yield from _role_problems(host, cls)
     methods = {name: method for name, *method in hook_methods(host, cls)}
+    if not methods:
+        yield f"class {cls.__name__} has no method that is marked with @hookimpl"
     for name in (hook for hook in hooks if hasattr(cls, hook) and hook not in methods):
         yield f"method {name} is named like a hook but lacks @hookimpl"
     for name, (options, function) in methods.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -15,7 +13,8 @@ import attrs
 import cattrs
 
 from fundamentallm.host.declare import setting_fields
-from fundamentallm.host.sources import Key, Source
+from fundamentallm.host.mistakes import Key, Mistake, Mistakes, WrongForm, suggest, written
+from fundamentallm.host.sources import Source
 
 T = TypeVar("T")
 
@@ -28,21 +27,17 @@ _PLAIN = {
 }
 
 
-class Mistakes(Exception):
-    """Mistakes in one value, each with the keys that lead to it from there."""
-
-    def __init__(self, *found: tuple[Key, str]) -> None:
-        self.found = found
-
-
 def build(cls: type[T], values: Any, source: Source, key: Key) -> T:
-    """Make a plugin or table of the values at ``key``. If it fails, note the mistakes and return
-    a blank without settings, whose hooks can be checked all the same."""
+    """Make a plugin or table from the values at ``key``.
+
+    If that fails, note the mistakes and return an instance without settings: its hooks can still
+    be checked.
+    """
     try:
         built = structure(values, cls)
     except Mistakes as mistakes:
-        for inner, text in mistakes.found:
-            source.blame(key + inner, text)
+        for mistake in mistakes.found:
+            source.note(mistake, key)
         return object.__new__(cls)
     for name in values:
         setattr(built, name, _anchored(getattr(built, name), values[name], source, (*key, name)))
@@ -52,10 +47,10 @@ def build(cls: type[T], values: Any, source: Source, key: Key) -> T:
 def structure(values: Any, cls: type[T]) -> T:
     """Check a table against the fields of a class and make an instance; raise ``Mistakes``."""
     if not isinstance(values, dict):
-        raise Mistakes(((), f"expected a table, got {written(values)}"))
+        raise Mistakes(Mistake((), "type", "a table", values))
     fields = setting_fields(cls)
-    found: list[tuple[Key, str]] = [
-        ((name,), f"unknown setting{suggest(name, fields)}")
+    found = [
+        Mistake((name,), "unknown", f"unknown setting{suggest(name, fields)}")
         for name in values
         if name not in fields
     ]
@@ -63,18 +58,20 @@ def structure(values: Any, cls: type[T]) -> T:
     for name, attribute in fields.items():
         if name not in values:
             if attribute.default is attrs.NOTHING:
-                found.append(((name,), "is missing, and has no default"))
+                found.append(Mistake((name,), "missing", "is missing, and has no default"))
             continue
         try:
             kept[name] = _structure_field(values[name], attribute)
         except Mistakes as mistakes:
-            found += [((name, *inner), text) for inner, text in mistakes.found]
+            found += below(name, mistakes)
     if not found:
         try:
             return cls(**kept)
         except ValueError as error:
+            # A class that checks several settings together names one of them first.
             name, _, text = str(error).partition(": ")
-            found.append(((name,), text) if name in fields else ((), str(error)))
+            key, text = ((name,), text) if name in fields else ((), str(error))
+            found.append(Mistake(key, "value", text))
     raise Mistakes(*found)
 
 
@@ -84,9 +81,15 @@ def _structure_field(value: Any, attribute: attrs.Attribute[Any]) -> Any:
         if attribute.validator is not None:
             attribute.validator(None, attribute, kept)
     except (ValueError, TypeError, OverflowError) as error:
-        # attrs names the field again: once is enough
-        raise Mistakes(((), re.sub(r"^'\w+' ", "", str((*error.args, error)[0])))) from None
+        # The validators of attrs begin with the field's name, which the key says already.
+        text = re.sub(r"^'\w+' ", "", str((*error.args, error)[0]))
+        raise Mistakes(Mistake((), "value", text or "its validator refuses the value")) from None
     return kept
+
+
+def below(name: str, mistakes: Mistakes) -> list[Mistake]:
+    """Return the mistakes in a value as those of what holds it under ``name``."""
+    return [attrs.evolve(mistake, key=(name, *mistake.key)) for mistake in mistakes.found]
 
 
 def plain(value: Any) -> Any:
@@ -98,7 +101,7 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, dict) or attrs.has(type(value)):
         return {str(name): plain(inner) for name, inner in _parts(value) if inner is not None}
-    # Of an object that was given to a plugin in Python, a record can only tell what it was.
+    # An object that Python code gave to a plugin can only be described in a record.
     return value if isinstance(value, bool | int | float | str) else repr(value)
 
 
@@ -115,24 +118,10 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     return value.items() if isinstance(value, dict) else ()
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)``, or what is known if nothing comes close."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f" (known: {', '.join(names)})" if 0 < len(names) <= 16 else ""
-
-
-def written(value: Any) -> str:
-    """Write a value as TOML, in one line: which is JSON, but for the sign in inline tables."""
-    return json.dumps(value, default=str, ensure_ascii=False, separators=(", ", " = "))
-
-
 def _structure_plain(value: Any, cls: Any) -> Any:
     accepted = {float: (float, int), Path: (str, Path)}.get(cls, cls)
     if not isinstance(value, accepted) or (isinstance(value, bool) and cls is not bool):
-        raise Mistakes(((), f"expected {_PLAIN[cls]}, got {written(value)}"))
+        raise Mistakes(Mistake((), "type", _PLAIN[cls], value))
     return Path(str(value)).expanduser() if cls is Path else cls(value)
 
 
@@ -140,7 +129,8 @@ def _structure_literal(value: Any, cls: Any) -> Any:
     allowed = get_args(cls)
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return value
-    raise Mistakes(((), f"unknown value {written(value)}{suggest(str(value), map(str, allowed))}"))
+    text = f"unknown value {written(value)}{suggest(str(value), map(str, allowed))}"
+    raise Mistakes(Mistake((), "choice", text))
 
 
 def _structure_union(value: Any, cls: Any) -> Any:
@@ -149,50 +139,52 @@ def _structure_union(value: Any, cls: Any) -> Any:
         return None
     if len(members) == 1:
         return converter.structure(value, members[0])
-    meant, got, wishes = None, f", got {written(value)}", list[str]()
+    meant, wishes = None, list[str]()
     for member in members:
         try:
             return converter.structure(value, member)
         except Mistakes as mistakes:
-            key, text = mistakes.found[0]
+            first = mistakes.found[0]
             if get_origin(member) is Literal:
                 wishes += map(written, get_args(member))
-            elif key or not text.startswith("expected "):  # of the right form, but wrong inside
+            elif first.key or first.kind != "type":  # of the right form, but wrong inside
                 meant = meant or mistakes
             else:
-                wishes.append(text.removeprefix("expected ").removesuffix(got))
-    raise meant or Mistakes(((), f"expected {' or '.join(wishes)}{got}"))
+                wishes.append(first.text)
+    raise meant or Mistakes(Mistake((), "type", " or ".join(wishes), value))
 
 
 def _structure_many(value: Any, cls: Any) -> Any:
     wanted, *_, inner = (get_origin(cls), *get_args(cls))
     if not isinstance(value, (list, tuple) if wanted is list else dict):
         what = {list: "list", dict: "table"}[wanted]
-        raise Mistakes(((), f"expected a {what}, got {written(value)}"))
+        raise Mistakes(Mistake((), "type", f"a {what}", value))
     items: dict[Any, Any] = value if isinstance(value, dict) else dict(enumerate(value))
     kept: dict[Any, Any] = {}
-    found: list[tuple[Key, str]] = []
+    found: list[Mistake] = []
     for name, item in items.items():
         try:
             kept[name] = converter.structure(item, inner)
         except Mistakes as mistakes:
-            found += [((str(name), *deeper), text) for deeper, text in mistakes.found]
+            found += below(str(name), mistakes)
     if found:
         raise Mistakes(*found)
     return kept if wanted is dict else list(kept.values())
 
 
 def _is_parsed(cls: Any) -> bool:
-    """Whether a class reads its values itself: it has a ``parse(value)`` that raises ValueError,
-    and ``str()`` of an instance is what it parses to the same."""
+    """Return whether a class reads its values itself, with a ``parse(value)`` that raises
+    ``ValueError``; ``parse(str(instance))`` must be equal to the instance."""
     return isinstance(cls, type) and hasattr(cls, "parse")
 
 
 def _structure_parsed(value: Any, cls: Any) -> Any:
     try:
         return cls.parse(value)
+    except WrongForm as error:
+        raise Mistakes(Mistake((), "type", error.expected, value)) from None
     except ValueError as error:
-        raise Mistakes(((), str(error))) from None
+        raise Mistakes(Mistake((), "value", str(error))) from None
 
 
 def _anchored(value: Any, stated: Any, source: Source, key: Key) -> Any:

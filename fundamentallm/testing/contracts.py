@@ -102,7 +102,7 @@ def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:
 
     source = Source(values={"it": dict(values)})
     build(cls, source.values["it"], source, (plugin_name(cls),))
-    return source.problems
+    return list(map(str, source.mistakes))
 
 
 def _comparable(state: Any) -> str:

@@ -23,6 +23,7 @@ from fundamentallm import (
     plugin,
 )
 from fundamentallm.hookspecs import REQUIRED
+from fundamentallm.host import Mistake
 from fundamentallm.settings import hook_methods
 
 if TYPE_CHECKING:
@@ -138,8 +139,9 @@ def compose_tiny(
     try:
         return compose(tables, plugins=objects)
     except SettingsError as error:
-        missing = [hook for hook in REQUIRED if any(p.startswith(hook) for p in error.problems)]
-        return compose(tables, plugins=[*objects, *(TINY[hook]() for hook in missing)])
+        found = [one for one in error.mistakes if isinstance(one, Mistake)]
+        missing = [TINY[one.hook]() for one in found if one.kind == "required"]
+        return compose(tables, plugins=[*objects, *missing])
 
 
 TinyRun = Callable[..., Run]

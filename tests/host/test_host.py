@@ -48,7 +48,7 @@ def host(**more):
         name="cook",
         hooks=Hooks,
         table=Kitchen,
-        error=lambda found: Burnt("\n".join(found)),
+        error=lambda found: Burnt("\n".join(map(str, found))),
         own="kitchen",
         **more,
     )
@@ -131,7 +131,7 @@ def test_a_hook_that_nobody_hears_is_false_and_can_be_called():
 
 
 def test_what_is_missing_is_told_together():
-    with pytest.raises(Burnt, match="taste: no plugin answers"):
+    with pytest.raises(Burnt, match="no plugin answers taste: list one that does"):
         composed(Salt(), required=("taste",))
 
 
@@ -342,7 +342,7 @@ def registered(version, *plugins):
         version=version,
         hooks=OldHooks,
         table=Kitchen,
-        error=lambda found: Burnt("\n".join(found)),
+        error=lambda found: Burnt("\n".join(map(str, found))),
         own="kitchen",
     )
     found = hosting.compose(made, hosting.read({"plugins": []}), plugins=plugins)

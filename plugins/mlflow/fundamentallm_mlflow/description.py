@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Period, hook_methods, role_of, setting_fields
+from fundamentallm import Period, Provenance, hook_methods, role_of, setting_fields
 from fundamentallm_mlflow.tracking_uri import recorded_uri
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def tags(run: Run, own: dict[str, str], settings: dict[str, str]) -> dict[str, s
         "settings.sha256": _digest(settings),
     }
     found |= {f"version.{k}": v for k, v in environment.get("versions", {}).items()}
-    found |= {f"plugin.{k}": v for k, v in environment.get("plugins", {}).items()}
+    plugins = environment.get("plugins", {}).items()
+    found |= {f"plugin.{name}": Provenance.from_json(facts) for name, facts in plugins}
     return {key: _text(value) for key, value in found.items() if value not in (None, "")} | own
 
 

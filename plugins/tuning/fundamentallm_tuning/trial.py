@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Composed, Period, hook_methods, hookimpl, plugin, role_of
+from fundamentallm import Composed, Period, Provenance, hook_methods, hookimpl, plugin, role_of
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -95,7 +95,7 @@ def reduced(composed: Composed, keep: Callable[[object], bool], own: object) -> 
     # The time limit is for the run, not for a trial.
     composed.run.max_time = None
     kept = {name: one for name, one in composed.plugins.items() if keep(one)}
-    brought = composed.brought | {OWN: OWN}
+    brought = composed.brought | {OWN: Provenance("distribution", OWN)}
     return Composed(composed.host, composed.own, kept | {OWN: own}, composed.source, brought)
 
 
