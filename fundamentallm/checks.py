@@ -221,15 +221,18 @@ def _window(window: Any, _: Given) -> Expected:
     return "a list of Batch, this step's micro-batches"
 
 
-def _data(data: Any, _: Given) -> Expected:
+def _data(data: Any, given: Given) -> Expected:
+    # The fingerprint of a loaded run may need the training data, which may be missing.
+    training = given["run"].training
+    names = ("epoch_samples", *["fingerprint"] * training)
     methods = [
         name for name in ("batches", "validation") if not callable(getattr(data, name, None))
     ]
-    missing = [name for name in ("epoch_samples", "fingerprint") if not hasattr(data, name)]
+    missing = [name for name in names if not hasattr(data, name)]
     if methods or missing:
         lacking = ", ".join([*(f"{name}()" for name in methods), *missing])
         return f"a data source; it has no {lacking} (see fundamentallm.Data)"
-    if not isinstance(data.fingerprint, str):
+    if training and not isinstance(data.fingerprint, str):
         return f"a data source whose fingerprint is a str; it is {came(data.fingerprint)}"
     samples = data.epoch_samples
     if samples is not None and (not _is_number(samples) or samples < 1):
