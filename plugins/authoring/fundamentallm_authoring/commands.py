@@ -31,7 +31,7 @@ def schema(settings: Path | None, output: Path | None) -> None:
     in the first line of a settings file.
     """
     if settings is None:
-        made = settings_schema({name: _load(name) for name in find_plugins()}, closed=False)
+        made = settings_schema(_installed(), closed=False)
     else:
         listed = compose(settings).plugins
         made = settings_schema({name: type(each) for name, each in listed.items()}, closed=True)
@@ -98,6 +98,18 @@ def reference(
     for path in stale:
         _write(path, made[path])
         click.echo(path)
+
+
+def _installed() -> dict[str, type]:
+    """Return the class of each installed plugin; a plugin that cannot be loaded is left out."""
+    found: dict[str, type] = {}
+    for name in find_plugins():
+        try:
+            found[name] = _load(name)
+        except Exception as error:  # noqa: BLE001 - a third party's module may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            click.echo(f"{name}: left out, it cannot be loaded: {reason}", err=True)
+    return found
 
 
 def _load(name: str) -> type:

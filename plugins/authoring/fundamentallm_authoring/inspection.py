@@ -1,4 +1,4 @@
-"""The commands ``plugins`` and ``hooks``: what is installed, and who does what in a run."""
+"""The commands ``plugins`` and ``hooks``: installed plugins, and the hooks that each implements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def plugins(as_json: bool) -> None:
         for offers in find_plugins().values()
         for found in offers
     ]
-    lines = map("{name:<16}{distribution} {version}\n    {about}".format_map, rows)
+    width = max((len(row["name"]) for row in rows), default=0)
+    lines = [
+        f"{row['name']:<{width}}  {row['distribution']} {row['version']}\n    {row['about']}"
+        for row in rows
+    ]
     click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
 
@@ -37,13 +41,13 @@ def hooks(settings: Path | None) -> None:
     implements an exclusive hook, the core's default answers.
     """
     listed = compose(settings).plugins if settings else {}
-    heard = [
+    implemented = [
         (hook, f"{name} (wraps)" if options["wrapper"] else name)
         for name in order(listed)
         for hook, options, _ in hook_methods(type(listed[name]))
     ]
     for hook in HOOKS:
-        names = [name for one, name in heard if one == hook]
+        names = [name for one, name in implemented if one == hook]
         facts = about_hook(hook)
         line = f"{hook:<24}{facts.kind:<11}{facts.since:<6}{facts.stability:<13}{', '.join(names)}"
         click.echo(line.rstrip())
@@ -52,5 +56,5 @@ def hooks(settings: Path | None) -> None:
 def _about(found: Found) -> str:
     try:
         return (found.load().__doc__ or "").partition("\n")[0]
-    except Exception as error:  # noqa: BLE001 - whatever somebody's module raises
+    except Exception as error:  # noqa: BLE001 - a third party's module may raise anything
         return f"cannot be loaded: {type(error).__name__}: {error}"

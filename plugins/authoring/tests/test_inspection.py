@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from fundamentallm import HOOKS
@@ -47,3 +52,32 @@ def test_hooks_are_told_in_the_order_of_a_run_with_who_answers(tmp_path: Path):
     assert told["build_data"] == ["parts"]
     assert told["forward"] == ["parts (wraps)"]
     assert told["validate"] == []
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> dict[str, str]:
+    """An environment with an installed plugin, of a long name, whose module cannot be imported."""
+    facts = tmp_path / "site" / "acme_broken-0.1.0.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-broken\nVersion: 0.1.0\n")
+    name = "a_plugin_with_a_very_long_name"
+    (facts / "entry_points.txt").write_text(f"[fundamentallm]\n{name} = acme_missing:Broken\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+
+@pytest.mark.parametrize("command", ["schema", "plugins"])
+def test_a_broken_installed_plugin_is_named_and_hides_no_other(command, broken):
+    words = [sys.executable, "-m", "fundamentallm", command]
+    done = subprocess.run(words, capture_output=True, text=True, env=broken)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be loaded: ModuleNotFoundError" in done.stdout + done.stderr
+    assert "early_stopping" in done.stdout
+    if command == "plugins":
+        assert re.search(
+            r"^a_plugin_with_a_very_long_name +acme-broken 0\.1\.0$", done.stdout, re.MULTILINE
+        )
+        assert re.search(
+            r"^activation_checkpointing +fundamentallm-activation-checkpointing 0\.1\.0$",
+            done.stdout,
+            re.MULTILINE,
+        )
