@@ -103,13 +103,14 @@ def renew(instance: Any) -> None:
     """Give an object the state with which it was made, and keep its settings.
 
     The fields that are no settings get their defaults; what the class derives in
-    ``__attrs_post_init__`` is derived again.
+    ``__attrs_post_init__`` is derived again. A field with the metadata ``{"lasting": True}``
+    keeps its value: an object that carries something from one run to another needs one.
     """
     if not attrs.has(type(instance)):
         return
     for field in attrs.fields(type(instance)):
         default: Any = field.default
-        if field.init or default is attrs.NOTHING:
+        if field.init or default is attrs.NOTHING or field.metadata.get("lasting"):
             continue
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
             default = default.factory(instance) if default.takes_self else default.factory()

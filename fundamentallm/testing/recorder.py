@@ -49,8 +49,8 @@ class Memory:
     """The step whose snapshot is kept."""
     later: int | None = None
     """The step in which the run goes back to the one that is kept, once."""
-    kept: Snapshot | None = field(init=False, default=None)
-    gone_back: bool = field(init=False, default=False)
+    kept: Snapshot | None = field(init=False, default=None, metadata={"lasting": True})
+    gone_back: bool = field(init=False, default=False, metadata={"lasting": True})
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
