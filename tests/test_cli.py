@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -295,7 +296,11 @@ def test_show_takes_the_same_choices_as_train(call: Call) -> None:
     assert "[saver]" in call("show", "tiny.toml", "--plugin", "saver.py").out
     ended = call("show", "tiny.toml", "--no-plugin", "tiny")
     assert ended.code == 2
-    assert ended.err.count("no plugin answers") == 3
+    assert re.findall("plugins: no (data|model|optimizer): list one of", ended.err) == [
+        "data",
+        "model",
+        "optimizer",
+    ]
     assert not Path("runs").exists()
 
 
@@ -334,7 +339,7 @@ class Wrap:
         SETTINGS.replace('"./tiny.py"', '"./tiny.py", "saver.py", "wrap.py"')
     )
     answers = {
-        line.split()[0]: line.split(maxsplit=2)[2:]
+        line.split()[0]: line.split(maxsplit=4)[4:]
         for line in call("hooks", "hooks.toml").out.splitlines()
     }
     assert answers["build_model"] == ["wrap (wraps), tiny"]

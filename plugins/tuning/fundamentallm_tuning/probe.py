@@ -22,6 +22,8 @@ TIMED = ("build_data", "build_model", "validate", "on_safe_point")
 class Probe:
     """Measure some steps, validations and saves, and record the state at the end."""
 
+    free = ("*",)  # it measures steps and changes none, so a resumed trial needs no permission
+
     steps: int
     passed: dict[str, Any] = field(factory=dict)
     """Counts of the progress to begin with, as if these steps had been trained."""
