@@ -56,8 +56,8 @@ class FreezeSchedule:
         log.info("%s: from step %d on, %s are frozen", self.plugin, run.progress.step + 1, share)
         if self.eval_mode:
             self._set_modes(run.model)
-        periods = {period for periods in self.until.values() for period in periods}
-        return [period for period in periods if not period.reached(run.progress)]
+        distinct = {period for periods in self.until.values() for period in periods}
+        return [period for period in distinct if not period.reached(run.progress)]
 
     def _set_modes(self, model: nn.Module) -> None:
         for module in self._in_eval_mode:
