@@ -121,8 +121,8 @@ def last_rows(run: Run, count: int) -> list[dict[str, float]]:
 
 
 def begun(run: Run) -> bool:
-    """Return whether a run has come to its first step."""
-    return hasattr(run, "stream")
+    """Return whether everything is built and the training has begun."""
+    return run.begun
 
 
 def doing(run: Run, error: BaseException) -> str:

@@ -144,7 +144,7 @@ def test_a_step_that_has_no_window_yet_does_not_show_the_one_before(tiny_run, tm
 def broken_off(tmp_path, *plugins, rows=100, log_every=1):
     """Train ten steps, and from the checkpoint of the tenth on until a failure after the 14th."""
     plugins = ("checkpoint", *plugins)
-    settings = {"checkpoint": {"every": 10}}
+    settings = {"checkpoint": {"every": 10, "allow_changes": ["fails"]}}
     for length, failing in ((10, ()), (20, (CrashReport(rows=rows), Fails(done=14)))):
         composed = compose_tiny(
             *plugins, *failing, settings=settings, length=length, log_every=log_every
