@@ -36,14 +36,15 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "gradients": ("finish_gradients", "judge_step", "edit_gradients"),
     "optimizer": ("lr_factor", "optimizer_step"),
     "events": ("on_step_start", "settle_step", "on_step_end"),
-    "validation": ("validate", "on_validation_end", "evaluation_weights"),
+    "epoch": ("on_epoch_start", "on_epoch_end"),
+    "validation": ("validate", "measure_split", "on_validation_end", "evaluation_weights"),
     "log": ("reduce_metrics", "on_log", "on_histogram", "on_progress"),
     "safe point": ("on_safe_point", "on_checkpoint_saved"),
 }
 """The hooks of each phase, in the order of a run."""
 
 PHASE_OF = {hook: phase for phase, hooks in PHASES.items() for hook in hooks}
-BETWEEN = frozenset(("start-up", "restore", "validation", "log", "safe point"))
+BETWEEN = frozenset(("start-up", "restore", "epoch", "validation", "log", "safe point"))
 """The phases outside the steps: rare enough to be timed always."""
 SPLIT = ("", "micro-batch")
 """In these phases a nested call counts for its own phase."""
