@@ -65,14 +65,10 @@ with sharing_cores():
     import torch
     torch.set_num_threads(int(sys.argv[1]))
     x, w, v = torch.randn(64, 256), torch.randn(256, 1024), torch.randn(1024, 256)
-    def steps(seconds):
-        count, until = 0, time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            (torch.nn.functional.gelu(x @ w) @ v).sum()
-            count += 1
-        return count
-    steps(2)
-    print(steps(2), threading.active_count())
+    until = time.perf_counter() + 4
+    while time.perf_counter() < until:
+        (torch.nn.functional.gelu(x @ w) @ v).sum()
+    print(threading.active_count())
 print(threading.active_count())
 """
 
@@ -89,7 +85,10 @@ def busy(processes):
 
 
 def steps(**choice):
-    """Return the steps of two seconds, the Python threads during and after, and what was logged."""
+    """Return the Python threads during and after some seconds of steps, and what was logged.
+
+    How much faster the steps are is measured by ``tests/benchmarks/threads.py``.
+    """
     known = {name: value for name, value in os.environ.items() if "OMP_" not in name}
     done = subprocess.run(
         [sys.executable, "-c", STEPS, str(CORES)],
@@ -98,19 +97,18 @@ def steps(**choice):
         text=True,
         check=True,
     )
-    count, during, after = map(int, done.stdout.split())
-    return count, during, after, done.stderr
+    during, after = map(int, done.stdout.split())
+    return during, after, done.stderr
 
 
 @pytest.mark.skipif(CORES < 2, reason="one core has no second thread that could spin")
 def test_beside_busy_processes_threads_spin_less_and_a_warning_names_the_remedy():
     with busy(CORES):
-        default, during, after, said = steps(GOMP_SPINCOUNT="300000")  # libgomp's own number
+        during, after, said = steps(GOMP_SPINCOUNT="300000")  # libgomp's own number
         assert (during, after, said) == (1, 1, "")
-        shared, during, after, said = steps()
+        during, after, said = steps()
     assert (during, after) == (3, 1)  # the one that looks, and one that only has OpenMP threads
     assert said.count("fewer threads may be faster: --set run.threads=") == 1
-    assert shared > 2 * default
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
