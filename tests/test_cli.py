@@ -758,7 +758,7 @@ class Lost:
     assert call(*words).code == 4
     listed = call("runs", "--json").out
     assert [(row["run"], row["state"], row["step"]) for row in json.loads(listed)] == [
-        ("tiny", "failed", 0)
+        ("tiny", "failed before its first step", 0)
     ]
     ended = call(*words, "--set", "lost.there=true")
     assert ended.out.endswith("runs/tiny\n")

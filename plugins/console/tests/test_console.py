@@ -92,9 +92,16 @@ def test_the_log_tells_why_a_run_stopped(tiny_run: TinyRun) -> None:
     assert lines(run.folder)[-1].startswith("stopped (enough) at step 1, after")
 
 
-@pytest.mark.parametrize("hook", ["on_step_end", "build_model"])
-def test_the_log_tells_how_a_run_failed_and_the_terminal_shows_no_traceback(
+@pytest.mark.parametrize(
+    ("hook", "text"),
+    [
+        ("on_step_end", "failed at step 1, after"),
+        ("build_model", "failed while starting, before any step"),
+    ],
+)
+def test_the_log_says_how_a_run_failed_and_the_terminal_shows_no_traceback(
     hook: str,
+    text: str,
     tiny_run: TinyRun,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -108,7 +115,7 @@ def test_the_log_tells_how_a_run_failed_and_the_terminal_shows_no_traceback(
         tiny_run(Console(), Fails(), length=9)
     log = (tmp_path / "run" / "train.log").read_text()
     end, _, told = log.partition(" ERROR ")
-    assert "failed at step" in end.splitlines()[-2]
+    assert text in end.splitlines()[-2]
     first, *trace = told.splitlines()
     assert first.strip().startswith("PluginError: ")
     assert "one by nought" in first
@@ -184,6 +191,11 @@ def test_the_terminal_shows_each_line_once_and_rows_unless_another_plugin_shows_
     shown = [re.sub(r"\d\.\d+", "#", line) for line in done.stderr.splitlines()]
     expected = []
     for name, more in {"bare": "", "set_up": "", "shown": ", shows"}.items():
+        if name != "bare":  # logging is set up, so the core's own lines are shown, too
+            expected += [
+                f"training for 2 steps in {tmp_path / name}",
+                "nothing will be saved: no listed plugin saves checkpoints",
+            ]
         expected += [
             f"run {name} starts: 161 parameters on cpu, for 2 steps, seed 1337",
             f"plugins: console{more}, tiny_data, tiny_model, tiny_optimizer",
