@@ -32,7 +32,7 @@ def report(run: Run, validates: bool) -> bool:
 
 
 def validation(run: Run) -> dict[str, float]:
-    """Validate, and tell; what a signal has cut short is told to nobody."""
+    """Validate, and call ``on_validation_end`` unless a signal interrupted the validation."""
     metrics = run.hook.reduce_metrics(run=run, metrics=run.hook.validate(run=run))
     if run.signal is None:
         run.hook.on_validation_end(run=run, metrics=metrics)

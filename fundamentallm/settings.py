@@ -110,8 +110,8 @@ def compose(
     """Read settings, make the plugins they list, and check that all fits together.
 
     ``overrides`` are strings such as ``"run.length=100"``; ``plugins`` are ready instances to use
-    beside the listed ones; ``add`` and ``remove`` change the list. Raises ``SettingsError`` with
-    every mistake; nothing is created, no data is read.
+    in addition to the listed ones; ``add`` and ``remove`` change the list. Raises ``SettingsError``
+    with every mistake. Nothing is created, and no data is read.
     """
     source = host.read(settings, overrides)
     source.recorded = _recorded(source.path)

@@ -44,7 +44,7 @@ class Digits:
 
 
 class Images:
-    """The images as tensors: every fifth is held out, the rest is shuffled anew each epoch."""
+    """The images as tensors: every fifth is held out, the others are shuffled in each epoch."""
 
     fingerprint = "sklearn-digits"
 

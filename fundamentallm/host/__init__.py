@@ -1,9 +1,9 @@
 """Plugins that are attrs classes, listed and configured in TOML, called through pluggy.
 
-An application describes itself once, as a ``Host``: its hooks, its own table, what it checks. From
-a TOML file ``compose`` makes the listed plugins, or tells every mistake with its line; ``register``
-hands them to pluggy, and ``freeze`` makes plain callables of its hooks. Nothing here knows what the
-application does.
+An application describes itself once, as a ``Host``: its hooks, its own table, its checks.
+``compose`` makes the plugins that a TOML file lists, or reports every mistake with its line.
+``register`` adds them to pluggy, and ``freeze`` turns pluggy's hooks into plain callables. Nothing
+here depends on what the application does.
 """
 
 from fundamentallm.host.cli import Commands, choice_options, described, settings_options

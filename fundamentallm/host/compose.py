@@ -145,7 +145,7 @@ def _table(source: Source, name: str) -> Any:
 
 
 def _use_folders(source: Source, listed: Mapping[str, str]) -> None:
-    """Make the modules importable that lie beside the local files among the listed plugins."""
+    """Make the modules in the folders of the listed local plugin files importable."""
     wanted = {name: wanted_plugin(source, name, entry) for name, entry in listed.items()}
     files = [
         source.origin((name, "plugin")).folder / entry

@@ -1,4 +1,4 @@
-"""Plugins where they are: in installed distributions, and in files beside the settings."""
+"""Find plugins in installed distributions and in local files."""
 
 from __future__ import annotations
 

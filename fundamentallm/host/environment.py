@@ -21,10 +21,10 @@ from fundamentallm.host.host import role_of
 def environment(
     composed: Composed, distributions: Iterable[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """Describe what besides its settings a composition depends on, in JSON values.
+    """Describe in JSON values what a composition depends on in addition to its settings.
 
-    ``distributions`` are those whose versions matter besides the plugins' own, ``more`` is what the
-    host knows of the machine.
+    ``distributions`` are those whose versions matter in addition to those of the plugins. ``more``
+    is added as it is, for example the devices of the machine.
     """
     versions = ("pluggy", *distributions)
     return {

@@ -1,10 +1,10 @@
-"""Local plugin files as modules that the files beside them, and worker processes, can be used with.
+"""Import local plugin files as modules that can import files of their folder, also in workers.
 
 The module of ``<folder>/noise.py`` is ``fundamentallm.host.local.noise``: this module is its
 package. While the settings that list the file are in use, ``folder`` is the last entry of
-``sys.path``: the file can import its neighbours, none of which hides an installed module.
-Worker processes get a copy of ``sys.path``, so that they can import the same modules, also to
-unpickle objects of their classes.
+``sys.path``. So the file can import modules of its folder, and none of them hides an installed
+module. Worker processes get a copy of ``sys.path``, so that they can import the same modules, also
+to unpickle objects of their classes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def use(folders: Iterable[Path]) -> None:
 
 
 def load(path: Path) -> ModuleType:
-    """Import a local plugin file anew, so that a changed file is read again."""
+    """Import a local plugin file again, even if it is imported: the file may have changed."""
     name = f"{__name__}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]

@@ -20,16 +20,16 @@ HEAVY = ("torch", "numpy", "mlflow", "matplotlib", "pandas", "tokenizers", "tran
 
 
 class PluginContract:
-    """What every plugin promises. Subclass it in the plugin's suite and name the class."""
+    """Tests of what every plugin promises. Subclass it in the plugin's suite and set ``plugin``."""
 
     plugin: ClassVar[type]
     needs: ClassVar[dict[str, Any]] = {}
-    """The settings it cannot do without; those of ``instance()`` in the tests here."""
+    """The settings that the plugin needs; ``instance()`` uses them."""
     companions: ClassVar[tuple[Callable[[], object], ...]] = ()
-    """What makes the plugins that it needs beside it in a run."""
+    """Callables that make the other plugins that it needs in a run."""
 
     def instance(self) -> Any:
-        """Build the plugin as a settings file with what it needs would."""
+        """Build the plugin as from a settings file with the settings that it needs."""
         return structure(self.needs, self.plugin)
 
     def test_importing_it_imports_nothing_heavy(self) -> None:
@@ -65,7 +65,7 @@ class PluginContract:
 
     def test_its_hooks_are_those_of_the_contract(self) -> None:
         assert list(class_problems(HOST, self.plugin)) == []
-        assert list(hook_methods(self.plugin)), "it hears no hook"
+        assert list(hook_methods(self.plugin)), "it implements no hook"
 
     def test_its_settings_survive_a_settings_file(self) -> None:
         written = plain(self.instance())

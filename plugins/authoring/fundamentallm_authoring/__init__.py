@@ -1,5 +1,5 @@
-"""Commands for those who write settings and plugins: ``schema``, ``init``, ``new``, ``reference``.
+"""Commands for authors of settings and plugins: ``schema``, ``init``, ``new``, ``reference``.
 
-``fields`` reads the settings of a plugin class once; ``schema``, ``sheet`` (init) and ``reference``
-each show them in a form of their own; ``scaffold`` (new) fills the templates.
+``fields`` reads the settings of a plugin class. ``schema``, ``sheet`` (init) and ``reference``
+write them as JSON Schema, as a settings file and as tables. ``scaffold`` (new) fills the templates.
 """

@@ -19,16 +19,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.argument("settings", required=False, type=_FILE)
-@click.option("-o", "--output", type=_FILE, help="Write it to this file instead of the screen.")
+@click.option("-o", "--output", type=_FILE, help="Write to this file instead of the terminal.")
 def schema(settings: Path | None, output: Path | None) -> None:
     """Print the JSON Schema of settings files, for editors.
 
-    Of the file SETTINGS: exactly its plugins, under its names. Without it: every installed plugin.
-    An editor with Taplo (Even Better TOML) follows the comment
+    With SETTINGS, the schema has exactly the plugins of that file; without, every installed plugin.
+    An editor with Taplo (Even Better TOML) uses the schema if the first line of a settings file is
 
         #:schema ./fundamentallm.schema.json
-
-    in the first line of a settings file.
     """
     if settings is None:
         made = settings_schema(_installed(), closed=False)
@@ -46,7 +44,7 @@ def schema(settings: Path | None, output: Path | None) -> None:
 @click.argument("settings", type=_FILE)
 @click.option("--plugins", help=f"Names, with commas between. [default: {','.join(STARTER)}]")
 def init(settings: Path, plugins: str | None) -> None:
-    """Write a settings file with every setting of the chosen plugins, its default and meaning."""
+    """Write a settings file with every setting of the chosen plugins, with defaults and meaning."""
     if settings.exists():
         raise SettingsError(f"{settings} exists already: choose another name, or remove it")
     names = [name.strip() for name in (plugins or ",".join(STARTER)).split(",") if name.strip()]
@@ -54,7 +52,7 @@ def init(settings: Path, plugins: str | None) -> None:
     try:
         compose(settings)
     except SettingsError as error:
-        click.echo(f"{settings} is written. What is left to do in it:\n{error}")
+        click.echo(f"{settings} is written. Before you can train with it, correct:\n{error}")
     else:
         click.echo(f"{settings} is written. Train with: fundamentallm train {settings}")
 
@@ -62,7 +60,7 @@ def init(settings: Path, plugins: str | None) -> None:
 @click.command()
 @click.argument("name")
 def new(name: str) -> None:
-    """Make a plugin distribution NAME (such as acme-noise) in a new folder of that name."""
+    """Create a plugin distribution NAME (such as acme-noise) in a new folder of that name."""
     written = scaffold(name, Path.cwd())
     for path in written:
         click.echo(path.relative_to(Path.cwd()))
@@ -72,17 +70,20 @@ def new(name: str) -> None:
 
 
 @click.command()
-@click.option("--readme", "readmes", multiple=True, type=_FILE, help="Fill a plugin's README.")
+@click.option(
+    "--readme", "readmes", multiple=True, type=_FILE, help="Update the tables in a README."
+)
 @click.option("--settings", "settings", type=_FILE, help="Write the page of all settings.")
 @click.option("--hooks", "hooks", type=_FILE, help="Write the page of all hooks.")
 @click.option("--check", is_flag=True, help="Write nothing; fail if anything is out of date.")
 def reference(
     readmes: tuple[Path, ...], settings: Path | None, hooks: Path | None, *, check: bool
 ) -> None:
-    """Make the reference of settings and hooks from the plugins' classes.
+    """Generate the reference of settings and hooks from the plugins' classes.
 
-    A README gets its tables between <!-- settings --> and <!-- /settings -->, <!-- hooks --> and
-    <!-- /hooks -->. The pages show the installed plugins whose distribution is fundamentallm-….
+    In a README the tables are between <!-- settings --> and <!-- /settings -->, and between
+    <!-- hooks --> and <!-- /hooks -->. The pages show the installed plugins whose distribution is
+    named fundamentallm-….
     """
     made = {path: filled(_read(path), _own_plugins(path), str(path)) for path in readmes}
     if settings is not None:
@@ -115,14 +116,14 @@ def _installed() -> dict[str, type]:
 def _load(name: str) -> type:
     offers = find_plugins().get(name, [])
     if len(offers) != 1:
-        # The core says what is wrong, and advises what to install.
+        # The core raises the error, with advice on what to install.
         compose({"plugins": [name], "run": {"length": 1}})
     cls: type = offers[0].load()
     return cls
 
 
 def _own_plugins(readme: Path) -> dict[str, type]:
-    """Return the plugins of the distribution whose pyproject.toml lies beside a README."""
+    """Return the plugins of the distribution whose pyproject.toml is next to a README."""
     project = tomllib.loads(_read(readme.parent / "pyproject.toml")).get("project", {})
     names = project.get("entry-points", {}).get("fundamentallm", {})
     return {name: _load(name) for name in names}

@@ -1,4 +1,4 @@
-"""The settings of a plugin class, read once for the schema, the settings file and the docs."""
+"""Read the settings of a plugin class, for the schema, the settings file and the docs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEYWORDS = {">=": "minimum", ">": "exclusiveMinimum", "<=": "maximum", "<": "ex
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _NAMES = {bool: "bool", int: "int", float: "float", str: "str", Path: "path", Period: "period"}
 
-# attrs makes these objects from public functions and keeps their classes to itself.
+# attrs has public functions that make these validators, but their classes are private.
 _NUMBER: Any = type(ge(0))
 _IN: Any = type(in_([0]))
 _OPTIONAL: Any = type(optional(ge(0)))
@@ -35,8 +35,11 @@ _MATCHES: Any = type(attrs.validators.matches_re("x"))
 
 @attrs.frozen
 class Setting:
-    """One setting: ``default`` is ``attrs.NOTHING`` for one that every settings file must state,
-    ``limits`` are what its validators demand, in the words of JSON Schema."""
+    """One setting of a plugin.
+
+    ``default`` is ``attrs.NOTHING`` for a required setting. ``limits`` are the limits that its
+    validators check, as JSON Schema keywords.
+    """
 
     name: str
     type: Any
@@ -46,7 +49,7 @@ class Setting:
     attribute: attrs.Attribute[Any]
 
     def accepts(self, value: Any) -> bool:
-        """Whether the setting's own validator does not refuse a value of its type."""
+        """Return whether the setting's validator accepts a value of its type."""
         if self.attribute.validator is None:
             return True
         try:
@@ -57,7 +60,7 @@ class Setting:
 
     @property
     def required(self) -> bool:
-        """Whether every settings file must state it."""
+        """Whether every settings file must have this setting."""
         return self.default is attrs.NOTHING
 
 
@@ -71,7 +74,7 @@ def settings_of(cls: type) -> list[Setting]:
 
 
 def is_table(annotation: Any) -> bool:
-    """Whether a type is a ``@table`` class. Periods are attrs classes too, but written as text."""
+    """Return whether a type is a ``@table`` class. A period is an attrs class, but TOML text."""
     return attrs.has(annotation) and annotation is not Period
 
 
@@ -83,7 +86,7 @@ def members(annotation: Any) -> list[Any]:
 
 
 def limits_of(validator: Any) -> dict[str, Any]:
-    """Return JSON Schema keywords for what an attrs validator demands; {} where none says it."""
+    """Return the JSON Schema keywords of an attrs validator; {} if there are none for it."""
     if isinstance(validator, _AND):
         parts = attrs.astuple(validator, recurse=False)[0]
         return {key: value for part in parts for key, value in limits_of(part).items()}
@@ -101,13 +104,13 @@ def limits_of(validator: Any) -> dict[str, Any]:
 
 
 def type_words(annotation: Any) -> str:
-    """Say in words what a setting's value looks like: ``int``, ``list of str``, ``"min" | …``."""
+    """Return a type as text for people: ``int``, ``list of str``, ``"min" or "max"``."""
     words = [_one_type(part) for part in members(annotation)]
     return " or ".join(words)
 
 
 def limit_words(limits: Mapping[str, Any]) -> str:
-    """Say limits in a few signs: ``≥ 0, < 1``; an empty text without limits."""
+    """Return limits as text for people, such as ``≥ 0, < 1``; empty without limits."""
     words = [f"{_SIGNS[key]} {value:g}" for key, value in limits.items() if key in _SIGNS]
     if "enum" in limits:
         words.append("one of " + ", ".join(repr(value) for value in limits["enum"]))
@@ -118,7 +121,7 @@ def limit_words(limits: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Turn a default into what TOML and JSON can write; ``None`` stays ``None``."""
+    """Return a default as a value that TOML and JSON can write; ``None`` stays ``None``."""
     if isinstance(value, Path | Period):
         return str(value)
     if isinstance(value, list | tuple):
@@ -134,7 +137,7 @@ def plain(value: Any) -> Any:
 def _limits(attribute: attrs.Attribute[Any]) -> dict[str, Any]:
     limits = limits_of(attribute.validator)
     if any(get_origin(part) is Literal for part in members(attribute.type)):
-        limits.pop("enum", None)  # a validator that repeats what the type says
+        limits.pop("enum", None)  # the Literal has the same choices
     return limits
 
 
@@ -145,8 +148,8 @@ def _default(default: Any) -> Any:
 
 
 def _anchored(validator: Any) -> str:
-    # attrs demands a match of the whole text unless told otherwise; JSON Schema searches.
-    return f"^(?:{validator.pattern.pattern})$"  # limit_words takes these brackets off again
+    # By default attrs matches the whole text; JSON Schema searches within it.
+    return f"^(?:{validator.pattern.pattern})$"  # limit_words removes these brackets
 
 
 def _one_type(annotation: Any) -> str:

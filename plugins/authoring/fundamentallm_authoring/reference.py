@@ -1,4 +1,4 @@
-"""Tables of settings and hooks for READMEs and docs, from the classes themselves."""
+"""Generate the tables of settings and hooks in READMEs and docs from the classes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def filled(text: str, plugins: Mapping[str, type], where: str) -> str:
 
     The markers are ``<!-- settings -->`` … ``<!-- /settings -->`` and ``<!-- hooks -->`` …
     ``<!-- /hooks -->``, each alone in its line; in the README of several plugins
-    ``<!-- settings: adamw -->``. Raises ``SettingsError`` for a marker that nothing answers.
+    ``<!-- settings: adamw -->``. Raises ``SettingsError`` for a marker that is not closed, or that
+    names no plugin of the distribution.
     """
     if len(_OPENING.findall(text)) != len(list(_MARKED.finditer(text))):
         raise SettingsError(
@@ -67,7 +68,7 @@ def settings_table(cls: type) -> str:
 
 
 def hooks_table(cls: type) -> str:
-    """Return the hooks that a plugin class answers as a Markdown table, in a run's order."""
+    """Return the hooks of a plugin class as a Markdown table, in the order of a run."""
     rows = [
         f"| `{hook}`{note} | {kind(hook)} | {_escaped(text)} |" for hook, note, text in answers(cls)
     ]
@@ -77,7 +78,7 @@ def hooks_table(cls: type) -> str:
 
 
 def answers(cls: type) -> Iterator[tuple[str, str, str]]:
-    """Yield hook, ``" (wraps)"`` for a wrapper, and what it does there, in a run's order."""
+    """Yield hook, ``" (wraps)"`` if it is a wrapper, and its first sentence, in a run's order."""
     methods = list(hook_methods(cls))
     for hook in HOOKS:
         for answered, options, function in methods:

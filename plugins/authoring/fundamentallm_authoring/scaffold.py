@@ -1,4 +1,4 @@
-"""A new plugin distribution from the templates: complete, tested, ready to publish."""
+"""Write a new plugin distribution from the templates, with tests and a README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
-# Template -> where it goes; both know $distribution, $module, $cls and $title.
+# Template -> target. Both may contain $distribution, $module and $cls.
 LAYOUT = {
     "pyproject.toml.tmpl": "pyproject.toml",
     "README.md.tmpl": "README.md",
@@ -32,8 +32,8 @@ def scaffold(name: str, parent: Path) -> list[Path]:
     """Write the distribution ``name`` into a new folder of that name; return what was written.
 
     ``acme-noise`` is the distribution, ``acme_noise`` its module and plugin, ``AcmeNoise`` the
-    class. Raises ``SettingsError`` for a name that cannot be all of these or is taken, and
-    ``StorageError`` where the files cannot be written.
+    class. Raises ``SettingsError`` for a name that is not valid for all three or is taken, and
+    ``StorageError`` if the files cannot be written.
     """
     words = _words(name)
     folder = parent / name

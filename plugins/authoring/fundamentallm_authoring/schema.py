@@ -1,9 +1,9 @@
-"""JSON Schema for settings files, so that editors complete, explain and check them.
+"""Generate the JSON Schema of settings files, with which editors complete, explain and check.
 
-Draft 7, without references between the tables: what Taplo and Even Better TOML follow surely.
-Whatever the core accepts, the schema accepts. The other way round four things are left to the core:
-checks between several settings, validators that are plain functions, numbers like ``1.0`` where an
-int is wanted (JSON knows no difference), and what only arithmetic tells of a period.
+It is draft 7 without references between tables, which Taplo and Even Better TOML support fully.
+The schema accepts everything that the core accepts. Only the core makes four checks: those of
+several settings together, validators that are plain functions, numbers such as ``1.0`` in place of
+an int (JSON does not distinguish them), and the arithmetic of periods (``"1.5 steps"``).
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _PERIOD = {
 def settings_schema(instances: Mapping[str, type], *, closed: bool) -> dict[str, Any]:
     """Return the schema of settings files with these plugins, by instance name.
 
-    ``closed``: exactly these plugins are active, and no other table may stand there. Else a table
-    that no plugin is named after is taken for a second instance of the plugin that its
-    ``plugin = …`` names, or for a local plugin's.
+    ``closed``: exactly these plugins are active, and the file may have no other table. Else any
+    other table belongs to a second instance of the plugin that its ``plugin = …`` names, or to a
+    local plugin.
     """
     tables = {"run": table_schema(RunSettings)}
     tables |= {name: _instance_schema(cls) for name, cls in instances.items()}
     needs = requirements({"run": RunSettings, **instances})
     if not closed:
-        # Whether a plugin is active, and so has to have its table, only the list tells.
+        # A table is required only if its plugin is listed, which the schema does not check.
         needs["required"] = [name for name in needs.get("required", []) if name == "run"]
     return {
         "$schema": DIALECT,
@@ -60,15 +60,15 @@ def settings_schema(instances: Mapping[str, type], *, closed: bool) -> dict[str,
         "type": "object",
         "properties": _root_keys() | tables,
         "additionalProperties": False if closed else _other_table(instances),
-        # A file that extends another may find there what a table must hold.
+        # The file that it extends may have the required settings.
         "if": {"required": ["extends"]},
         "else": needs,
     }
 
 
 def table_schema(cls: type) -> dict[str, Any]:
-    """Return the schema of the table that a plugin or ``@table`` class describes, apart from what
-    it has to hold: see ``requirements``."""
+    """Return the schema of the table of a plugin or ``@table`` class, without its required
+    settings: see ``requirements``."""
     return {
         "type": "object",
         "description": " ".join((cls.__doc__ or "").split("\n\n")[0].split()),
@@ -78,14 +78,16 @@ def table_schema(cls: type) -> dict[str, Any]:
 
 
 def requirements(tables: Mapping[str, type]) -> dict[str, Any]:
-    """Return the keywords that demand, of a table that holds these tables, all that has no
-    default: the settings, and the tables that hold such settings."""
+    """Return the keywords for the required settings of a table of these tables.
+
+    A table that has required settings is required itself.
+    """
     needs: dict[str, Any] = {}
     for name, cls in tables.items():
         settings = settings_of(cls)
         within = {s.name: _table_of(s.type) for s in settings}
         inner = requirements({key: table for key, table in within.items() if table is not None})
-        # A table with a default may be left out as a whole, whatever it holds otherwise.
+        # A table with a default may be missing as a whole, even if it has required settings.
         inner["required"] = [s.name for s in settings if s.required]
         if inner["required"] or "properties" in inner:
             needs.setdefault("properties", {})[name] = inner
@@ -140,7 +142,7 @@ def _setting_schema(setting: Setting) -> dict[str, Any]:
 
 def _instance_schema(cls: type) -> dict[str, Any]:
     found = table_schema(cls)
-    names = {"type": "string", "description": "The plugin, where the table's name is not its name."}
+    names = {"type": "string", "description": "Name of the plugin, if the table has another."}
     found["properties"] = {"plugin": names} | found["properties"]
     return found
 
@@ -148,7 +150,7 @@ def _instance_schema(cls: type) -> dict[str, Any]:
 def _root_keys() -> dict[str, Any]:
     text = {"type": "string"}
     return {
-        "extends": text | {"description": "A settings file that this one changes and adds to."},
+        "extends": text | {"description": "A settings file that this one extends."},
         "plugins": {
             "type": "array",
             "items": text,

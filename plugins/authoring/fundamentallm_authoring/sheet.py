@@ -1,4 +1,4 @@
-"""A settings file with every setting in it: defaults commented out, the rest with examples."""
+"""Write a settings file with every setting: defaults commented out, others with an example."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ STARTER = (
 """The plugins of a first run on text: those that ``fundamentallm[starter]`` installs."""
 
 _HEAD = """\
-# Start it:  fundamentallm train {name}
-# Every setting is here. A line like "#key = value" shows a default, or an example where a setting
-# is unset by default: remove the # to change it.
+# Train with:  fundamentallm train {name}
+# Every setting is here. A line like "#key = value" shows a default, or an example of a setting
+# that is unset by default: remove the # to change it.
 
 plugins = [
 {plugins}
@@ -59,14 +59,14 @@ def sheet(instances: Mapping[str, type], name: str) -> str:
 
 
 def summary(cls: type) -> str:
-    """Return the first sentence of a class's docstring, in one line of plain text."""
+    """Return the first sentence of a class's docstring as one line without markup."""
     paragraph = " ".join((cls.__doc__ or "").replace("``", "").split("\n\n")[0].split())
     sentence, stop, _ = paragraph.partition(". ")
     return sentence + stop.strip()
 
 
 def toml(value: Any) -> str:
-    """Write a value in TOML, in one line."""
+    """Return a value as one line of TOML."""
     if isinstance(value, Mapping):
         pairs = [f"{_key(key)} = {toml(inner)}" for key, inner in value.items()]
         return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
@@ -76,7 +76,7 @@ def toml(value: Any) -> str:
 
 
 def example(annotation: Any, limits: Mapping[str, Any]) -> Any:
-    """Return some value that a setting of this type and these limits accepts."""
+    """Return a value that a setting of this type and these limits accepts."""
     kind = members(annotation)[0]
     origin = get_origin(kind)
     if origin is Literal:
@@ -94,8 +94,11 @@ def example(annotation: Any, limits: Mapping[str, Any]) -> Any:
 
 
 def starting_values(cls: type) -> dict[str, Any]:
-    """Return examples of what a plugin does not do without: its required settings, and those that
-    it asks for itself, with a ``ValueError`` that begins with the setting's name."""
+    """Return examples of the settings that a plugin needs.
+
+    They are its required settings, and those without which building it raises a ``ValueError``
+    that begins with the setting's name.
+    """
     settings = {setting.name: setting for setting in settings_of(cls)}
     stated = {n: example(s.type, s.limits) for n, s in settings.items() if s.required}
     for _ in settings:
@@ -134,7 +137,7 @@ def _table(name: str, cls: type) -> str:
 def _explanation(setting: Setting) -> str:
     facts = [type_words(setting.type), limit_words(setting.limits)]
     if setting.required:
-        facts.append("required; here an example")
+        facts.append("required; this is an example")
     elif setting.default is None:
         facts.append("unset by default")
     return f"{setting.doc} ({', '.join(fact for fact in facts if fact)})".lstrip()

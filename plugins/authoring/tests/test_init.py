@@ -45,9 +45,9 @@ def test_every_line_that_is_commented_out_may_be_uncommented(
 
 def test_it_says_what_every_setting_means(everything: type) -> None:
     text = sheet({"everything": everything}, "x.toml")
-    assert "# How many. (int, ≥ 1, ≤ 9, required; here an example)\ncount = 1\n" in text
+    assert "# How many. (int, ≥ 1, ≤ 9, required; this is an example)\ncount = 1\n" in text
     assert "# How much. (float, > 0, < 1)\n#share = 0.5\n" in text
-    assert "# - width: How wide. (int, ≥ 1, required; here an example)\n" in text
+    assert "# - width: How wide. (int, ≥ 1, required; this is an example)\n" in text
     assert '# How often. (period, unset by default)\n#every = "100 steps"\n' in text
 
 
@@ -58,7 +58,7 @@ def test_every_installed_plugin_has_a_sheet_that_composes_but_for_what_the_other
         file = tmp_path / f"{name}.toml"
         done = CliRunner().invoke(init, [str(file), "--plugins", name])
         assert done.exit_code == 0, (name, done.exception)
-        said = done.output.partition("What is left to do in it:")[2].split("\n")
+        said = done.output.partition("Before you can train with it, correct:")[2].split("\n")
         others = [
             line
             for line in said

@@ -1,4 +1,4 @@
-"""A log of the run for people: a line for what happens, in a file and on the terminal."""
+"""Write a log of the run for people, to a file and to the terminal."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ log = logging.getLogger("fundamentallm")
 
 
 class LogFile(logging.FileHandler):
-    """Appends what is logged to a file; a disk that refuses it is told once, not at every line."""
+    """A log file that stops after the first failed write, with one warning."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
 
     def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Write no more to the file, and say so."""
+        """Remove this handler after a failed write, and warn."""
         log.removeHandler(self)
         log.warning("%s is not written any more: %s", self.baseFilename, sys.exc_info()[1])
 
 
 @plugin
 class Console:
-    """Write what happens to ``train.log`` in the run folder, and show it on the terminal.
+    """Log events, metrics and warnings to ``train.log`` in the run folder and to the terminal.
 
-    The file gets every line, and all warnings. The terminal gets the same; but where another
-    plugin shows the progress, it is spared the rows of metrics. Lines go through the logger
-    ``fundamentallm``: what a program does with that one holds here too.
+    The file gets all lines. The terminal gets no rows of metrics if another plugin shows progress.
+    All lines go through the logger ``fundamentallm``, so its level, filters and handlers apply.
     """
 
     role = "observer"
@@ -53,7 +52,7 @@ class Console:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Open the log, and tell what begins."""
+        """Open the log; log the size of the model, the device, the length and the plugins."""
         if run.rank:
             return
         self._open(run)
@@ -73,14 +72,14 @@ class Console:
 
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
-        """Tell the metrics of the validation."""
+        """Log the metrics of the validation."""
         self._validated = frozenset(metrics)
         if self._handlers:
             log.info("step %d: validation: %s", run.progress.step, _listed(metrics.items()))
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Tell the other metrics of the row."""
+        """Log the metrics of the row, except those of a validation."""
         rest = [(name, value) for name, value in metrics.items() if self._shows(name)]
         self._validated = frozenset()
         if self._handlers and rest:
@@ -88,16 +87,16 @@ class Console:
 
     @hookimpl
     def on_checkpoint_saved(self, folder: Path) -> None:
-        """Tell where it is."""
+        """Log the path of the checkpoint."""
         if self._handlers:
             log.info("saved %s", folder)
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Tell how it ended, and close the log."""
+        """Log the outcome, and close the log."""
         if run.rank:
             return
-        if not self._handlers:  # the run failed before its first step: tell that at least
+        if not self._handlers:  # the run failed before on_train_start
             self._open(run)
         why = f" ({run.stop_reason})" if outcome == "stopped" else ""
         counts = run.progress
@@ -110,11 +109,10 @@ class Console:
                 counts.seconds,
                 f"{counts.tokens:,}",
             )
-        else:  # a run that was to be continued does not know its step yet
+        else:  # the step of a resumed run is not known before its checkpoint is loaded
             log.info("%s while starting, before any step", outcome)
         if run.error is not None:
-            # To the file alone: whoever started the run hears of the error by itself, but not of
-            # the lines that led to it and to its causes.
+            # Only to the file: the error is raised to the caller, so the terminal shows it anyway.
             lines = [f"{type(run.error).__name__}: {run.error}\n"]
             text = "".join([*lines, *traceback.format_exception(run.error)]).rstrip()
             self._handlers[0].handle(_record(logging.ERROR, text))
@@ -124,14 +122,14 @@ class Console:
         return name not in self._validated and any(fnmatchcase(name, p) for p in self.metrics)
 
     def _say_row(self, run: Run, text: str) -> None:
-        # A hook that nobody hears is false: no bar then, and the rows are all there is to see.
+        # A hook without implementations is false. Without a progress bar the terminal shows rows.
         if run.hook.on_progress:  # type: ignore[truthy-function]
             self._handlers[0].handle(_record(logging.INFO, text))
         else:
             log.info("%s", text)
 
     def _open(self, run: Run) -> None:
-        # A program without any logging set up would see nothing of all this.
+        # Without handlers, Python's logging would drop all lines below warnings.
         shown = [] if log.hasHandlers() else [logging.StreamHandler()]
         self._handlers = [LogFile(run.folder / FILE), *shown]
         self._level = log.level

@@ -41,14 +41,14 @@ class CrashReport:
         if run.error is None or not worth_it(run, target):
             return
         # Always the same name, so that the files of a killed process are overwritten.
-        beside = target.with_name(f".{target.name}")
+        temporary = target.with_name(f".{target.name}")
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             for name, text in report(run, self.rows):
-                (beside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+                (temporary / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
+            temporary.rename(target)
         except OSError as error:
             log.warning(
                 "crash_report: no report could be written to %s: %s",
@@ -58,14 +58,14 @@ class CrashReport:
         else:
             run.error.add_note(f"a report is in {target}")
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def worth_it(run: Run, target: Path) -> bool:
-    """Return whether a failure is worth replacing an older report.
+    """Return whether a report of this failure should replace an older one.
 
-    A failure before the first step is mostly a mistake in the settings, whose message says all. It
-    must not replace the report of a failure in training.
+    A failure before the first step is usually a mistake in the settings, and its message explains
+    it. It must not replace the report of a failure in training.
     """
     if begun(run):
         return True

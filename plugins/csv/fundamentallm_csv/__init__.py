@@ -1,4 +1,4 @@
-"""The metrics of a run as a table of comma-separated values."""
+"""Write the metrics of a run as a table of comma-separated values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fundamentallm import field, hookimpl, plugin
-from fundamentallm_csv.table import Table, begin_anew
+from fundamentallm_csv.table import Table, move_old
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -17,10 +17,9 @@ class Csv:
     """Append every row of metrics to ``metrics.csv`` in the run folder.
 
     The columns are ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and then
-    the metrics in the order in which they first appeared. A metric that is new adds a column at
-    the end; a cell is empty where a row has no such metric. A run that is resumed or goes back
-    drops the rows of steps that it makes again; one that starts anew where rows are already keeps
-    them in a file beside.
+    the metrics in the order in which they first appeared. A new metric adds a column at the end; a
+    cell is empty where a row does not have the metric. A run that is resumed or rewound drops the
+    rows of the steps that it repeats. A run that starts at step 0 renames an existing table.
     """
 
     role = "observer"
@@ -29,23 +28,23 @@ class Csv:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Open the table, without the rows of steps that are still to come."""
+        """Open the table, and drop the rows of later steps."""
         if run.rank == 0:
             path = run.folder / "metrics.csv"
             if run.progress.step == 0:
-                begin_anew(path)
-            # What a signal kept from being logged is logged as soon as the run goes on.
+                move_old(path)
+            # A signal may have prevented the row of the last step. The resumed run logs it first.
             self._table = Table(path, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Drop the rows of the steps that have become void."""
+        """Drop the rows of the steps after the checkpoint."""
         if self._table is not None:
             self._table.reopen(run.progress.step)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row in one write, or write the table anew if it needs more columns."""
+        """Append a row in one write; rewrite the table first if the row needs new columns."""
         if self._table is not None:
             facts = [f"{time.time():.3f}", str(run.progress.step), str(run.progress.tokens)]
             self._table.append(facts, metrics)

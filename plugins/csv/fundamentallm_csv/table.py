@@ -1,4 +1,4 @@
-"""A table in a file: a header of column names, then numbers, one row to a line."""
+"""A CSV file of a header and one line per row, which survives kills and unknown content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("fundamentallm")
 
 
 class Table:
-    """The table in the file at ``path``, without what it holds of steps after ``step``."""
+    """The table in the file at ``path``. Opening it drops the rows of steps after ``step``."""
 
     def __init__(self, path: Path, step: float) -> None:
         self.path = path
@@ -28,29 +28,32 @@ class Table:
         self.reopen(step)
 
     def reopen(self, step: float) -> None:
-        """Drop the rows of later steps and what is no row, such as a line that was cut short."""
+        """Drop the rows of later steps and incomplete lines; rename a file that is no table."""
         self.close()
         if self.path.exists():
             with reading(self.path) as file:
                 foreign = header(file) is None
             if foreign:
-                set_aside(self.path)
+                rename_old(self.path)
         self._open()
         self._rewrite(step)
 
     def append(self, facts: list[str], metrics: dict[str, float]) -> None:
-        """Add a row at the end; metrics without a column get one."""
+        """Append a row; add a column for each new metric.
+
+        Raises ``OSError`` if the disk does not take the whole line.
+        """
         new = [name for name in metrics if name not in self.names]
         if new:
             self._rewrite(math.inf, new)
-        # Whole or not at all, unless the disk is full: one write, of digits and commas alone.
+        # A single write, so that a killed process leaves the whole line or nothing of it.
         cells = [number(metrics[name]) if name in metrics else "" for name in self.names]
         line = ",".join([*facts, *cells]).encode() + b"\n"
         if os.write(self._file, line) < len(line):
-            raise OSError(f"{self.path}: the disk took only a part of a line")
+            raise OSError(f"{self.path}: only a part of the line was written; is the disk full?")
 
     def close(self) -> None:
-        """Close the file; everything is in it already."""
+        """Close the file. Every row has been written already."""
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
@@ -60,11 +63,11 @@ class Table:
         self._file = os.open(self.path, flags, 0o666)
 
     def _rewrite(self, step: float, new: Iterable[str] = ()) -> None:
-        """Put a table with rows up to ``step`` and the ``new`` columns in place of the old one."""
-        # Always the same name: what a killed process left is written over, not left for ever.
-        beside = self.path.with_name(f".{self.path.name}.new")
+        """Replace the table by one with the rows up to ``step`` and the ``new`` columns."""
+        # Always the same name, so that the file of a killed process is overwritten.
+        temporary = self.path.with_name(f".{self.path.name}.new")
         try:
-            with reading(self.path) as old, beside.open("wb") as file:
+            with reading(self.path) as old, temporary.open("wb") as file:
                 found = header(old) or []
                 self.names = [*found, *new]
                 padding = "," * (len(self.names) - len(found))
@@ -73,21 +76,22 @@ class Table:
                     file.write(f"{row}{padding}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
-            if not filecmp.cmp(beside, self.path, shallow=False):
-                beside.replace(self.path)
+            if not filecmp.cmp(temporary, self.path, shallow=False):
+                temporary.replace(self.path)
+                # The old descriptor would append to the deleted file.
                 self.close()
                 self._open()
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def reading(path: Path) -> TextIO:
-    """Open a table whose lines keep their ends, and in which bytes that are no text stand."""
+    """Open a table for reading, with its line ends; replace bytes that are not UTF-8."""
     return path.open(newline="", encoding="utf-8", errors="replace")
 
 
 def header(file: Iterator[str]) -> list[str] | None:
-    """Read the names of the metrics from a table's first line; None if that is no such line."""
+    """Return the names of the metrics from the first line; None if it is not our header."""
     try:
         found = next(csv.reader(whole(file)), [*FACTS])
     except csv.Error:
@@ -96,7 +100,7 @@ def header(file: Iterator[str]) -> list[str] | None:
 
 
 def rows(file: Iterator[str], width: int, step: float) -> Iterator[str]:
-    """Yield the lines of up to ``step`` without their ends, and only those that are rows."""
+    """Yield the rows of steps up to ``step`` without line ends; skip what is not a row."""
     for line in whole(file):
         row = line.rstrip("\r\n")
         if belongs(row.split(","), width, step):
@@ -104,12 +108,12 @@ def rows(file: Iterator[str], width: int, step: float) -> Iterator[str]:
 
 
 def whole(file: Iterator[str]) -> Iterator[str]:
-    """Yield the lines that are not cut short."""
+    """Yield the lines that have a line end. A killed process leaves the last one without."""
     return (line for line in file if line.endswith(("\n", "\r")))
 
 
 def belongs(cells: list[str], width: int, step: float) -> bool:
-    """Tell whether these are the cells of a row of at most ``step``."""
+    """Return whether these are the cells of a row whose step is at most ``step``."""
     try:
         numbers = [float(cell or "nan") for cell in cells]
         return len(numbers) == width and int(cells[1]) <= step
@@ -117,34 +121,34 @@ def belongs(cells: list[str], width: int, step: float) -> bool:
         return False
 
 
-def begin_anew(path: Path) -> None:
-    """Set a table that holds rows aside: no checkpoint could make them again."""
+def move_old(path: Path) -> None:
+    """Rename a table that has rows: they cannot be repeated without their checkpoints."""
     if path.is_file():
         with reading(path) as old:
             names = header(old)
-            held = names is not None and any(rows(old, len(FACTS) + len(names), math.inf))
-        if held:
-            set_aside(path)
+            has_rows = names is not None and any(rows(old, len(FACTS) + len(names), math.inf))
+        if has_rows:
+            rename_old(path)
 
 
-def set_aside(path: Path) -> None:
-    """Move a file to a name of its own."""
+def rename_old(path: Path) -> None:
+    """Rename a file to ``<name>.before-<unix time>``, and warn."""
     when = int(time.time())
-    while (aside := path.with_name(f"{path.stem}.before-{when}{path.suffix}")).exists():
+    while (renamed := path.with_name(f"{path.stem}.before-{when}{path.suffix}")).exists():
         when += 1
-    path.rename(aside)
-    log.warning("%s: what it held is now in %s", path, aside.name)
+    path.rename(renamed)
+    log.warning("%s existed already; it was renamed to %s", path, renamed.name)
 
 
 def line_of(cells: list[str]) -> bytes:
-    """Return one line; cells that hold a comma, a quote or the end of a line are quoted."""
+    """Return one line; cells that contain a comma, a quote or a line end are quoted."""
     text = io.StringIO()
-    csv.writer(text).writerow(cells)  # with its own line end, whose parts it knows to quote
+    csv.writer(text).writerow(cells)  # with its default line end, whose characters it quotes
     return text.getvalue().removesuffix("\r\n").encode() + b"\n"
 
 
 def number(value: float) -> str:
-    """Write a number so that ``float()`` gives exactly it again: in words where it is none."""
+    """Return a number as text that ``float()`` reads exactly; ``NaN``, ``Infinity`` in words."""
     value = float(value)
     if math.isfinite(value):
         return repr(value)

@@ -1,4 +1,4 @@
-"""The metrics of a run as one JSON object per line."""
+"""Write the metrics of a run as one JSON object per line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ log = logging.getLogger("fundamentallm")
 class Jsonl:
     """Append every row of metrics to ``metrics.jsonl`` in the run folder, as a line of JSON.
 
-    A line holds ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
-    ``metrics`` by name. It is written at once and whole; a run that is resumed or goes back drops
-    the lines of steps that it makes again, so that no step is there twice. A run that starts anew
-    where rows are already keeps them in a file beside. Histograms that another plugin hands over go
-    to ``histograms.jsonl`` in the same way, and how the run ended to ``outcome.json``.
+    A line has ``time`` (Unix, in seconds), ``step``, ``tokens`` (trained on so far) and
+    ``metrics`` by name, and is a single write. A run that is resumed or rewound drops the lines of
+    the steps that it repeats, so that no step is there twice. A run that starts at step 0 renames
+    an existing file with rows. Histograms of other plugins go to ``histograms.jsonl`` in the same
+    way.
     """
 
     role = "observer"
@@ -40,23 +40,23 @@ class Jsonl:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Begin the files, without the rows of steps that are still to come."""
+        """Open the files, and drop the rows of later steps."""
         if run.rank == 0:
             if run.progress.step == 0:
                 for path in (run.folder / FILE, run.folder / HISTOGRAMS):
-                    set_aside(path)
+                    move_old(path)
             self._open(run)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Drop the rows of the steps that have become void."""
+        """Drop the rows of the steps after the checkpoint."""
         if self._folder is not None:
             self._close()
             self._open(run)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row, in one write."""
+        """Append a row in one write."""
         self._append(FILE, row(run.progress.step, run.progress.tokens, metrics))
 
     @hookimpl
@@ -72,24 +72,25 @@ class Jsonl:
         self._close()
 
     def _open(self, run: Run) -> None:
-        # A step that a signal left open is closed, and its row written, by whoever resumes it: a
-        # process that was killed after that has left the row already.
+        # A signal may have prevented the row of the last step. The resumed run logs it first; if
+        # an earlier process did so and was killed, its row is dropped here.
         step = run.progress.logged_step
         for path in (run.folder / FILE, run.folder / HISTOGRAMS):
             if path.exists():
                 drop_rows_after(step, path)
         self._folder = run.folder
-        self._append(FILE, b"")  # it is there from the start
+        self._append(FILE, b"")  # readers find the file before the first row
 
     def _append(self, name: str, line: bytes) -> None:
         if self._folder is None:
             return
         if name not in self._files:
-            # Appending, so that one write puts the whole line at the end, whoever else writes.
+            # O_APPEND puts the whole line at the end, even if another process writes, too.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._files[name] = os.open(self._folder / name, flags, 0o666)
         if os.write(self._files[name], line) < len(line):
-            raise OSError(f"{self._folder / name}: the disk took only a part of a line")
+            where = self._folder / name
+            raise OSError(f"{where}: only a part of the line was written; is the disk full?")
 
     def _close(self) -> None:
         self._folder = None
@@ -98,40 +99,43 @@ class Jsonl:
 
 
 def row(step: int, tokens: int, metrics: dict[str, float]) -> bytes:
-    """Return one line. JSON has no NaN: it is ``"NaN"``, as infinity is ``"Infinity"`` and
-    ``"-Infinity"``; ``float()`` of the string is the number again."""
+    """Return a row of metrics as one line.
+
+    JSON has no NaN and no infinity: they become the strings ``"NaN"``, ``"Infinity"`` and
+    ``"-Infinity"``, which ``float()`` reads.
+    """
     values: dict[str, Any] = {name: _value(value) for name, value in metrics.items()}
     facts = {"time": round(time.time(), 3), "step": step, "tokens": tokens, "metrics": values}
     return json.dumps(facts, allow_nan=False).encode() + b"\n"
 
 
 def histogram(name: str, step: int, edges: Sequence[float], counts: Sequence[int]) -> bytes:
-    """Return one line: ``counts[i]`` values lie from ``edges[i]`` up to ``edges[i + 1]``."""
+    """Return a histogram as one line; ``counts[i]`` counts the values from ``edges[i]`` on."""
     facts = {"time": round(time.time(), 3), "step": step, "name": name, "edges": edges}
     return json.dumps(facts | {"counts": counts}, allow_nan=False).encode() + b"\n"
 
 
-def set_aside(path: Path) -> None:
-    """Move a file that holds rows to a name of its own: no checkpoint could make them again."""
+def move_old(path: Path) -> None:
+    """Rename a file that has rows: they cannot be repeated without their checkpoints."""
     if not path.exists():
         return
     with path.open("rb") as old:
         if not any(_belongs(line, math.inf) for line in old):
             return
     when = int(time.time())
-    while (aside := path.with_name(f"{path.name}.before-{when}")).exists():
+    while (renamed := path.with_name(f"{path.name}.before-{when}")).exists():
         when += 1
-    path.rename(aside)
-    log.warning("the run starts at step 0: the rows that %s held are now in %s", path, aside.name)
+    path.rename(renamed)
+    log.warning("the run starts at step 0: the rows that %s held are now in %s", path, renamed.name)
 
 
 def drop_rows_after(step: int, path: Path) -> None:
-    """Drop rows of later steps and what is no row, such as a line that was cut short."""
-    # Always the same name: what a killed process left is written over, not left for ever.
-    beside = path.with_name(f".{path.name}.new")
+    """Drop the rows of later steps and lines that are not rows, such as incomplete ones."""
+    # Always the same name, so that the file of a killed process is overwritten.
+    temporary = path.with_name(f".{path.name}.new")
     changed = False
     try:
-        with path.open("rb") as old, beside.open("wb") as new:
+        with path.open("rb") as old, temporary.open("wb") as new:
             for line in old:
                 whole = line.removesuffix(b"\n") + b"\n" if _belongs(line, step) else b""
                 new.write(whole)
@@ -139,9 +143,9 @@ def drop_rows_after(step: int, path: Path) -> None:
             new.flush()
             os.fsync(new.fileno())
         if changed:
-            beside.replace(path)
+            temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _belongs(line: bytes, step: float) -> bool:

@@ -1,4 +1,4 @@
-"""The metrics of a run in event files for TensorBoard."""
+"""Write the metrics of a run to event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class Tensorboard:
     """Write every row of metrics to event files under ``tensorboard/`` in the run folder.
 
-    Each metric is a scalar under its own name; the settings are a text and the values of the
-    HParams tab. A run that is resumed or goes back makes the points of the steps
-    that it makes again void, so that no point is shown twice; one that starts anew where points
-    are already keeps them in a folder beside.
+    Each metric is a scalar under its own name. The settings are a text and the values of the
+    HParams tab. A run that is resumed or rewound invalidates the points of the steps that it
+    repeats, so that no point is shown twice. A run that starts at step 0 renames an existing
+    ``tensorboard/``.
     """
 
     role = "observer"
@@ -31,26 +31,26 @@ class Tensorboard:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Begin an event file, which makes points of steps that are still to come void."""
+        """Open a new event file, and invalidate the points of later steps."""
         if run.rank == 0:
-            from fundamentallm_tensorboard.events import EventFile, begin_anew
+            from fundamentallm_tensorboard.events import EventFile, move_old
 
             folder = run.folder / "tensorboard"
             if run.progress.step == 0:
-                begin_anew(folder)
+                move_old(folder)
             self._events = EventFile(folder)
-            # What a signal kept from being logged is logged as soon as the run goes on.
+            # A signal may have prevented the row of the last step. The resumed run logs it first.
             self._begin(run, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Make the points of the steps that have become void disappear."""
+        """Invalidate the points of the steps after the checkpoint."""
         if self._events is not None:
             self._begin(run, run.progress.step)
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row, in one write."""
+        """Append a row in one write."""
         if self._events is not None:
             self._events.scalars(run.progress.step, metrics)
 
@@ -71,5 +71,5 @@ class Tensorboard:
 
     def _begin(self, run: Run, settled: int) -> None:
         self._events.purge(settled + 1)
-        # At the first step that is made with them, so that going back makes them void, too.
+        # At the first step with these settings, so that a later rewind invalidates them, too.
         self._events.settings(settled + 1, run.tables, self.hparams)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-untyped"
-"""An event file of TensorBoard: records that hold scalars, a text, and where they become void.
+"""Write a TensorBoard event file: scalars, histograms, the settings, and the marks of rewinds.
 
-The format of the records and the messages in them are the ``tensorboard`` package's own.
+The ``tensorboard`` package defines the format of the records and the messages in them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("fundamentallm")
 
 
 class EventFile:
-    """A new event file in ``folder``, which readers take for the newest."""
+    """A new event file in ``folder``, which readers sort after all others there."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,19 +40,19 @@ class EventFile:
         self._write(Event(file_version="brain.Event:2"))
 
     def purge(self, step: int) -> None:
-        """Make all that has been written of this step and later ones void."""
+        """Invalidate all points of this step and later ones; TensorBoard does not show them."""
         start = SessionLog(status=SessionLog.START)
         self._write(Event(step=step, session_log=start))
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a step, in one record; a value has the 32 bits of the format."""
+        """Write the metrics of a step in one record, each value as float32."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def histogram(
         self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
     ) -> None:
-        """Write how many values lie between which edges, one more than there are counts."""
+        """Write a histogram: ``counts[i]`` values lie between ``edges[i]`` and ``edges[i + 1]``."""
         bins = list(zip(edges[:-1], edges[1:], counts, strict=True))
         tensor = make_tensor_proto(bins, dtype=np.float64)  # (bins, 3): left, right, count
         metadata = create_summary_metadata(display_name=None, description=None)
@@ -60,7 +60,7 @@ class EventFile:
         self._write(Event(step=step, summary=Summary(value=[value])))
 
     def settings(self, step: int, tables: dict[str, Any], hparams: bool) -> None:
-        """Write the settings that hold from a step on, as text and as values to compare by."""
+        """Write the settings that are valid from a step on, as text and for the HParams tab."""
         text = "\n".join("    " + line for line in tomli_w.dumps(tables).splitlines())
         self._write(Event(step=step, summary=text_pb("settings", text)))
         if hparams:
@@ -68,7 +68,7 @@ class EventFile:
             self._write(Event(step=step, summary=summary))
 
     def close(self) -> None:
-        """Close the file; everything is in it already."""
+        """Close the file. Every record has been written already."""
         self._records.close()
 
     def _write(self, event: Event) -> None:
@@ -89,19 +89,19 @@ def flat(tables: dict[str, Any], before: str = "") -> dict[str, bool | float | s
 
 
 def stamp(path: Path) -> int:
-    """Return the second in an event file's name; 0 if there is none."""
+    """Return the Unix time in an event file's name; 0 if there is none."""
     digits = path.name.partition("tfevents.")[2].partition(".")[0]
     return int(digits) if digits.isdecimal() else 0
 
 
-def begin_anew(folder: Path) -> None:
-    """Move a folder that holds events aside: no checkpoint could make their points again."""
+def move_old(folder: Path) -> None:
+    """Rename a folder that has events: they cannot be repeated without their checkpoints."""
     if not folder.is_dir() or not any("tfevents" in path.name for path in folder.iterdir()):
         return
     when = int(time.time())
-    while (aside := folder.with_name(f"{folder.name}.before-{when}")).exists():
+    while (renamed := folder.with_name(f"{folder.name}.before-{when}")).exists():
         when += 1
-    folder.rename(aside)
+    folder.rename(renamed)
     log.warning(
-        "the run starts at step 0: the points that %s held are now in %s", folder, aside.name
+        "the run starts at step 0: the points that %s held are now in %s", folder, renamed.name
     )

@@ -1,4 +1,4 @@
-"""The metrics of a run in Weights & Biases."""
+"""Log the metrics of a run to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 class Wandb:
     """Log every row of metrics to Weights & Biases, with the settings as its config.
 
-    W&B's step is the step of the run. A run that is resumed or goes back continues its W&B run from
-    there: the history behind that step is cut off, so that no step is there twice.
+    W&B's step is the step of the run. A run that is resumed or rewound continues its W&B run: the
+    history after the checkpoint's step is removed, so that no step is there twice.
     """
 
     role = "observer"
 
     mode: Literal["online", "offline", "disabled"] = "offline"
-    """Send rows to the server as they come, keep them in ``wandb/`` in the run folder for
-    ``wandb sync``, or do nothing. The variable WANDB_MODE does not change it."""
+    """Send rows to the server at once, store them in ``wandb/`` in the run folder for
+    ``wandb sync``, or do nothing. The environment variable WANDB_MODE has no effect."""
     project: str = "fundamentallm"
-    """The project that the run belongs to."""
+    """Project of the W&B run."""
     entity: str | None = None
     """User or team of the project; by default that of the login."""
     name: str | None = None
     """Name of the W&B run; by default that of the run."""
     group: str | None = None
-    """What runs that belong together are shown under."""
+    """Group under which W&B shows related runs."""
     tags: list[str] = field(factory=list)
-    """Words to find the run by."""
+    """Tags of the W&B run, to filter runs by."""
     start_seconds: float = field(default=30.0, validator=gt(0))
-    """How long to wait for the login and for the server to open the run."""
+    """Longest wait for the login, and for the server to open the run."""
     end_seconds: float = field(default=60.0, validator=gt(0))
-    """How long the end of the run waits for the server to take what is left."""
+    """Longest wait at the end of the run for the upload of the remaining rows."""
 
     id: str | None = state(None)
 
@@ -46,14 +46,14 @@ class Wandb:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Begin a W&B run, or continue that of the checkpoint from the checkpoint's step on."""
+        """Open a W&B run, or continue the one of the checkpoint from its step on."""
         if run.rank == 0 and self.mode != "disabled":
-            # What a signal kept from being logged is logged as soon as the run goes on.
+            # A signal may have prevented the row of the last step. The resumed run logs it first.
             self._open(run, run.progress.logged_step)
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
-        """Cut off the history of the steps that have become void."""
+        """Remove the history of the steps after the checkpoint."""
         if self._session is not None:
             session, self._session = self._session, None
             session.close(0)
@@ -61,7 +61,7 @@ class Wandb:
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Hand the row to the process that keeps or sends it."""
+        """Queue the row for W&B's process, which stores or uploads it."""
         if self._session is not None:
             self._session.log(run.progress.step, metrics)
 
@@ -75,7 +75,7 @@ class Wandb:
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """End the W&B run as finished or as failed, with what happened in its summary."""
+        """Close the W&B run as finished or failed, with outcome and reason in its summary."""
         if self._session is not None:
             session, self._session = self._session, None
             session.close(exit_code(run, outcome), outcome=outcome, reason=reason(run))
@@ -83,19 +83,19 @@ class Wandb:
     def _open(self, run: Run, settled: int) -> None:
         from fundamentallm_wandb.session import Session, new_id
 
-        # One that starts at step 0 has no history to continue.
+        # A run at step 0 has no history to continue, even if a checkpoint has an id.
         continued = self.id if settled > 0 else None
         self.id = continued or new_id()
         self._session = Session(run, self, settled if continued else None)
 
 
 def exit_code(run: Run, outcome: Outcome) -> int:
-    """Return what W&B shows the run as: finished if it is 0, else failed."""
+    """Return the exit code for W&B, which shows 0 as finished and others as failed."""
     if outcome == "interrupted":
         return 128 + (run.signal or 2)
     return 1 if outcome == "failed" else 0
 
 
 def reason(run: Run) -> str | None:
-    """Say why the run is over, if there is anything to say."""
+    """Return the error or the reason for stopping; None if there is none."""
     return str(run.error) if run.error is not None else run.stop_reason

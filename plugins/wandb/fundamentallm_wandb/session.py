@@ -1,4 +1,4 @@
-"""An open W&B run: this process hands it rows, another one keeps or sends them."""
+"""An open W&B run. This process queues rows; a process of W&B stores or uploads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("fundamentallm")
 
 
 class Session:
-    """The W&B run ``own.id``: a new one, or the known one behind its ``settled`` step."""
+    """The W&B run ``own.id``: a new one, or an existing one continued after step ``settled``."""
 
     def __init__(self, run: Run, own: Wandb, settled: int | None) -> None:
         quiet = wandb.Settings(
@@ -32,7 +32,7 @@ class Session:
         )
         which: dict[str, Any] = {"id": own.id}
         if settled is not None:
-            # To cut off and to continue is the same request; rows up to this step stay.
+            # W&B continues the run and removes its rows after this step, in one request.
             which["resume_from"] = f"{own.id}?_step={settled}"
         try:
             self._run = wandb.init(
@@ -46,7 +46,7 @@ class Session:
                 dir=str(run.folder),
                 config=copy.deepcopy(run.tables),
                 allow_val_change=True,
-                reinit="create_new",  # whatever else this process logs is not touched
+                reinit="create_new",  # the program may have a W&B run of its own open
                 settings=quiet,
             )
         except wandb.Error as error:
@@ -55,30 +55,30 @@ class Session:
         log.info("wandb: %s", self._run.url if own.mode == "online" else later)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Hand over a row; it is one step of the W&B run."""
+        """Queue a row; it is one step of the W&B run."""
         self._run.log(metrics, step=step)
 
     def histogram(
         self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
     ) -> None:
         """Add a histogram to the row of the step, whichever of them comes first."""
-        # Lists do as well as the arrays that its types ask for.
+        # The annotation wants arrays, but W&B also accepts lists.
         found = wandb.Histogram(np_histogram=(list(counts), list(edges)))  # type: ignore[arg-type]
         self._run.log({name: found}, step=step)
 
     def close(self, exit_code: int, **summary: str | None) -> None:
-        """Tell how the run ended, and wait until the rows are where they belong."""
+        """Set the summary, and wait until all rows are stored or uploaded."""
         self._run.summary.update({name: text for name, text in summary.items() if text})
         self._run.finish(exit_code=exit_code)
 
 
 def new_id() -> str:
-    """Return an id that no other run has, without drawing from the run's random numbers."""
+    """Return a random id that does not depend on the run's seed or random state."""
     return secrets.token_hex(6)
 
 
 def advice(own: Wandb, error: Exception) -> str:
-    """Say what could not be opened, why, and what to do."""
+    """Return the message for a W&B run that cannot be opened: what, why, and what to do."""
     path = "/".join(part for part in (own.entity, own.project, own.id) if part)
     offline = own.mode == "offline"
     act = "" if offline else '; run "wandb login", or set wandb.mode = "offline" and sync later'

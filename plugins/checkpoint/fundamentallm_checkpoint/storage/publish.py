@@ -50,7 +50,7 @@ def publish(
     try:
         durable_files.make_folder(home)
         check_space(home, packed.size)
-        # The lock tells other processes that this folder is not a leftover.
+        # The lock shows other processes that this folder is in use, and not a leftover.
         with durable_files.locked_folder(work):
             written = _fill(work, packed, draft, report)
             _name(work, target)
