@@ -465,7 +465,7 @@ def test_each_bad_end_has_a_code_of_its_own_and_says_why(
         assert f"{Path.cwd()}/trouble.py" in line, "and who brings it"
 
 
-def test_after_a_bad_end_what_the_plugins_advise_is_told_with_the_error(call: Call) -> None:
+def test_after_a_bad_end_the_advice_of_the_plugins_is_printed_with_the_error(call: Call) -> None:
     Path("late.py").write_text("""
 from fundamentallm import hookimpl, plugin
 @plugin

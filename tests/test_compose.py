@@ -1,4 +1,4 @@
-"""Composing a run: plugins are found, built and checked, and every mistake is told at the start."""
+"""Composing a run: plugins are found, built and checked; every mistake is reported at the start."""
 
 from __future__ import annotations
 
@@ -166,14 +166,16 @@ def test_a_second_instance_has_a_name_and_a_table_of_its_own(install: Install) -
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_a_second_instance_of_nothing_is_told(install: Install, value: Any, complaint: str) -> None:
+def test_a_second_instance_of_an_unknown_plugin_is_an_error(
+    install: Install, value: Any, complaint: str
+) -> None:
     install("acme-saver", hooks("Saver", "on_log(self)"), saver="Saver")
     (problem,) = problems(listed("parts", "archive", archive={"plugin": value}))
     assert problem.startswith(f"settings: {complaint}")
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_plugin_listed_twice_is_told(install: Install) -> None:
+def test_a_plugin_that_is_listed_twice_is_an_error(install: Install) -> None:
     install("acme-saver", hooks("Saver", "on_log(self)"), saver="Saver")
     assert problems(listed("parts", "saver", "saver")) == [
         "settings: plugins: 'saver' is listed twice, or a name of the core's"
@@ -181,7 +183,7 @@ def test_a_plugin_listed_twice_is_told(install: Install) -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_local_files_of_one_name_are_told() -> None:
+def test_two_local_files_of_one_name_are_an_error() -> None:
     for folder in ("a", "b"):
         written(f"{folder}/same.py", PRELUDE + hooks("Same", "on_log(self)"))
     assert problems(listed("parts", "a/same.py", "b/same.py")) == [
@@ -205,7 +207,9 @@ def test_no_plugin_has_a_name_of_the_cores(install: Install, name: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_a_wrong_list_is_told_without_guesses_beyond_it(value: Any, complaint: str) -> None:
+def test_a_wrong_plugins_list_is_reported_without_errors_that_follow_from_it(
+    value: Any, complaint: str
+) -> None:
     assert problems({"plugins": value, "run": RUN}) == [f"settings: plugins: {complaint}"]
 
 
@@ -260,7 +264,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(install: Install) 
     assert problem.startswith("settings: plugins: plugin 'noise' is offered by ")
     assert "acme-noise" in problem
     assert "other-noise" in problem
-    compose(listed("parts"))  # which matters to nobody who does not list it
+    compose(listed("parts"))  # which is no error for a run that does not list it
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def test_two_distributions_that_offer_one_name_are_both_named(install: Install) 
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_an_installed_plugin_that_cannot_be_loaded_is_told_with_its_distribution(
+def test_an_installed_plugin_that_cannot_be_loaded_is_reported_with_its_distribution(
     install: Install, code: str, entry: str, said: str
 ) -> None:
     install("acme-noise", code, noise=entry)
@@ -335,7 +339,7 @@ LOCAL = PRELUDE + hooks("MyPlugin", "on_log(self)", body="    size: int = 1")
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_local_file_is_a_plugin_named_by_its_stem_beside_the_settings() -> None:
+def test_a_local_file_next_to_the_settings_is_a_plugin_named_by_its_stem() -> None:
     written("sub/my_plugin.py", LOCAL)
     path = written(
         "sub/run.toml",
@@ -365,7 +369,7 @@ def test_a_local_file_is_found_again_from_the_recorded_settings() -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_several_plugins_in_one_file_are_told_apart_by_the_files_name() -> None:
+def test_several_plugins_in_one_file_are_distinguished_by_the_name_of_the_file() -> None:
     other = hooks("Other", "on_log(self)")
     written("my_plugin.py", LOCAL + other)
     assert (
@@ -394,7 +398,7 @@ def test_what_a_local_file_imports_is_not_its_own_plugin() -> None:
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_a_local_file_that_cannot_be_loaded_is_told(code: str, said: str) -> None:
+def test_a_local_file_that_cannot_be_loaded_is_an_error(code: str, said: str) -> None:
     written("bad.py", code)
     (problem,) = problems(listed("parts", "bad.py"))
     assert problem.startswith(f"settings: plugins: bad ({Path.cwd()}/bad.py) cannot be loaded: ")
@@ -432,7 +436,7 @@ def test_a_local_file_without_a_marked_class_is_named_with_the_mark_that_it_lack
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_local_file_that_is_not_there_is_told() -> None:
+def test_a_missing_local_file_is_an_error() -> None:
     (problem,) = problems(listed("parts", "gone.py"))
     assert problem.startswith(
         f"settings: plugins: gone ({Path.cwd()}/gone.py) cannot be loaded: FileNotFound"
@@ -458,13 +462,13 @@ def test_plugins_are_added_and_removed_from_outside(install: Install) -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_removing_what_is_not_listed_is_told() -> None:
+def test_removing_a_plugin_that_is_not_listed_is_an_error() -> None:
     (problem,) = problems(listed("parts"), remove=["part"])
     assert problem == "settings: plugins: 'part' is not listed (did you mean 'parts'?)"
 
 
 @pytest.mark.usefixtures("parts")
-def test_adding_what_is_listed_already_is_told() -> None:
+def test_adding_a_plugin_that_is_listed_already_is_an_error() -> None:
     (problem,) = problems(listed("parts"), add=["parts"])
     assert problem.startswith("settings: plugins: 'parts' is listed twice")
 
@@ -475,7 +479,7 @@ def test_adding_what_is_listed_already_is_told() -> None:
 
 @plugin
 class Watch:
-    """Hears something."""
+    """Implements a hook."""
 
     size: int = 1
 
@@ -492,7 +496,7 @@ def test_an_object_takes_part_under_the_name_of_its_class() -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_objects_of_one_name_are_told() -> None:
+def test_two_objects_of_one_name_are_an_error() -> None:
     (problem,) = problems(listed("parts"), plugins=[Watch(), Watch()])
     assert problem.endswith("cannot be added: the name 'watch' is taken")
 
@@ -526,7 +530,7 @@ def test_an_object_of_a_class_without_the_mark_is_named_with_its_class() -> None
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_table_that_no_plugin_claims_is_told_with_the_one_that_was_meant(
+def test_a_table_without_a_plugin_is_reported_with_the_table_that_was_meant(
     install: Install,
 ) -> None:
     install("acme-noise", hooks("Noise", "on_log(self)"), noise="Noise")
@@ -538,11 +542,11 @@ def test_a_table_that_no_plugin_claims_is_told_with_the_one_that_was_meant(
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_table_of_an_installed_plugin_that_is_not_listed_is_told(install: Install) -> None:
+def test_a_table_of_an_installed_plugin_that_is_not_listed_is_an_error(install: Install) -> None:
     install("acme-noise", hooks("Noise", "on_log(self)"), noise="Noise")
-    told = "has a table here, but is not in the plugins list"
+    message = "has a table here, but is not in the plugins list"
     settings = listed("parts", noise={}, archive={"plugin": "noise"})
-    assert problems(settings) == [f"settings: noise: {told}", f"settings: archive: {told}"]
+    assert problems(settings) == [f"settings: noise: {message}", f"settings: archive: {message}"]
 
 
 @pytest.mark.usefixtures("parts")
@@ -556,7 +560,7 @@ def test_a_table_taken_over_from_another_file_may_stay_without_its_plugin() -> N
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_misspelt_table_is_told_also_where_another_file_extends_it() -> None:
+def test_a_misspelt_table_is_reported_also_if_another_file_extends_it() -> None:
     written("base.toml", "plugins = ['parts']\n[prats]\nx = 1\n")
     path = written("run.toml", "extends = 'base.toml'\nrun.length = 1\n")
     (problem,) = problems(path)
@@ -583,7 +587,7 @@ def test_a_local_file_may_have_a_second_instance() -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_answers_to_an_exclusive_hook_are_told_with_both_distributions(
+def test_two_answers_to_an_exclusive_hook_are_reported_with_both_distributions(
     install: Install,
 ) -> None:
     install("acme-one", hooks("One", "forward(self, run, batch)"), one="One")
@@ -636,7 +640,7 @@ def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "problem"),
     [
         (hooks("Bad", "on_lgo(self, run)"), "there is no hook 'on_lgo' (did you mean 'on_log'?)"),
         (hooks("Bad", "zzz(self)"), "there is no hook 'zzz'"),
@@ -673,21 +677,21 @@ def test_nothing_is_said_to_lack_while_a_plugin_is_missing() -> None:
             "forward: a wrapper, hookimpl(wrapper=True), must yield, and only a wrapper may",
         ),
         (
-            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(specname='on_lgo')\n    def hear(self): ...\n",
+            "@plugin\nclass Bad:\n    'Bad.'\n    @hookimpl(specname='on_lgo')\n    def log_it(self): ...\n",
             "there is no hook 'on_lgo' (did you mean 'on_log'?)",
         ),
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_a_class_that_misses_the_contract_is_told_with_its_distribution(
-    install: Install, code: str, told: str
+def test_a_class_that_breaks_the_contract_is_reported_with_its_distribution(
+    install: Install, code: str, problem: str
 ) -> None:
     install("acme-bad", code, bad="Bad")
-    assert problems(listed("parts", "bad")) == [f"settings: plugins: bad (acme-bad 1.0): {told}"]
+    assert problems(listed("parts", "bad")) == [f"settings: plugins: bad (acme-bad 1.0): {problem}"]
 
 
 @pytest.mark.usefixtures("parts")
-def test_all_that_is_wrong_with_a_class_is_told(install: Install) -> None:
+def test_every_mistake_of_a_class_is_reported(install: Install) -> None:
     code = hooks("Bad", "on_lgo(self)", "on_log(self, x, y)", body="    def forward(self): ...")
     install("acme-bad", code, bad="Bad")
     assert [text.partition("): ")[2].split()[0] for text in problems(listed("parts", "bad"))] == [
@@ -720,7 +724,7 @@ def clip(name: str, **sides: tuple[str, ...]) -> str:
 
 
 @pytest.mark.usefixtures("parts")
-def test_two_edits_of_one_thing_need_an_order_and_are_told_how_to_declare_it(
+def test_two_edits_of_one_thing_need_an_order_and_the_error_says_how_to_declare_it(
     install: Install,
 ) -> None:
     install("acme-one", clip("One"), one="One")
@@ -775,7 +779,7 @@ def test_order_moves_nothing_that_need_not_move(install: Install) -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_circle_of_declarations_is_told_before_anything_is_made(install: Install) -> None:
+def test_a_circle_of_declarations_is_an_error_before_any_plugin_is_made(install: Install) -> None:
     install(
         "acme-many",
         clip("A", before=("b",)) + clip("B", before=("c",)) + clip("C", before=("a",)),
@@ -811,7 +815,7 @@ def test_a_monitor_may_name_what_the_core_or_a_listed_plugin_produces(
 
 
 @pytest.mark.usefixtures("parts")
-def test_a_monitor_that_nobody_produces_is_told_with_its_line(install: Install) -> None:
+def test_a_monitor_that_no_plugin_produces_is_reported_with_its_line(install: Install) -> None:
     install("acme-stop", MONITOR, stop="Stopper")
     path = written(
         "run.toml", "plugins = ['parts', 'stop']\nrun.length = 1\n[stop]\nmonitor = 'val/los'\n"
@@ -831,8 +835,10 @@ def test_a_monitor_that_nobody_produces_is_told_with_its_line(install: Install) 
     ]
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(True, 0), (False, 4)])
-def test_periods_in_epochs_need_data_with_epochs(install: Install, epochs: bool, told: int) -> None:
+@pytest.mark.parametrize(("epochs", "mistakes"), [(True, 0), (False, 4)])
+def test_periods_in_epochs_need_data_with_epochs(
+    install: Install, epochs: bool, mistakes: int
+) -> None:
     install("acme-parts", PARTS.format(has_epochs=epochs), parts="Parts")
     body = "    every: Period = Period(1, 'epochs')\n    others: list[Period] = field(factory=list)"
     install("acme-saver", hooks("Saver", "on_log(self)", body=body), saver="Saver")
@@ -846,7 +852,7 @@ validate_every = "0.5 epochs"
 others = ["5 steps", "1 epoch"]
 """
     path = written("run.toml", text)
-    if not told:
+    if not mistakes:
         compose(path)
         return
     assert sorted(problems(path)) == [
@@ -924,7 +930,7 @@ def ten(install: Install) -> Path:
 
 
 @pytest.mark.usefixtures("ten")
-def test_a_file_with_many_mistakes_is_told_all_of_them_each_with_line_and_suggestion() -> None:
+def test_all_mistakes_of_a_file_are_reported_each_with_line_and_suggestion() -> None:
     found = problems("run.toml")
     here = Path.cwd()
     assert sorted(found) == sorted(
@@ -993,11 +999,11 @@ def test_on_mistakes_nothing_is_made_and_torch_is_not_imported(command: str) -> 
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == "heavy:\n"
-    told = done.stderr.splitlines()
-    assert told[0].startswith("error: ")
+    errors = done.stderr.splitlines()
+    assert errors[0].startswith("error: ")
     assert (
-        len([line for line in told if "run.toml:" in line or "base.toml:" in line])
-        == len(told)
+        len([line for line in errors if "run.toml:" in line or "base.toml:" in line])
+        == len(errors)
         >= 10
     )
     assert "Traceback" not in done.stderr

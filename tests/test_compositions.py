@@ -72,7 +72,7 @@ TABLES = {
     "gpt": {"num_layers": 2, "num_heads": 2, "d_model": 16, "dropout": 0.1},
     "run": {"length": 10, "validate_every": 4, "log_every": 3, "device": "cpu"},
 }
-# What tells how fast and how large a process was is not the same twice.
+# Metrics of the speed and memory of a process differ between two runs.
 TIMED = ("perf/", "system/")
 folders = count()
 
@@ -162,9 +162,9 @@ def test_two_answers_to_one_question_are_an_error_that_names_both(listed, hook):
             if "other_text" in listed
             else {"plugins": plugins, "run": TABLES["run"]}
         )
-    (told,) = [text for text in raised.value.problems if hook in text]
-    assert all(name in told for name in listed)
-    assert "both answer" in told
+    (problem,) = [text for text in raised.value.problems if hook in text]
+    assert all(name in problem for name in listed)
+    assert "both answer" in problem
 
 
 def test_two_edits_without_a_declared_order_are_an_error_that_names_both(tmp_path):
@@ -182,7 +182,7 @@ class Noise:
     plugins = [*NEEDED, "grad_clip", str(tmp_path / "noise.py")]
     with pytest.raises(SettingsError) as raised:
         compose({"plugins": plugins, "run": TABLES["run"], "grad_clip": {"max_norm": 1.0}})
-    (told,) = raised.value.problems
-    assert "grad_clip" in told
-    assert "noise" in told
-    assert "before or after" in told
+    (problem,) = raised.value.problems
+    assert "grad_clip" in problem
+    assert "noise" in problem
+    assert "before or after" in problem

@@ -22,7 +22,7 @@ STEPS, MICROBATCHES, BATCH_SIZE = 30, 3, 2
 LR, WARMUP, MAX_NORM = 1e-2, 5, 0.5
 VOCABULARY, LENGTH = 13, 8
 # At the first scale the gradients overflow by themselves, and growing after every second step they
-# soon do so again; in these steps one micro-batch of the window brings an overflow besides.
+# soon do so again; in these steps one more micro-batch of the window overflows.
 INIT_SCALE, GROWTH_INTERVAL = 2.0**20, 2
 BOOSTED = {7, 14, 15, 21}
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
@@ -248,7 +248,7 @@ def fp16(request: Any) -> tuple[str, Any, ByHand]:
 def test_the_loop_by_hand_overflows_as_it_should(fp16: Any) -> None:
     *_, hand = fp16
     rejected = set(hand.diary.rejected)
-    assert rejected > BOOSTED, "besides those that are injected, some overflow by themselves"
+    assert rejected > BOOSTED, "some overflow without an injected fault"
     assert 0 in rejected
     assert rejected & set(range(STEPS // 2, STEPS)) > BOOSTED & set(range(STEPS // 2, STEPS))
     assert len(hand.diary.gradients) > STEPS // 2

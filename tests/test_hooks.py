@@ -209,7 +209,7 @@ def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
     assert set(ANSWERS) | required == {hook for hook in HOOKS if kind(hook) == "exclusive"}
 
 
-def test_every_event_reaches_every_plugin_that_hears_it(tiny_run, tmp_path):
+def test_every_event_reaches_every_plugin_that_implements_it(tiny_run, tmp_path):
     events = [hook for hook in HOOKS if kind(hook) == "event" and hook not in EMITTED_BY_PLUGINS]
     for hook in events:
         one, calls = answering(hook, lambda **_: None)
@@ -226,8 +226,8 @@ def test_a_saver_announces_its_checkpoint_to_all(tiny_run, tmp_path):
         def on_safe_point(self, run):
             run.hook.on_checkpoint_saved(run=run, folder=tmp_path)
 
-    heard, calls = answering("on_checkpoint_saved", lambda run, folder: None)
-    tiny_run(Saver(), heard)
+    listener, calls = answering("on_checkpoint_saved", lambda run, folder: None)
+    tiny_run(Saver(), listener)
     assert len(calls) == 4
 
 
@@ -351,8 +351,8 @@ class GoesBack:
 
 
 def test_a_rewound_run_repeats_the_steps_with_the_data_that_follows(tiny_run):
-    heard, calls = answering("on_rewind", lambda run, left: None)
-    run = tiny_run(goes := GoesBack(), heard, length=5, log_every=1)
+    listener, calls = answering("on_rewind", lambda run, left: None)
+    run = tiny_run(goes := GoesBack(), listener, length=5, log_every=1)
     steps, firsts = zip(*goes.seen, strict=True)
     size = firsts[1]
     assert steps == (1, 2, 3, 3, 4, 5)
@@ -381,7 +381,7 @@ def test_a_rewound_run_ends_like_one_whose_data_never_held_the_spike(tiny_run, t
     assert_same_weights(rewound, without)
 
 
-def test_validation_uses_the_weights_of_whoever_answers_for_them(tiny_run):
+def test_validation_uses_the_weights_of_the_plugin_that_answers_for_them(tiny_run):
     @plugin
     class Zeroed:
         @hookimpl
@@ -404,7 +404,7 @@ def test_validation_uses_the_weights_of_whoever_answers_for_them(tiny_run):
     assert plain.history[-1]["val/loss"] != zeroed.history[-1]["val/loss"]
 
 
-def test_bound_anew_the_hooks_can_be_timed_for_each_plugin(tiny_run):
+def test_hooks_that_are_bound_again_can_be_timed_for_each_plugin(tiny_run):
     seen = []
 
     @plugin
@@ -430,8 +430,8 @@ def test_bound_anew_the_hooks_can_be_timed_for_each_plugin(tiny_run):
     assert ("core", "forward") in seen
 
 
-def test_an_observer_stays_muted_when_the_hooks_are_bound_anew(tiny_run, caplog):
-    heard = []
+def test_an_observer_stays_muted_when_the_hooks_are_bound_again(tiny_run, caplog):
+    received = []
 
     @plugin
     class Broken:
@@ -439,12 +439,12 @@ def test_an_observer_stays_muted_when_the_hooks_are_bound_anew(tiny_run, caplog)
 
         @hookimpl
         def on_step_end(self, run):
-            heard.append(run.progress.step)
+            received.append(run.progress.step)
             run.hook = run.bind()
             raise ValueError("no more")
 
     tiny_run(Broken())
-    assert heard == [1]
+    assert received == [1]
     assert caplog.text.count("broken failed and is muted") == 1
 
 
@@ -550,22 +550,22 @@ def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog
     @plugin
     class Shaky:
         role = "observer"
-        heard = 0
+        calls = 0
 
         @hookimpl
         def on_step_end(self, run):
-            self.heard += 1
+            self.calls += 1
             raise ValueError("no ink")
 
         @hookimpl
         def on_log(self, run):
-            self.heard += 100
+            self.calls += 100
 
     shaky = Shaky()
     assert_same_weights(tiny_run(run_dir=tmp_path / "a"), tiny_run(shaky, run_dir=tmp_path / "b"))
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warnings == ["shaky failed and is muted from now on: ValueError('no ink')"]
-    assert shaky.heard == 1
+    assert shaky.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -580,8 +580,8 @@ def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
         tiny_run(broken)
 
 
-def test_all_plugins_hear_the_end_of_a_run_that_failed(tiny_run, caplog):
-    heard = []
+def test_the_end_of_a_failed_run_reaches_all_plugins(tiny_run, caplog):
+    received = []
 
     @plugin
     class Breaks:
@@ -597,13 +597,13 @@ def test_all_plugins_hear_the_end_of_a_run_that_failed(tiny_run, caplog):
     class Closes:
         @hookimpl
         def on_train_end(self, run, outcome):
-            heard.append((outcome, str(run.error)))
+            received.append((outcome, str(run.error)))
 
     with pytest.raises(PluginError, match="it broke"):
         tiny_run(Breaks(), Closes())
     assert "and again" in caplog.text
-    assert heard[0][0] == "failed"
-    assert "it broke" in heard[0][1]
+    assert received[0][0] == "failed"
+    assert "it broke" in received[0][1]
 
 
 @pytest.mark.parametrize("hook", ["on_run_start", "on_train_start"])

@@ -106,7 +106,7 @@ def test_a_local_plugin_imports_its_neighbours_also_in_a_hook(tmp_path: Path) ->
     train(tmp_path / "run/settings.toml", plugins=[TinyModel(), TinyOptimizer()])
 
 
-def test_neighbours_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_neighbours_of_one_name_in_two_folders_are_distinguished(tmp_path: Path) -> None:
     one, other = composed(project(tmp_path / "a", 2)), composed(project(tmp_path / "b", 4))
     assert (one.plugins["mine"].size, other.plugins["mine"].size) == (2, 4)
     for number, each in enumerate([one, other, composed(tmp_path / "a/run.toml")]):

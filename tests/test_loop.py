@@ -162,7 +162,7 @@ def test_a_batch_system_that_insists_does_not_cost_the_state(tiny_run, first):
 
     @plugin
     class Insists:
-        """Is warned, and then told to end, as batch systems do."""
+        """Receives a warning signal and then the request to end, as from batch systems."""
 
         @hookimpl
         def on_step_start(self):
@@ -177,7 +177,7 @@ def test_a_batch_system_that_insists_does_not_cost_the_state(tiny_run, first):
     assert (run.outcome, run.signal, saved) == ("interrupted", first, [1])
 
 
-def test_a_signal_after_the_last_step_cuts_nobody_s_end_short(tiny_run):
+def test_a_signal_after_the_last_step_interrupts_no_plugin_at_its_end(tiny_run):
     ended = []
 
     @plugin
@@ -505,7 +505,7 @@ def test_a_run_restored_from_any_snapshot_ends_with_the_same_bits(tiny_run, tmp_
     assert resumed.history == [row for row in whole.history if row["step"] > step]
 
 
-def test_a_snapshot_is_told_apart_from_one_of_another_model(tiny_run, tmp_path):
+def test_a_snapshot_is_distinguished_from_one_of_another_model(tiny_run, tmp_path):
     from fundamentallm import StorageError
 
     kept: dict[int, dict] = {}

@@ -115,7 +115,7 @@ def test_what_is_no_period_is_answered_by_what_one_looks_like(value: object) -> 
         ("0.5 tokens", "a number of tokens is whole, not 0.5"),
     ],
 )
-def test_a_wrong_period_is_told_with_what_is_wrong(value: object, complaint: str) -> None:
+def test_the_error_for_a_wrong_period_says_what_is_wrong(value: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Period.parse(value)
 

@@ -286,11 +286,11 @@ def test_a_type_that_settings_do_not_know_ends_in_no_traceback() -> None:
 # Tables
 
 
-def test_an_unknown_setting_is_told_with_the_one_that_was_meant() -> None:
+def test_an_unknown_setting_is_reported_with_the_one_that_was_meant() -> None:
     assert complaints({"cuont": 1}) == ["cuont: unknown setting (did you mean 'count'?)"]
 
 
-def test_an_unknown_setting_that_looks_like_none_is_told_with_all_that_are_known() -> None:
+def test_an_unknown_setting_unlike_any_other_is_reported_with_all_known_ones() -> None:
     assert complaints({"zzz": 1}, Plain) == [
         "zzz: unknown setting (known: bool_, float_, int_, str_)"
     ]
@@ -302,7 +302,7 @@ def test_state_is_no_setting() -> None:
     assert "seen" not in setting_fields(Everything)
 
 
-def test_a_setting_without_default_that_is_missing_is_told_with_its_tables_place(
+def test_a_missing_required_setting_is_reported_at_the_place_of_its_table(
     tmp_path: Path,
 ) -> None:
     source = read(written(tmp_path / "run.toml", "\n[run]\nseed = 1\n"))
@@ -355,7 +355,7 @@ def test_every_item_of_a_list_or_table_is_checked() -> None:
     ]
 
 
-def test_a_union_tells_what_is_wrong_inside_the_one_that_was_meant() -> None:
+def test_the_error_of_a_union_is_that_of_the_member_that_was_meant() -> None:
     assert complaints({"either": [1, "x"]}) == ['either.1: expected a whole number, got "x"']
 
 
@@ -386,14 +386,14 @@ def test_all_mistakes_of_a_table_come_at_once() -> None:
         ({"low": 7, "high": 7}, "seven is not a range"),
     ],
 )
-def test_what_validators_say_is_told_once_and_with_the_setting(
+def test_the_message_of_a_validator_is_reported_once_and_with_the_setting(
     values: dict[str, Any], complaint: str
 ) -> None:
     (found,) = complaints(values)
     assert found.removeprefix("it: ") == complaint
 
 
-def test_validators_of_any_make_are_told() -> None:
+def test_errors_of_validators_of_any_kind_are_reported() -> None:
     def even(instance: object, attribute: object, value: int) -> None:
         if value % 2:
             raise ValueError
@@ -550,7 +550,7 @@ def test_a_run_has_these_defaults() -> None:
         ),
     ],
 )
-def test_a_wrong_run_table_is_told(values: dict[str, Any], complaint: str) -> None:
+def test_a_wrong_run_table_is_an_error(values: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SettingsError) as caught:
         run_table(**values)
     (problem,) = caught.value.problems

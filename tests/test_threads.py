@@ -102,7 +102,7 @@ def steps(**choice):
 
 
 @pytest.mark.skipif(CORES < 2, reason="one core has no second thread that could spin")
-def test_beside_busy_processes_threads_spin_less_and_a_warning_names_the_remedy():
+def test_with_busy_processes_threads_spin_less_and_a_warning_names_the_remedy():
     with busy(CORES):
         during, after, said = steps(GOMP_SPINCOUNT="300000")  # libgomp's own number
         assert (during, after, said) == (1, 1, "")

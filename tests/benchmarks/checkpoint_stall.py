@@ -36,7 +36,7 @@ from fundamentallm_checkpoint import Checkpoint
 if TYPE_CHECKING:
     from fundamentallm import Run
 
-BOUND, MEMORY_BOUND = 0.10, 1.10  # stacks, buffers and the like take some MB besides
+BOUND, MEMORY_BOUND = 0.10, 1.10  # stacks, buffers and the like take some more MB
 WIDTH = 1024
 
 
@@ -186,7 +186,7 @@ def report(watch: Watch) -> int:
     print(f"a plain save, synced: {_spread([plain for _, plain in pairs])}")
     print(
         f"a step that saves waits: {_spread(watch.waits)}; the first time {watch.waits[0]:.3f} s, "
-        f"the memory having been made ready beside the steps in {watch.ready:.3f} s"
+        f"its memory was prepared parallel to the steps in {watch.ready:.3f} s"
     )
     print(
         f"wait for a checkpoint: median ratio of {len(pairs)} pairs {ratio:.4f} (95%: {low:.4f} to "

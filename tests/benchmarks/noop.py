@@ -1,8 +1,8 @@
-"""A model that does next to nothing, so that what a step costs besides the model can be seen.
+"""A model that does almost nothing, so that the cost of a step without the model can be measured.
 
-``python noop.py run`` and ``python noop.py handwritten`` train it both ways; the scripts beside
-this one look on. They look through ``Marks``: the source of batches calls them at chosen steps, at
-the same place in both loops.
+``python noop.py run`` and ``python noop.py handwritten`` train it both ways. The other
+scripts of this folder measure both through ``Marks``, which the source of batches calls at chosen
+steps, at the same place in both loops.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-# What a careful user of a long run lists besides.
+# The plugins that a careful user of a long run also lists.
 CARE = {
     "amp": {},
     "guard": {},

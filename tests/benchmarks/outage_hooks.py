@@ -1,13 +1,13 @@
-"""What the hooks of ``mlflow`` take of a step while its server is there, dead, and hung.
+"""Measure the time of the hooks of ``mlflow`` in a step while its server works, is dead, and hangs.
 
 ``python tests/benchmarks/outage_hooks.py`` trains a tiny model with a row of metrics in every step
 and a validation in every fiftieth. For the middle third the server is killed; later it is stopped
 for twenty seconds, and continued. Every call of a hook of the plugin is timed, and added up by step.
 In each phase, 99 of 100 steps are to spend at most 1 ms in them. Exit code 1 if they spend more.
 
-Beside it stands in how many steps a hook waited for something, such as a disk, which the system counts
-(voluntary switches of the thread), and what a loop takes that asks the system for nothing, in the
-same steps: on a machine with more to do than it has cores, either waits for a processor now and then.
+It also prints in how many steps a hook waited for something, such as a disk: the system counts the
+voluntary switches of the thread. And it prints the time of a loop without system calls in the same
+steps: on a machine with more load than cores, both sometimes wait for a processor.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Server:
             return False
         return True
 
-    def tell(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """Send a signal to all of its processes."""
         os.killpg(self.process.pid, number)
         if number == signal.SIGKILL:
@@ -114,13 +114,13 @@ class Outages:
     @hookimpl
     def on_train_start(self, run: Run) -> None:
         run.hook = run.bind(self.timed)
-        tell, begin = self.server.tell, self.server.begin
+        send, begin = self.server.send, self.server.begin
         do = [
             lambda: None,
-            lambda: tell(signal.SIGKILL),
+            lambda: send(signal.SIGKILL),
             begin,
-            lambda: tell(signal.SIGSTOP),
-            lambda: tell(signal.SIGCONT),
+            lambda: send(signal.SIGSTOP),
+            lambda: send(signal.SIGCONT),
         ]
         self.doing = dict(zip(PHASES.values(), do, strict=True))
 
@@ -159,11 +159,11 @@ def share(took: tuple[float, ...], percent: int) -> float:
 
 
 def measure() -> tuple[dict[int, list[float]], list[str]]:
-    """Return the microseconds of each step, see ``Outages``, and what was told of the server."""
+    """Return the microseconds of each step, see ``Outages``, and the warnings about the server."""
     took: dict[int, list[float]] = {}
-    told: list[str] = []
+    warnings: list[str] = []
     listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fundamentallm").addHandler(listener)
     with noop.quiet() as folder:
         server = Server(folder)
@@ -188,18 +188,18 @@ def measure() -> tuple[dict[int, list[float]], list[str]]:
                 run_dir=folder / "run",
             )
         finally:
-            server.tell(signal.SIGCONT)
-            server.tell(signal.SIGKILL)
-    return took, told
+            server.send(signal.SIGCONT)
+            server.send(signal.SIGKILL)
+    return took, warnings
 
 
 def report() -> bool:
-    """Measure, print what was found, and tell whether it is enough."""
-    took, told = measure()
-    was_away = sum("cannot be used" in line for line in told)
+    """Measure, print the results, and return whether they keep the bound."""
+    took, warnings = measure()
+    was_away = sum("cannot be used" in line for line in warnings)
     print(
         f"{STEPS} steps with a row each, {THIRD} with a dead server and {int(20 / PAUSE)} with one "
-        f"that hangs; 'away' was told {was_away} times"
+        f"that hangs; 'away' was logged {was_away} times"
     )
     within, busy = was_away > 0, False
     for name, first in PHASES.items():

@@ -1,4 +1,4 @@
-"""Measure what a step costs besides the model: all figures, each with its bound, PASS or FAIL.
+"""Measure the cost of a step without the model: all figures, each with its bound, PASS or FAIL.
 
 ``python tests/benchmarks/run.py`` ends with exit code 1 if a bound is broken. ``--pairs N`` is how
 long the two loops race (twenty steps each pair), ``--quick`` counts Python calls alone.

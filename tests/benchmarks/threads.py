@@ -1,8 +1,8 @@
-"""Training time beside busy processes, for what torch's threads may do while they wait.
+"""Measure the training time with busy processes, for each way in which torch's threads may wait.
 
 ``python tests/benchmarks/threads.py [REPEATS]`` trains two models in processes of their own: that of
-``settings/tiny.toml`` and that of ``settings/quickstart.toml``, each on quiet cores, beside one busy
-process for every core but one, beside one for every core, and beside one that comes and goes. For each
+``settings/tiny.toml`` and that of ``settings/quickstart.toml``, each on idle cores, with one busy
+process for every core but one, with one for every core, and with one that comes and goes. For each
 it prints the median seconds of training with each choice. Nothing else should run on the machine.
 """
 

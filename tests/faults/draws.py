@@ -1,6 +1,6 @@
 """Moments and faults as Hypothesis draws them: other ones at every run, the same in quick tests.
 
-What a failing case has drawn is told as its ``Falsifying example``; ``--hypothesis-seed`` draws all
+Hypothesis prints the draws of a failing case as its ``Falsifying example``; ``--hypothesis-seed`` draws all
 of it again.
 """
 
@@ -69,7 +69,7 @@ def act_at(
         ),
         "a call of the start": faults(layer.act_at, act=act, number=st.integers(1, START)),
         "a hook": faults(
-            layer.act_at_hook, act=act, hook=st.sampled_from(HEARD), step=st.integers(0, LAST)
+            layer.act_at_hook, act=act, hook=st.sampled_from(HOOKS), step=st.integers(0, LAST)
         ),
         "a validation": faults(
             layer.act_at_hook,
@@ -90,7 +90,7 @@ SEEN = {
     "any time": st.builds(AfterStep, st.integers(1, LAST - 1), st.floats(0, 0.03)),
     "while it saves": st.builds(WhileSaving, st.sampled_from(SAVES), st.floats(0, 0.01)),
 }
-HEARD = (
+HOOKS = (
     "on_run_start",
     "build_data",
     "build_tokenizer",
@@ -116,7 +116,7 @@ HEARD = (
 )
 """Hooks that the tiny run's plugins and the core's defaults answer."""
 TASKS = ("reading the alphabet", "tokenizing", "validation", "saving")
-"""What the tiny run reports on, besides its steps."""
+"""The tasks of the tiny run that report progress."""
 
 
 def often(
@@ -127,8 +127,10 @@ def often(
     *,
     quick: bool = False,
 ) -> None:
-    """Check so many examples, each in a folder of its own. One that came to nothing, which
-    ``check`` tells by False, does not count: another is drawn."""
+    """Check so many examples, each in its own folder.
+
+    An example for which ``check`` returns False had no effect and does not count: another is drawn.
+    """
     numbers = iter(range(10**6))
     counted = []
 

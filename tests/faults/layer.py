@@ -2,7 +2,7 @@
 
 ``durable_files.system`` is what every system call of a save goes through. What is installed in a process
 that is about to train, the saves of that process meet. Some act in the loop in its stead: before a
-hook, or when it is told how far a task is.
+hook, or when a task reports its progress.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Layer:
         call = getattr(durable_files.System, name)
 
         def made(*words: Any) -> Any:
-            if name != "close":  # what a close tells, fsync has told before
+            if name != "close":  # fsync has reported the errors of close before
                 self.before(next(self.numbers), name, words)
             return call(*words)
 
@@ -130,14 +130,14 @@ def act_at_hook(act: Act, hook: str, step: int, *, validating: bool = False) -> 
 
 
 def act_at_task(act: Act, task: str, count: int) -> None:
-    """Act when it is told for the ``count``-th time how far a task is."""
-    told = itertools.count(1)
+    """Act when a task reports its progress for the ``count``-th time."""
+    reports = itertools.count(1)
 
     def prepare(run: Run) -> None:
         report = run.report
 
         def reported(name: str, done: int, total: int | None = None) -> None:
-            if name == task and next(told) == count:
+            if name == task and next(reports) == count:
                 act()
             report(name, done, total)
 

@@ -1,6 +1,6 @@
 """Real disks that are small or become read-only, seen by one process alone; each function makes one.
 
-Where nobody may mount, the file layer refuses in their stead.
+Where mounting is not permitted, the file layer raises the errors instead.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_only(place: Path, step: int, call: str) -> None:
 
 
 def obey_permissions() -> None:
-    """Give up what lets root write where nobody may."""
+    """Give up the capabilities that let root write everywhere."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     held = (ctypes.c_uint32 * 6)()
     _libc.capget(header, held)

@@ -46,7 +46,7 @@ def grow(path):
 
 
 def reseal(path, change):
-    """Edit a manifest as somebody does who knows how it is sealed."""
+    """Edit a manifest and seal it again, as an attacker who knows the format can."""
     facts = json.loads(path.read_text())
     del facts["seal"]
     change(facts)
@@ -144,7 +144,7 @@ QUICK = ("a step", "another sha256")
 @pytest.mark.parametrize(
     "edit", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in EDITS]
 )
-def test_an_edited_manifest_is_noticed_even_if_it_is_sealed_anew(
+def test_an_edited_manifest_is_noticed_even_if_it_is_sealed_again(
     edit, killed, uninterrupted, tmp_path
 ):
     folder = tmp_path / "run"
@@ -196,7 +196,7 @@ def test_an_older_checkpoint_under_the_name_of_the_newest_is_noticed(
     check(folder, uninterrupted, f"manifest.json is one of step {OLDER}")
 
 
-def test_if_all_are_damaged_the_run_ends_and_does_not_begin_anew(killed, tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_ends_and_does_not_start_again(killed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     for step in tiny.steps(folder):

@@ -20,7 +20,7 @@ from fundamentallm_checkpoint import Checkpoint
 HOOKS = [hook for hook in CONTRACT if hook not in ("on_histogram", "finish_model")]
 """The hooks that every run emits; of the others one belongs to `grad_stats`, one to commands."""
 BEFORE = HOOKS[: HOOKS.index("on_train_start")]
-"""The hooks of a start: whoever fails there, fails before the first step."""
+"""The hooks of a start: a failure there is one before the first step."""
 ONCE = {*BEFORE, "read_checkpoint", "on_train_start", "on_train_end"}
 EXCLUSIVE = {name for name in HOOKS if kind(name) == "exclusive"}
 NEUTRAL = {"lr_factor": "1.0"}
@@ -84,7 +84,7 @@ def parts(hook):
     return [saver, *([Rewinds()] if hook == "on_rewind" else [])]
 
 
-# Whoever votes on the learning rate has a say in the run and observes nothing.
+# A plugin that votes on the learning rate changes the run, so it is no observer.
 OBSERVED = [hook for hook in HOOKS if hook not in ("lr_factor", "judge_step")]
 SETTINGS = {"length": 8, "validate_every": 3, "log_every": 1}
 
@@ -180,9 +180,9 @@ def own_plugin_fails(uninterrupted, drawn, folder):
     if role_of(CLASSES[name]) == "observer":
         assert (code, muted) == (0, 1), said
     else:
-        told = rf"plugin '{name}' \(fundamentallm-[a-z-]+ [^)]+\) failed in {hook}: Failing"
+        failure = rf"plugin '{name}' \(fundamentallm-[a-z-]+ [^)]+\) failed in {hook}: Failing"
         assert code == 7, said
-        assert re.search(told, said), said
+        assert re.search(failure, said), said
         assert "Traceback" not in said
         check_newest(folder)
         tiny.end(tiny.start("train", uninterrupted.settings, "--run-dir", folder))

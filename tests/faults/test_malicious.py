@@ -68,14 +68,14 @@ def poison(key):
 
 
 def entry(**facts):
-    """Change what a manifest tells of the weights."""
+    """Change what a manifest says about the weights."""
     return lambda folder: reseal(
         folder / "manifest.json", lambda table: table["files"]["model.safetensors"].update(facts)
     )
 
 
 def seal(folder, text):
-    """Put text in front of all that a manifest tells."""
+    """Put text before the content of a manifest."""
     path = folder / "manifest.json"
     head = b"{" + text + path.read_bytes().rpartition(b',\n "seal": "')[0].removeprefix(b"{")
     path.write_bytes(
@@ -90,7 +90,7 @@ def link_out(folder):
 
 
 def link_of_the_same_size(folder):
-    """Lead out by a link that is as long as what it leads to, so that no size tells."""
+    """Lead out by a link as long as its target, so that the size does not reveal it."""
     target, size = folder.parent / "elsewhere", 1000
     target.write_bytes(b"x" * size)
     way = f"{target.parent}/".ljust(size - len(target.name), "/") + target.name

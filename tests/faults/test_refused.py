@@ -1,4 +1,4 @@
-"""A disk that refuses a save leaves the earlier checkpoints, and the run does as it was told."""
+"""A refused save leaves the earlier checkpoints, and the run ends or continues as it is set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(folder, uninterrupted, fault, on_save_error="stop"):
     return tiny.start(*run, *words, before=fault)
 
 
-def told(folder, said):
+def refusals(folder, said):
     """Return the steps that are said to be not saved, and why, the path being named."""
     assert "Traceback" not in said
     assert tiny.unsound(folder) == []
@@ -55,13 +55,13 @@ def ends(failed, on_save_error):
 
 
 def refused(folder, uninterrupted, fault, on_save_error="stop"):
-    """Train with a fault; see that it is told and then made good. Return what was said."""
+    """Train with a fault; check that it is reported and then repaired. Return what was said."""
     started = start(folder, uninterrupted, fault, on_save_error)
     code, said = started.wait(), started.said
-    failed = told(folder, said)
+    failed = refusals(folder, said)
     assert code == (5 if ends(failed, on_save_error) else 0), said
     for step in failed if on_save_error == "stop" else []:
-        # Beside the steps it was told at a later one, before another save was begun.
+        # The save ran parallel to steps; its error was raised at a later one, before the next save.
         assert tiny.steps(folder)[-1] in (step - EVERY, *range(step, step + EVERY + 1))
         assert tiny.reached(folder) <= step + EVERY
     return code, failed, said
@@ -72,7 +72,7 @@ def check_stopping(folder, uninterrupted, number):
     in the end."""
     code = 0
     for error in ERRORS:
-        if not code:  # anew
+        if not code:  # start again
             shutil.rmtree(folder, ignore_errors=True)
         fault = partial(layer.refuse, number, {SAVED: error})
         code, failed, said = refused(folder, uninterrupted, fault)
@@ -111,7 +111,7 @@ CHECKS = {"stop": check_stopping, "continue": check_going_on}
 
 
 @pytest.mark.parametrize(("on_save_error", "number"), [("continue", 24), ("stop", RENAME)])
-def test_a_refused_call_of_a_save_is_told_with_path_and_cause(
+def test_a_refused_call_of_a_save_is_reported_with_path_and_cause(
     on_save_error, number, uninterrupted, tmp_path
 ):
     assert CHECKS[on_save_error](tmp_path / "run", uninterrupted, number)
@@ -147,7 +147,9 @@ def test_a_disk_that_takes_a_part_of_every_write_gets_all_of_it(uninterrupted, t
     "number",
     [1, 14, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, START) if n != 14)],
 )
-def test_a_refused_call_of_the_start_is_told_before_the_first_step(number, uninterrupted, tmp_path):
+def test_a_refused_call_of_the_start_is_reported_before_the_first_step(
+    number, uninterrupted, tmp_path
+):
     folder = tmp_path / "run"
     error = ERRORS[number % 3]
     started = start(folder, uninterrupted, partial(layer.refuse_at, number, error))
@@ -233,7 +235,7 @@ def test_a_run_folder_that_may_no_longer_be_written_leaves_what_was_saved(
     code, said = started.wait(), started.said
     for place in places:
         place.chmod(0o755)
-    failed = told(folder, said)
+    failed = refusals(folder, said)
     assert failed
     assert code == 5, said
     assert on_save_error == "stop" or tiny.LAST in failed
@@ -326,7 +328,7 @@ def deleted(folder, uninterrupted, fault):
     started = start(folder, uninterrupted, fault)
     code, said = started.wait(), started.said
     assert code in (0, 5), said
-    assert (code == 5) == bool(told(folder, said))
+    assert (code == 5) == bool(refusals(folder, said))
     return code, said
 
 

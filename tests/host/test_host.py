@@ -124,13 +124,13 @@ def test_a_plugin_answers_in_place_of_the_default():
     assert frozen(Pepper()).taste(dish="soup") == "fire"
 
 
-def test_a_hook_that_nobody_hears_is_false_and_can_be_called():
+def test_a_hook_without_implementations_is_false_and_can_be_called():
     hooks = frozen()
     assert not hooks.on_served
     assert hooks.on_served(dish="soup") == []
 
 
-def test_what_is_missing_is_told_together():
+def test_all_missing_required_hooks_are_reported_together():
     with pytest.raises(Burnt, match="no plugin answers taste: list one that does"):
         composed(Salt(), required=("taste",))
 
@@ -148,18 +148,18 @@ def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
     class Critic:
         role = "observer"
         error: type = ValueError
-        heard: int = 0
+        calls: int = 0
 
         @hookimpl
         def on_served(self):
-            self.heard += 1
+            self.calls += 1
             raise self.error("bland")
 
     critic = Critic()
     hooks = frozen(critic, fatal=lambda _, error: isinstance(error, Burnt))
     hooks.on_served(dish="soup")
     hooks.on_served(dish="soup")
-    assert critic.heard == 1
+    assert critic.calls == 1
     assert "critic failed and is muted from now on" in caplog.text
     with pytest.raises(Burnt):
         frozen(Critic(error=Burnt), fatal=lambda _, error: isinstance(error, Burnt)).on_served(
@@ -167,8 +167,8 @@ def test_an_observer_is_muted_but_for_what_the_host_calls_fatal(caplog):
         )
 
 
-def test_events_named_by_the_host_are_heard_to_the_end():
-    heard = []
+def test_events_that_the_host_names_reach_every_plugin_even_if_one_fails():
+    received = []
 
     @hosting.plugin
     class Breaks:
@@ -177,17 +177,17 @@ def test_events_named_by_the_host_are_heard_to_the_end():
             raise KeyError("plate")
 
     @hosting.plugin
-    class Hears:
+    class Receives:
         @hookimpl
         def on_served(self):
-            heard.append(1)
+            received.append(1)
 
     with pytest.raises(KeyError):
-        frozen(Breaks(), Hears()).on_served(dish="soup")
-    assert heard == []
+        frozen(Breaks(), Receives()).on_served(dish="soup")
+    assert received == []
     with pytest.raises(KeyError):
-        frozen(Breaks(), Hears(), to_the_end=("on_served",)).on_served(dish="soup")
-    assert heard == [1]
+        frozen(Breaks(), Receives(), to_the_end=("on_served",)).on_served(dish="soup")
+    assert received == [1]
 
 
 def wrapping(name, *, before=None, after=None, observer=False):
@@ -256,7 +256,7 @@ def test_an_observer_s_wrapper_that_works_is_a_wrapper_like_any_other():
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_a_wrapper_that_does_not_yield_once_is_told(times):
+def test_a_wrapper_that_does_not_yield_exactly_once_is_an_error(times):
     @hosting.plugin
     class Odd:
         @hookimpl(wrapper=True)
@@ -409,7 +409,7 @@ def test_a_setting_named_as_a_mark_of_order_marks_nothing():
 
 @hosting.plugin
 class Taster:
-    """Tastes, if it is told to."""
+    """Tastes, if the setting says so."""
 
     tastes: bool = True
 

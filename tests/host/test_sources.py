@@ -115,7 +115,7 @@ def test_a_table_that_only_its_parts_state_has_the_line_of_the_first_part() -> N
     lines = statement_lines(text)
     assert lines["a",] == 1
     assert lines["x",] == 3
-    assert lines["p",] == 7, "its own header tells more than that of a part"
+    assert lines["p",] == 7, "its own header is better than that of a part"
     assert lines["r",] == lines["r", "s"] == lines["r", "s", "0"] == 8
     assert lines["r", "s", "1"] == 9
 
@@ -220,7 +220,9 @@ def problems(settings: Path, *overrides: str) -> list[str]:
     return list(map(str, read(settings, overrides).mistakes))
 
 
-def test_extending_in_a_circle_is_told_with_the_file_and_line_that_closes_it(write: Any) -> None:
+def test_extending_in_a_circle_is_reported_with_the_file_and_line_that_closes_it(
+    write: Any,
+) -> None:
     write("b.toml", "extends = 'sub/../c.toml'\n")
     write("sub/x", "")
     write("c.toml", "\nextends = 'a.toml'\n")
@@ -241,7 +243,7 @@ def test_two_files_may_extend_the_same_one(write: Any) -> None:
     assert read(write("two.toml", "extends = 'one.toml'\n")).values == {"run": {"seed": 1}}
 
 
-def test_a_missing_file_is_told_and_by_whom_it_was_asked_for(write: Any) -> None:
+def test_a_missing_file_is_reported_with_the_file_that_extends_it(write: Any) -> None:
     assert problems(Path("run.toml")) == ["run.toml: No such file or directory"]
     assert problems(write("sub/a.toml", "\nextends = 'b.toml'\n")) == [
         "sub/a.toml:2: extends: sub/b.toml: No such file or directory"
@@ -376,7 +378,7 @@ def toml(text: str) -> str:
 
 
 @pytest.mark.parametrize("override", ["run.length", "", "=1", "a..b=1", "a b=1", "[a]"])
-def test_what_is_no_override_is_told_with_the_form_of_one(override: str) -> None:
+def test_a_wrong_override_is_reported_with_the_right_form(override: str) -> None:
     assert list(map(str, read({}, [override]).mistakes)) == [
         f"--set {override}: expected table.key=value, with a TOML value"
     ]

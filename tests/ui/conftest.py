@@ -31,7 +31,7 @@ class Shown:
 
 @pytest.fixture(scope="session")
 def programs() -> dict[str, str]:
-    """Where the browser and its driver are. That they are missing is an error, told at once."""
+    """The paths of the browser and its driver. If they are missing, the tests fail at once."""
     found = {program: shutil.which(program) for program in ("chromium", "chromedriver")}
     for program, path in found.items():
         if path is None:

@@ -31,7 +31,7 @@ return [...document.querySelectorAll("{CARD}")].map(card => [
 
 
 class Page:
-    """The page in the browser, for somebody who looks and clicks."""
+    """The page in the browser, with what a person does there: look and click."""
 
     def __init__(self, browser, keep):
         self.browser, self.keep = browser, keep
@@ -59,10 +59,10 @@ class Page:
         self.until(lambda: [one.click() or one for one in self.all(path)[:1]], path)
 
     def open(self, url):
-        """Open a URL as somebody does who has never been there."""
+        """Open a URL as on a first visit."""
         self.browser.get(url)
         self.until(lambda: "matching runs" in self.text, "the list of runs")
-        # MLflow opens its assistant beside the charts, until it is closed once.
+        # MLflow opens its assistant next to the charts, until it is closed once.
         for one in self.all("//*[@data-component-id='mlflow.assistant.chat_panel.close']"):
             one.click()
 
@@ -127,7 +127,7 @@ def test_the_printed_url_opens_the_charts_that_compare_the_runs(page, shown):
         ["val", "(1)"],
     ]
     page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
-    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, beside each other")
+    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, next to each other")
     page.keep("compare")
 
 
@@ -166,7 +166,7 @@ def test_the_tabs_of_a_run_show_its_curves_and_the_machine(page, shown):
         name: [6 if name.startswith("val/") else 30] for name in CHARTS
     }
     page.click("//*[@role='button'][starts-with(normalize-space(), 'optim')]")
-    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, beside each other")
+    page.until(lambda: page.drawn().keys() >= LOSSES, "the losses, next to each other")
     page.keep("run")
     page.click("//*[@role='tab'][.='System metrics']")
     page.charts({"system/cpu_utilization_percentage", "system/training_memory_megabytes"})

@@ -16,7 +16,7 @@ from fundamentallm_authoring.sheet import sheet, toml
 
 
 def composed(text: str, everything: type, samples: Path, folder: Path) -> dict[str, object]:
-    """Compose a sheet for ``Everything``, with a tiny model and the plugin's file beside it."""
+    """Compose a sheet for ``Everything``, with a tiny model and the plugin's file in its folder."""
     names = f'"{samples}/tiny.py", "{samples}/everything.py"'
     (folder / "my.toml").write_text(text.replace('"everything",', names))
     made = compose(folder / "my.toml").plugins["everything"]
@@ -96,7 +96,7 @@ def test_an_existing_file_stays_as_it_is(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
-def test_an_unknown_plugin_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+def test_an_unknown_plugin_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     file = tmp_path / "my.toml"
     done = CliRunner().invoke(init, [str(file), "--plugins", "no_such_plugin"])
     assert "no installed plugin is named 'no_such_plugin'" in str(done.exception)

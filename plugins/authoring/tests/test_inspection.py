@@ -43,15 +43,15 @@ def test_plugins_are_listed_with_what_brings_them_and_what_they_do():
     assert "fundamentallm-accumulate" in shown
 
 
-def test_hooks_are_told_in_the_order_of_a_run_with_who_answers(tmp_path: Path):
+def test_hooks_are_printed_in_the_order_of_a_run_with_the_plugins_that_answer(tmp_path: Path):
     (tmp_path / "parts.py").write_text(LOCAL)
     (tmp_path / "run.toml").write_text('plugins = ["./parts.py"]\nrun.length = 1\n')
     shown = CliRunner().invoke(hooks, [str(tmp_path / "run.toml")]).output.splitlines()
     assert [line.split()[0] for line in shown] == list(HOOKS)
-    told = {line.split()[0]: line.split(maxsplit=4)[4:] for line in shown}
-    assert told["build_data"] == ["parts"]
-    assert told["forward"] == ["parts (wraps)"]
-    assert told["validate"] == []
+    answers = {line.split()[0]: line.split(maxsplit=4)[4:] for line in shown}
+    assert answers["build_data"] == ["parts"]
+    assert answers["forward"] == ["parts (wraps)"]
+    assert answers["validate"] == []
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_every_setting_of_the_run_is_in_its_table() -> None:
     assert all(f"| `{name}` |" in table for name in setting_fields(RunSettings))
 
 
-def test_the_pages_hold_every_hook_and_check_tells_when_they_are_stale(
+def test_the_pages_have_every_hook_and_check_fails_when_they_are_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ def test_the_pages_hold_every_hook_and_check_tells_when_they_are_stale(
     assert "not up to date: hooks.md" in str(stale.exception)
 
 
-def test_a_readme_beside_a_pyproject_gets_the_plugins_of_its_distribution(tmp_path: Path) -> None:
+def test_a_readme_next_to_a_pyproject_gets_the_plugins_of_its_distribution(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- settings -->\n<!-- /settings -->\n")
     lonely = CliRunner().invoke(reference, ["--readme", str(readme)])

@@ -35,7 +35,7 @@ GOOD: dict[str, list[Any]] = {
     "part": [{"width": 1}, {"width": 2, "label": "b"}],
     "parts": [[], [{"width": 1}]],
 }
-# Neither 1.0 for an int nor "1.5 steps": only the core tells what is wrong with these.
+# Neither 1.0 for an int nor "1.5 steps": only the core finds these mistakes.
 ANY = st.one_of(
     st.booleans(),
     st.integers(-2, 12),
@@ -148,7 +148,7 @@ def test_of_a_file_it_knows_exactly_its_instances(samples: Path, tmp_path: Path)
     assert not made.is_valid({key: value for key, value in values.items() if key != "everything"})
 
 
-def test_a_file_with_mistakes_is_told_of_them(tmp_path: Path) -> None:
+def test_the_mistakes_of_a_file_are_reported(tmp_path: Path) -> None:
     file = tmp_path / "my.toml"
     file.write_text("plugins = []\n[rum]\n")
     done = CliRunner().invoke(schema, [str(file)])

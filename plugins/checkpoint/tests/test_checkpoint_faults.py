@@ -113,7 +113,7 @@ def test_a_damaged_file_is_reported_and_the_older_checkpoint_loaded(
 
 
 def reseal(path: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Change a manifest as somebody would who knows how it is sealed."""
+    """Change a manifest and seal it again, as an attacker who knows the format can."""
     facts = json.loads(path.read_text())
     del facts["seal"]
     change(facts)

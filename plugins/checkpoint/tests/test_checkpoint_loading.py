@@ -233,7 +233,7 @@ def test_a_run_resumes_from_the_newest_complete_checkpoint(
     assert saved(run.folder / "checkpoints" / "weights") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-# Files that somebody made on purpose.
+# Files that an attacker made.
 
 
 def sealed(folder: Path, name: str, data: bytes) -> None:
@@ -463,13 +463,13 @@ def test_a_checkpoint_that_does_not_fit_into_the_free_memory_is_an_error_and_not
 def test_a_file_larger_than_the_limit_of_the_process_is_named(one_saved: Path) -> None:
     hollow(one_saved, 2**30)
 
-    def is_told() -> bool:
+    def is_reported() -> bool:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))
         said = f"model.safetensors holds a tensor of {2**30:,} bytes, too many"
         return said in refusal(one_saved)
 
-    assert holds_in_a_child(is_told)
+    assert holds_in_a_child(is_reported)
 
 
 def test_memory_is_that_of_the_machine_or_of_the_control_group(

@@ -1,4 +1,4 @@
-"""``train.log`` tells what happened, and the terminal what nobody else shows."""
+"""``train.log`` has all lines; the terminal has those that no other plugin shows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Saver:
             run.hook.on_checkpoint_saved(run=run, folder=run.folder / "step-3")
 
 
-def test_the_log_tells_start_rows_validations_checkpoints_and_end(tiny_run: TinyRun) -> None:
+def test_the_log_has_start_rows_validations_checkpoints_and_end(tiny_run: TinyRun) -> None:
     run = tiny_run(Console(), Saver(), length=4, validate_every=2)
     found = [re.sub(r"\d\.\d+", "#", line) for line in lines(run.folder)]
     assert found == [
@@ -81,7 +81,7 @@ def test_warnings_of_anyone_are_in_the_log(tiny_run: TinyRun) -> None:
     assert "WARNING mind the gap" in (run.folder / "train.log").read_text()
 
 
-def test_the_log_tells_why_a_run_stopped(tiny_run: TinyRun) -> None:
+def test_the_log_says_why_a_run_stopped(tiny_run: TinyRun) -> None:
     @plugin
     class Stops:
         @hookimpl
@@ -114,9 +114,9 @@ def test_the_log_says_how_a_run_failed_and_the_terminal_shows_no_traceback(
     with pytest.raises(Exception, match="one by nought"):
         tiny_run(Console(), Fails(), length=9)
     log = (tmp_path / "run" / "train.log").read_text()
-    end, _, told = log.partition(" ERROR ")
+    end, _, after = log.partition(" ERROR ")
     assert text in end.splitlines()[-2]
-    first, *trace = told.splitlines()
+    first, *trace = after.splitlines()
     assert first.strip().startswith("PluginError: ")
     assert "one by nought" in first
     assert trace[0] == "Traceback (most recent call last):"
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_written_is_a_warning_and_not_the_end(
     assert "console failed and is muted" in caplog.text
 
 
-def test_a_disk_that_fills_up_is_told_once(
+def test_a_disk_that_fills_up_is_reported_once(
     tiny_run: TinyRun,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -73,11 +73,13 @@ def crashed(tiny_run, tmp_path, *plugins, **run):
         ("forward", 4, "validating"),
     ],
 )
-def test_a_failed_run_tells_the_step_and_what_it_was_doing(tiny_run, tmp_path, hook, step, doing):
+def test_the_report_names_the_step_and_what_the_run_was_doing(
+    tiny_run, tmp_path, hook, step, doing
+):
     _, folder = crashed(tiny_run, tmp_path, CrashReport(), Fails(hook=hook))
-    told = json.loads((folder / "crash.json").read_text())
-    assert (told["step"], told["doing"]) == (step, doing)
-    assert "nothing to divide by" in told["error"]
+    crash = json.loads((folder / "crash.json").read_text())
+    assert (crash["step"], crash["doing"]) == (step, doing)
+    assert "nothing to divide by" in crash["error"]
 
 
 def test_the_report_holds_traceback_settings_versions_and_window(tiny_run, tmp_path):
@@ -87,8 +89,8 @@ def test_the_report_holds_traceback_settings_versions_and_window(tiny_run, tmp_p
     assert "PluginError" in trace
     assert json.loads((folder / "settings.json").read_text())["run"]["log_every"] == "1 step"
     assert "fundamentallm-crash-report" in json.loads((folder / "versions.json").read_text())
-    told = json.loads((folder / "crash.json").read_text())
-    assert told["window"] == [{"first": 4, "samples": 4, "weight": 4.0}]
+    crash = json.loads((folder / "crash.json").read_text())
+    assert crash["window"] == [{"first": 4, "samples": 4, "weight": 4.0}]
     assert f"a report is in {folder}" in error.__notes__
 
 
@@ -108,8 +110,8 @@ def test_a_failure_before_the_first_step_is_reported_too(tiny_run, tmp_path):
             raise ValueError("no such layer")
 
     _, folder = crashed(tiny_run, tmp_path, CrashReport(), Broken())
-    told = json.loads((folder / "crash.json").read_text())
-    assert (told["step"], told["doing"]) == (0, "building")
+    crash = json.loads((folder / "crash.json").read_text())
+    assert (crash["step"], crash["doing"]) == (0, "building")
 
 
 def test_a_later_failure_replaces_the_report(tiny_run, tmp_path):
@@ -225,11 +227,11 @@ def test_settings_that_are_wrong_leave_no_report_and_missing_data_does(tmp_path)
 
     assert isinstance(called(at="foo"), SettingsError)
     assert not (tmp_path / "run" / "crash").exists()
-    told = tmp_path / "run" / "crash" / "crash.json"
+    crash = tmp_path / "run" / "crash" / "crash.json"
     called(Missing())
-    assert "corpus.txt" in told.read_text()
+    assert "corpus.txt" in crash.read_text()
     called(Unfinished())
-    assert "half a model" in told.read_text(), "of two that never trained, the later counts"
+    assert "half a model" in crash.read_text(), "of two that never trained, the later counts"
 
 
 @plugin
@@ -259,8 +261,8 @@ def test_a_report_that_cannot_be_written_does_not_hide_the_error(
     with pytest.raises(PluginError, match="nothing to divide by") as raised:
         tiny_run(CrashReport(), Fails(), run_dir=tmp_path)
     assert not getattr(raised.value, "__notes__", [])
-    (told,) = [record.getMessage() for record in caplog.records if "crash" in record.getMessage()]
-    assert told == (
+    (line,) = [record.getMessage() for record in caplog.records if "crash" in record.getMessage()]
+    assert line == (
         f"crash_report: no report could be written to {folder}: No space left on device"
     )
     assert (folder / "crash.json").read_text() == before
@@ -293,8 +295,8 @@ def test_a_report_that_the_system_refuses_leaves_one_line_and_no_trace(tmp_path)
     )
     assert "no such layer" in done.stdout
     assert "a report is in" not in done.stdout
-    (told,) = [line for line in done.stderr.splitlines() if "crash" in line]
-    assert told.endswith(f"could be written to {tmp_path / 'crash'}: File too large")
+    (line,) = [line for line in done.stderr.splitlines() if "crash" in line]
+    assert line.endswith(f"could be written to {tmp_path / 'crash'}: File too large")
     assert not [path for path in tmp_path.iterdir() if "crash" in path.name]
 
 

@@ -309,7 +309,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def expected_stop(values: list[float], every: int, table: dict[str, Any]) -> int | None:
-    """Tell after which measured step a run stops: each step asks all values up to it anew."""
+    """Return the measured step after which a run stops; check all values again at each step."""
     sign = 1 if table["mode"] == "min" else -1
     for count in range(1, len(values) + 1):
         now = sign * values[count - 1]
@@ -400,7 +400,7 @@ def test_any_values_stop_it_when_a_plain_account_says_also_if_resumed_anywhere(
         ({"monitor": "val/los"}, "early_stopping.monitor: nothing listed produces 'val/los'"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(
+def test_wrong_settings_are_an_error_before_the_run_starts(
     table: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -415,7 +415,7 @@ def test_patience_is_a_number_of_measurements_or_a_period_or_unlimited() -> None
         assert composed.tables["early_stopping"]["patience"] == stated
 
 
-def test_a_metric_that_is_never_measured_is_told_at_the_start(tiny_run: TinyRun) -> None:
+def test_a_metric_that_is_never_measured_is_an_error_at_the_start(tiny_run: TinyRun) -> None:
     with pytest.raises(
         SettingsError, match="early_stopping: 'val/loss' is measured in validations"
     ):

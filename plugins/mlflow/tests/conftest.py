@@ -139,11 +139,13 @@ class Watch:
         """Fail unless each row from ``first`` on costs what each other does, whether or not the
         store is there: one write, and one read that does not wait; and waits for nothing."""
         rows = {step: row for step, row in self.rows.items() if step >= first}
-        told = {step for step, row in rows.items() if any(c.endswith("._log_news") for c in row)}
-        plain = {step: row for step, row in rows.items() if step not in told}
+        with_news = {
+            step for step, row in rows.items() if any(c.endswith("._log_news") for c in row)
+        }
+        plain = {step: row for step, row in rows.items() if step not in with_news}
         assert len(set(plain) & set(away)) > len(away) // 2
         assert set(plain) - set(away)
-        assert len(told) <= 4
+        assert len(with_news) <= 4
         assert {tuple(row) for row in plain.values()} == {tuple(next(iter(plain.values())))}
         row = next(iter(plain.values()))
         may_wait = [c for c in row if c.partition(".")[0] in MAY_WAIT or c == "time.sleep"]
@@ -163,20 +165,20 @@ def waited() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
-def _hear(event: str, _: Any) -> None:
+def _audit(event: str, _: Any) -> None:
     if _watching:
         _watching[-1].asked.append(event)
 
 
 @pytest.fixture
 def watch() -> Watch:
-    if not _hearing:
-        sys.addaudithook(_hear)  # there is no way to take it back
-        _hearing.append(True)
+    if not _auditing:
+        sys.addaudithook(_audit)  # there is no way to take it back
+        _auditing.append(True)
     return Watch()
 
 
-_hearing: list[bool] = []
+_auditing: list[bool] = []
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fundamentallm_mlflow import Mlflow
 if TYPE_CHECKING:
     from fundamentallm import Run
 
-# Long enough for a busy machine, and far longer than the test needs if the worker is told to end.
+# Enough for a busy machine, and far longer than the test needs if the worker gets the request to end.
 LIMITS = {"start_seconds": 120.0, "end_seconds": 45.0, "plot": False, "system_seconds": 0.0}
 TOO_LATE = "the store did not take the last rows in time"
 

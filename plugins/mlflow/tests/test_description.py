@@ -1,4 +1,4 @@
-"""The description of a run: what it says, and that it is nobody's to overwrite."""
+"""The description of a run: its text, and that no other text is overwritten."""
 
 from __future__ import annotations
 

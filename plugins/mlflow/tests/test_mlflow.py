@@ -47,7 +47,7 @@ def logger(experiment: str, **settings: Any) -> Mlflow:
 
 class TestContract(PluginContract):
     plugin = Mlflow
-    # A store that nobody has: what a plugin promises does not hang on one, and this is quick.
+    # A store that does not exist: the contract does not depend on a store, and this is fast.
     needs = {
         "tracking_uri": "nonsense://x",
         "on_start_failure": "journal",
@@ -76,7 +76,7 @@ class Ends:
 
 @plugin
 class Saves:
-    """Tells of a checkpoint at the end."""
+    """Reports a checkpoint at the end."""
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
@@ -89,9 +89,9 @@ class Saves:
 def test_the_wait_for_the_store_is_shown_as_progress(tiny_run: TinyRun) -> None:
     recorder = Recorder()
     tiny_run(logger("shown"), trace=recorder, length=1)
-    told = [given for hook, given in recorder.calls if hook == "on_progress"]
-    (task,) = {given["task"] for given in told if "opening" in given["task"]}
-    ends = [(given["done"], given["total"]) for given in told if given["task"] == task]
+    reports = [given for hook, given in recorder.calls if hook == "on_progress"]
+    (task,) = {given["task"] for given in reports if "opening" in given["task"]}
+    ends = [(given["done"], given["total"]) for given in reports if given["task"] == task]
     assert ends == [(0, None), (1, 1)]
 
 
@@ -209,7 +209,7 @@ class Assassin:
 
 @plugin
 class Stopper:
-    """Stops the worker, which then hears nothing."""
+    """Stops the worker, which then receives nothing."""
 
     @hookimpl
     def on_step_end(self, run: Run) -> None:
@@ -367,14 +367,14 @@ def test_a_run_may_start_without_its_store_and_be_synced_later(
 def test_a_store_that_is_away_at_the_end_does_not_make_a_finished_run_a_failed_one(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    """Even where the worker does not hear that it is to end, and is killed."""
+    """Even if the worker does not receive the request to end, and is killed."""
     monkeypatch.setattr("fundamentallm_mlflow.child.GRACE_SECONDS", 0.0)
     recorder = Recorder()
     run = tiny_run(logger("ending", end_seconds=1.5), Stopper(), trace=recorder)
     assert "the store did not take the last rows in time" in caplog.text
     assert f"fundamentallm mlflow sync {run.folder}" in caplog.text
-    told = [given for hook, given in recorder.calls if hook == "on_progress"]
-    ends = [(given["done"] < given["total"]) for given in told if "uploading" in given["task"]]
+    reports = [given for hook, given in recorder.calls if hook == "on_progress"]
+    ends = [(given["done"] < given["total"]) for given in reports if "uploading" in given["task"]]
     assert ends[-1] is False
     assert len(ends) > 1
     assert all(ends[:-1])

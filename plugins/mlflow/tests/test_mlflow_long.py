@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 A_SECOND = 500
 LOOKS = 20
 WAITING_MB = 4.0  # of half of it on, which comes in some ten seconds, rows are thinned
-PER_STEP = 7  # metrics, besides train/loss, train/tokens and optim/lr
+PER_STEP = 7  # metrics, in addition to train/loss, train/tokens and optim/lr
 
 
 @plugin

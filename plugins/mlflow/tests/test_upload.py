@@ -522,14 +522,14 @@ def test_a_damaged_measurement_affects_no_other_row(look: Any, tmp_path: Path) -
 def test_a_deleted_file_of_measurements_is_read_from_its_start(look: Any, tmp_path: Path) -> None:
     Process(tmp_path).trains(3)
     for _ in range(5):
-        work = machine(tmp_path, look.uri, "anew", 1000.0)
+        work = machine(tmp_path, look.uri, "fresh", 1000.0)
         work.measure()
     work.upload()
     (tmp_path / "system.jsonl").unlink()
-    work = machine(tmp_path, look.uri, "anew", 1e-9)
+    work = machine(tmp_path, look.uri, "fresh", 1e-9)
     work.measure()
     work.upload()
-    assert set(seen(tmp_path)) <= set(look.points(look.run("anew"), MEMORY))
+    assert set(seen(tmp_path)) <= set(look.points(look.run("fresh"), MEMORY))
     assert len(seen(tmp_path)) == 1
 
 
@@ -776,10 +776,12 @@ def test_the_best_remaining_checkpoint_is_a_version_and_the_best_of_all_runs_has
 
 
 def test_a_run_without_a_checkpoint_registers_nothing(look: Any, tmp_path: Path) -> None:
-    process = Process(tmp_path, registry={"name": "nobody", "monitor": "val/loss", "mode": "min"})
+    process = Process(
+        tmp_path, registry={"name": "unmeasured", "monitor": "val/loss", "mode": "min"}
+    )
     process.trains(3).ends()
-    upload(tmp_path, opened(look.uri, "nobody"), "nobody")
-    assert look.client.search_model_versions("name = 'nobody'") == []
+    upload(tmp_path, opened(look.uri, "unmeasured"), "unmeasured")
+    assert look.client.search_model_versions("name = 'unmeasured'") == []
 
 
 def test_runs_of_one_parent_are_its_children_and_it_ends_with_the_last_of_them(

@@ -50,7 +50,7 @@ def steps(path: Path) -> list[int]:
     return sorted({int(name.split()[1]) for name in events(path) if name.startswith("step ")})
 
 
-def test_records_the_steps_it_was_told_to_and_no_other(tiny_run: TinyRun):
+def test_records_the_chosen_steps_and_no_others(tiny_run: TinyRun):
     run = tiny_run(Marker(), Profiler(start=4, steps=2, warmup=2), length=8)
     assert names(run) == ["table-00000004.txt", "trace-00000004.json.gz"]
     assert steps(run.folder / "profile" / "trace-00000004.json.gz") == [4, 5]
@@ -62,7 +62,7 @@ def test_the_first_step_can_be_recorded_without_any_before_it(tiny_run: TinyRun,
     assert steps(run.folder / "profile" / "trace-00000001.json.gz") == [1, 2]
 
 
-def test_makes_several_traces_as_far_apart_as_it_was_told(tiny_run: TinyRun):
+def test_makes_several_traces_at_the_set_distance(tiny_run: TinyRun):
     run = tiny_run(Marker(), Profiler(start=2, steps=1, warmup=2, traces=3, every=3), length=20)
     assert [steps(run.folder / "profile" / f"trace-{n:08d}.json.gz") for n in (2, 5, 8)] == [
         [2],
@@ -167,7 +167,7 @@ def test_a_disk_that_takes_nothing_is_a_warning_and_the_run_goes_on(
     run = tiny_run(Profiler(start=2, steps=1), length=6)
     assert run.outcome == "finished"
     assert "profiler failed and is muted from now on" in caplog.text
-    # PyTorch's profiler is free again for whoever comes next.
+    # PyTorch's profiler is free again for the next user.
     again = tiny_run(Marker(), Profiler(start=2, steps=1), length=3, run_dir=tmp_path / "again")
     assert steps(again.folder / "profile" / "trace-00000002.json.gz") == [2]
 
@@ -192,7 +192,9 @@ def test_the_hooks_are_put_back_when_the_trace_is_made(tiny_run: TinyRun):
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])
-def test_it_and_throughput_trace_beside_each_other(tiny_run: TinyRun, tmp_path: Path, place: str):
+def test_profiler_and_throughput_work_in_the_same_run(
+    tiny_run: TinyRun, tmp_path: Path, place: str
+):
     throughput = pytest.importorskip("fundamentallm_throughput").Throughput
     listed = [Profiler(start=3, steps=2, warmup=1), throughput(sample_every=2)]
     run = tiny_run(*(listed if place == "before" else reversed(listed)), length=12)
@@ -260,7 +262,7 @@ class Witness:
         self.frozen: list[int] = []
         self.step = 0
 
-    def heard(self, phase: str, info: dict[str, int]) -> None:
+    def collected(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start" and self.step:
             self.collected.append((self.step, info["generation"]))
 
@@ -272,11 +274,11 @@ class Witness:
 
     @hookimpl
     def on_train_start(self):
-        gc.callbacks.append(self.heard)
+        gc.callbacks.append(self.collected)
 
     @hookimpl
     def on_train_end(self):
-        gc.callbacks.remove(self.heard)
+        gc.callbacks.remove(self.collected)
 
 
 @pytest.fixture
@@ -362,7 +364,7 @@ def test_freezes_nothing_if_it_shall_not(tiny_run: TinyRun, thawed):
         ("gc", {"generation": 3}, "gc.generation: must be in (0, 1, 2)"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(tiny_run, name, table, complaint):
+def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, name, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run(name, settings={name: table})
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

@@ -266,7 +266,7 @@ def test_what_is_no_training_leaves_the_speed_alone_and_counts_for_the_time_left
     assert view.facts() == ["19%", "50 tokens/s", "0.5 steps/s", "4:03 left"]
 
 
-def test_work_that_goes_on_beside_a_task_counts(tmp_path: Path) -> None:
+def test_work_during_a_task_counts(tmp_path: Path) -> None:
     clock, run = Clock(), a_run(tmp_path)
     view = View(run, [], clock)
     view.start_training()
@@ -320,7 +320,7 @@ class Follows:
 
 
 @pytest.mark.parametrize("length", ["40 steps", "160 tokens", "10 epochs"])
-def test_a_resumed_run_tells_the_time_left_from_its_second_step(
+def test_a_resumed_run_shows_the_time_left_from_its_second_step(
     length: str, tiny_run: TinyRun
 ) -> None:
     settings: dict[str, Any] = {"length": length, "validate_every": 5, "settings": {}}
@@ -330,7 +330,7 @@ def test_a_resumed_run_tells_the_time_left_from_its_second_step(
     assert run.progress.step == 40
     assert follows.seen[0] == (22, "0:36 left")
     assert follows.seen[3] == (25, "0:30 left")
-    assert follows.seen[4][1] != "0:28 left", "the first validation tells of the others"
+    assert follows.seen[4][1] != "0:28 left", "the first validation predicts the others"
 
 
 # Tasks.
@@ -340,7 +340,7 @@ def tasks(view: View) -> list[str]:
     return ["".join(text for text, _ in row).split()[0] for row in view.rows(100)]
 
 
-def test_a_task_that_nobody_ended_is_gone_a_step_later(tmp_path: Path) -> None:
+def test_a_task_without_an_end_is_gone_a_step_later(tmp_path: Path) -> None:
     clock, run = Clock(), a_run(tmp_path)
     view = View(run, [], clock)
     view.start_training()

@@ -94,7 +94,7 @@ class Terminal:
             select.select([self._own], [], [], 1)
             try:
                 part = os.read(self._own, 65536)
-            except OSError:  # how Linux tells that the other end is closed
+            except OSError:  # how Linux reports that the other end is closed
                 return
             self.written += part
             *pictures, rest = part.split(END.encode())
@@ -418,7 +418,7 @@ def test_a_line_of_others_stands_above_a_bar_that_is_up_to_date(
         assert [row.split()[0] for row in written.seen] == ["saved", "step"]
 
 
-def test_what_begins_its_line_anew_shows_what_it_wrote_last(
+def test_output_that_restarts_its_line_shows_what_it_wrote_last(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with a_bar(monkeypatch, tmp_path) as (found, written):

@@ -263,9 +263,9 @@ def test_a_run_without_a_row_is_shown(copies):
     (copies[0] / "metrics.jsonl").unlink()
     assert (read(copies[0]).step, read(copies[0]).written) == (8, None)
     assert said(runs, copies[0].parent).endswith("\nslow: no rows\n")
-    told = said(compare, copies[0], "--curve", "train/loss")
-    assert re.search(r"^step +8 *$", told, re.MULTILINE)
-    assert told.endswith("\nslow: no rows\n")
+    printed = said(compare, copies[0], "--curve", "train/loss")
+    assert re.search(r"^step +8 *$", printed, re.MULTILINE)
+    assert printed.endswith("\nslow: no rows\n")
     assert "┌" in said(compare, *copies)  # the other one has a curve
 
 
@@ -331,17 +331,17 @@ def test_a_run_that_diverged_is_compared_by_its_finite_values(copies, bad):
     logged(copies[0], '{"train/loss": 2.5}', f'{{"train/loss": {bad}}}')
     assert curve(read(copies[0]), "train/loss", "step", 0.5).y == [2.5]
     assert read(copies[0]).best("train/loss") == (1, 2.5)
-    told = said(compare, *copies, "--curve", "train/loss")
-    assert "2.5 (step 1)" in told
-    assert "┌" in told
+    printed = said(compare, *copies, "--curve", "train/loss")
+    assert "2.5 (step 1)" in printed
+    assert "┌" in printed
 
 
 @pytest.mark.parametrize("bad", ['"Infinity"', '"-Infinity"', '"NaN"'])
 def test_where_no_value_is_finite_there_is_no_best_and_no_curve(copies, tmp_path, bad):
     logged(copies[0], f'{{"val/loss": {bad}}}')
-    told = said(compare, copies[0])
-    assert re.search(r"^val/loss best +- *$", told, re.MULTILINE)
-    assert told.endswith("\nval/loss: no finite value to draw\n")
+    printed = said(compare, copies[0])
+    assert re.search(r"^val/loss best +- *$", printed, re.MULTILINE)
+    assert printed.endswith("\nval/loss: no finite value to draw\n")
     path = tmp_path / "losses.svg"
     assert "no finite value" in said(compare, copies[0], "-o", path, fails=DataError)
     assert not path.exists()
@@ -355,10 +355,10 @@ def test_names_and_values_are_shown_as_they_are(copies, name):
     tables = (copies[0] / "settings.toml").read_text()
     (copies[0] / "settings.toml").write_text(tables + f"\n[other]\nfreeze = [{json.dumps(name)}]\n")
     named = copies[0].rename(copies[0].parent / name.replace("/", "_"))
-    told = said(compare, copies[1], named)
-    assert f"{name} last" in told
-    assert re.search(rf"^other.freeze +- +{re.escape(name)}$", told, re.MULTILINE)
-    assert re.search(rf"^metric +fast +{re.escape(named.name)}", told, re.MULTILINE)
+    printed = said(compare, copies[1], named)
+    assert f"{name} last" in printed
+    assert re.search(rf"^other.freeze +- +{re.escape(name)}$", printed, re.MULTILINE)
+    assert re.search(rf"^metric +fast +{re.escape(named.name)}", printed, re.MULTILINE)
     listed = said(runs, copies[1].parent, "--metric", name)
     assert f"best {name}" in listed
     assert f"\n{named.name} " in listed
@@ -497,15 +497,15 @@ def long_run(folder: Path, seed: int, rows: int = LONG) -> Path:
     return folder
 
 
-def test_curves_without_colours_are_told_apart_by_digits_and_only_what_can_be_better_has_a_best(
+def test_curves_without_colours_are_distinguished_by_digits_and_only_what_can_be_better_has_a_best(
     two,
 ):
-    told = said(compare, *two)
-    drawing = told[told.index("┌") :]
+    printed = said(compare, *two)
+    drawing = printed[printed.index("┌") :]
     assert {"1", "2"} <= set(re.sub(r"[\d.]+[┤┬]|[\w/-]{2,}", "", drawing))
-    assert "val/loss best" in told
-    assert "train/tokens last" in told
-    assert not re.search("(optim|tokens).* best", told)
+    assert "val/loss best" in printed
+    assert "train/tokens last" in printed
+    assert not re.search("(optim|tokens).* best", printed)
 
 
 def counted(call):
@@ -551,15 +551,15 @@ def test_two_long_runs_are_compared_with_each_byte_read_once_and_no_call_for_eac
             points.extend(len(c.x) for c in curves) or shown(curves, *more, **so)
         ),
     )
-    told, calls, read = counted(lambda: said(compare, *folders, "--curve", "train/loss"))
+    printed, calls, read = counted(lambda: said(compare, *folders, "--curve", "train/loss"))
     assert size <= read < size + 100_000  # what is small, too, such as the settings
     assert sum(sizes) < size + 2 * LONG + 100_000  # a comma between two lines
     assert calls - fewer < LONG / 2  # for LONG rows more
     assert len(points) == 2
     assert max(points) <= POINTS + 2
-    assert re.search(r"^step +20000 +20000", told, re.MULTILINE)
+    assert re.search(r"^step +20000 +20000", printed, re.MULTILINE)
     assert re.search(
-        r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", told, re.MULTILINE
+        r"^val/loss best +0\.005 \(step 20000\) +1.005 \(step 20000\)", printed, re.MULTILINE
     )
 
 
@@ -712,8 +712,8 @@ def line_of(step, value=1.5, end="\n"):
 
 
 def replaced(path, text):
-    (path.parent / "beside").write_text(text)
-    (path.parent / "beside").replace(path)
+    (path.parent / "temporary").write_text(text)
+    (path.parent / "temporary").replace(path)
 
 
 def test_a_file_that_was_replaced_is_watched_from_where_it_differs(tmp_path):
@@ -895,47 +895,48 @@ def test_a_killed_run_is_compared_up_to_its_last_row(copies, tmp_path):
         path.unlink() if path.is_file() else shutil.rmtree(path)
     rows = copies[0] / "metrics.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
-    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "did not come to its end (killed): it is compared up to step 6" in told
+    printed = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "did not come to its end (killed): it is compared up to step 6" in printed
     assert (
-        "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced" in told
+        "metrics: 3 rows, identical\nweights: 4 tensors, identical\nthe run is reproduced"
+        in printed
     )
 
 
 def test_what_the_repeated_run_has_not_kept_is_not_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
-    told = said(
+    printed = said(
         rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"'
     )
     assert (
         "weights: the repeated run has kept none of step 4 to compare with\nthe metrics are reproduced; nothing else was compared"
-        in told
+        in printed
     )
 
 
 def test_a_run_that_finished_is_compared_to_its_last_row(copies, tmp_path):
     rows = copies[0] / "metrics.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
-    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "metrics: only the repeated run has a row at step 8" in told
-    assert "the run is not reproduced" in told
+    printed = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "metrics: only the repeated run has a row at step 8" in printed
+    assert "the run is not reproduced" in printed
 
 
 def test_a_failure_is_repeated(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     with pytest.raises(PluginError):
         trained(tmp_path / "one", plugins=[str(tmp_path / "fails.py")])
-    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
-    assert re.search("^the run fails again: .*no more", told, re.MULTILINE)
-    assert "metrics: 2 rows, identical" in told
+    printed = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
+    assert re.search("^the run fails again: .*no more", printed, re.MULTILINE)
+    assert "metrics: 2 rows, identical" in printed
     (tmp_path / "fails.py").write_text(FAILS.replace("== 4", "== 99"))
-    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "heals")
-    assert "did not come to its end (failed): it is compared up to step 4" in told
-    assert "fails again" not in told
+    printed = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "heals")
+    assert "did not come to its end (failed): it is compared up to step 4" in printed
+    assert "fails again" not in printed
     (tmp_path / "fails.py").write_text(FAILS.replace("== 4", "== 2"))
     shutil.rmtree(tmp_path / "again")
-    told = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
-    assert "metrics: only the first run has a row at step 4" in told
+    printed = said(rerun, tmp_path / "one", "--run-dir", tmp_path / "again")
+    assert "metrics: only the first run has a row at step 4" in printed
 
 
 def test_a_run_that_finished_and_fails_now_ends_with_that_error(tmp_path):
@@ -960,17 +961,17 @@ def test_a_run_of_objects_is_refused_with_their_names_before_anything_is_made(tm
     facts = {name: {"kind": "object", "name": "a_module"} for name in kept["plugins"]}
     facts["jsonl"] = {"kind": "distribution", "name": "fundamentallm-jsonl", "version": "0.1.0"}
     path.write_text(json.dumps(kept | {"plugins": facts}))
-    told = said(rerun, tmp_path / "one", fails=SettingsError)
-    assert "tiny_data, tiny_model, tiny_optimizer came as Python objects" in told
-    assert "fundamentallm compare" in told
+    printed = said(rerun, tmp_path / "one", fails=SettingsError)
+    assert "tiny_data, tiny_model, tiny_optimizer came as Python objects" in printed
+    assert "fundamentallm compare" in printed
     assert not (tmp_path / "one-rerun").exists()
 
 
 def test_a_run_that_was_continued_says_so(copies, tmp_path):
     path = copies[0] / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": time.time()}))
-    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert "the run was continued: the settings and versions of before" in told
+    printed = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert "the run was continued: the settings and versions of before" in printed
     assert "was continued" not in said(rerun, copies[1], "--run-dir", tmp_path / "other")
 
 
@@ -995,9 +996,9 @@ def test_data_that_are_no_longer_the_same_are_named(copies, tmp_path):
 )
 def test_a_damaged_environment_does_not_prevent_a_rerun(copies, tmp_path, text):
     (copies[0] / "environment.json").write_text(text)
-    told = said(rerun, copies[0], "--run-dir", tmp_path / "again")
-    assert told.endswith("the run is reproduced\n")
-    assert ("no record of them" in told) == (text in ("", "[]", "{}"))
+    printed = said(rerun, copies[0], "--run-dir", tmp_path / "again")
+    assert printed.endswith("the run is reproduced\n")
+    assert ("no record of them" in printed) == (text in ("", "[]", "{}"))
 
 
 def test_a_run_is_repeated_from_its_own_folder(copies, monkeypatch):

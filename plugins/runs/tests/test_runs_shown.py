@@ -52,16 +52,16 @@ def shown(width, monkeypatch, command, *words):
     return said(command, *words)
 
 
-def drawing(told):
-    return told[told.index("┌") :]
+def drawing(printed):
+    return printed[printed.index("┌") :]
 
 
 def test_runs_of_the_same_name_have_different_names_in_table_and_drawing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = said(compare, made(Path("a/one")), made(Path("b/one"), 2))
-    assert re.search("^setting +a/one +b/one", told, re.MULTILINE)
-    assert "1 a/one" in drawing(told)
-    assert "2 b/one" in drawing(told)
+    printed = said(compare, made(Path("a/one")), made(Path("b/one"), 2))
+    assert re.search("^setting +a/one +b/one", printed, re.MULTILINE)
+    assert "1 a/one" in drawing(printed)
+    assert "2 b/one" in drawing(printed)
 
 
 def test_a_run_that_is_named_by_dots_has_its_name(tmp_path, monkeypatch):
@@ -86,22 +86,22 @@ def test_of_any_number_of_runs_every_value_is_shown_whole_in_any_width(
     tmp_path, monkeypatch, width
 ):
     folders = [made(tmp_path / f"run-{seed:03}", seed) for seed in range(1, 101)]
-    told = shown(width, monkeypatch, compare, *folders)
-    assert max(map(cell_len, told.partition("┌")[0].splitlines()[:-2])) <= width
-    words = told.split()
+    printed = shown(width, monkeypatch, compare, *folders)
+    assert max(map(cell_len, printed.partition("┌")[0].splitlines()[:-2])) <= width
+    words = printed.split()
     assert [word for word in words if re.fullmatch(r"run-\d+", word)][:100] == [
         one.name for one in folders
     ]
-    assert "…" not in told
-    tabulated = re.findall("^run.seed +(.+)", told, re.MULTILINE)
+    assert "…" not in printed
+    tabulated = re.findall("^run.seed +(.+)", printed, re.MULTILINE)
     assert " ".join(tabulated).split() == [str(seed) for seed in range(1, 101)]
 
 
 def test_in_a_narrow_terminal_no_value_of_the_list_is_cut(tmp_path, monkeypatch):
     made(tmp_path / "a-run-of-some-name")
-    told = shown(40, monkeypatch, runs, tmp_path)
-    assert {"a-run-of-some-name", "killed", "100%", "0.25"} <= set(told.split())
-    assert "…" not in told
+    printed = shown(40, monkeypatch, runs, tmp_path)
+    assert {"a-run-of-some-name", "killed", "100%", "0.25"} <= set(printed.split())
+    assert "…" not in printed
 
 
 @given(st.lists(st.integers(0, 200), min_size=1), st.integers(10, 200))
@@ -116,8 +116,8 @@ def test_each_column_is_in_one_part_behind_the_first_and_each_part_has_room(widt
 
 @pytest.mark.parametrize("colours", [True, False])
 def test_many_curves_are_named_below_the_drawing_by_marks_of_their_own(colours):
-    told = drawn([Curve(f"n{n}", [0.0], [float(n)]) for n in range(20)], "m", "step", colours)
-    assert told.endswith(
+    printed = drawn([Curve(f"n{n}", [0.0], [float(n)]) for n in range(20)], "m", "step", colours)
+    assert printed.endswith(
         "  9 n8  0 n9  a n10  b n11  c n12  d n13  e n14  f n15  g n16  h n17  i n18  j n19\n"
     )
     few = drawn([Curve(f"n{n}", [0.0], [float(n)]) for n in range(8)], "m", "step", colours=False)

@@ -109,7 +109,7 @@ def test_tokens_come_as_often_as_the_temperature_says() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_nonsense_from_the_model_is_told_as_what_it_is(broken: float) -> None:
+def test_invalid_scores_of_the_model_are_an_error_that_names_them(broken: float) -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(NotFiniteError, match="not finite"):
             choose(torch.tensor([[0.0, broken]]), Choice(temperature=temperature), source())
@@ -212,7 +212,7 @@ def test_generating_leaves_no_graph_and_no_trace_in_the_global_generator() -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_that_cannot_be_sampled_from_is_told_what_it_lacks() -> None:
+def test_the_error_for_a_model_that_cannot_be_sampled_names_what_it_lacks() -> None:
     check_model(Summing(3))
     with pytest.raises(
         SettingsError,

@@ -247,10 +247,10 @@ context_length = { end = 32.0 }
     assert "step       2 samples, 16 tokens" in text
     assert "for a step of 9 samples, 180 tokens" in text
     assert "for a step of 16 samples, 512 tokens" in text
-    told = int(text[text.index(" tokens: 60 steps") - 6 :].split()[0].replace(",", ""))
+    tokens = int(text[text.index(" tokens: 60 steps") - 6 :].split()[0].replace(",", ""))
     made = train("run.toml").progress.tokens
-    assert told == pytest.approx(made, rel=0.1)
-    # What stays as it is has one point, though somebody acts at every step.
+    assert tokens == pytest.approx(made, rel=0.1)
+    # What stays as it is has one point, though a plugin acts at every step.
     words = [
         f"schedules.of.text.{name}.end={end}"
         for name, end in (("batch_size", "2.0"), ("context_length", "8.0"))
@@ -296,7 +296,7 @@ def test_out_of_memory_in_a_later_step_is_an_error_that_names_its_place_in_the_r
     assert "that was after 100% of the run" in "".join(result.exception.__notes__)
     assert "peak of the process" in result.output
     assert "run        " not in result.output
-    # Where nobody acts at later steps, these are not tried.
+    # If no plugin acts at later steps, these are not tried.
     assert "nothing wrong was found\n" in said(call(check, flaw="memory later"))
     assert left(place) == set()
 
@@ -625,7 +625,7 @@ def test_of_the_known_plugins_the_right_ones_take_part() -> None:
     assert not out & {"checkpoint", "guard", "ema", "lr_schedule", "validation", "text", "gpt"}
 
 
-@pytest.mark.parametrize("how", ["wraps", "answers", "wraps and hears the result of"])
+@pytest.mark.parametrize("how", ["wraps", "answers", "wraps and uses the result of"])
 def test_lr_finder_works_with_a_plugin_that(how: str, place: Path) -> None:
     """It also shapes updates, so it takes part; a validation without metrics would break it."""
     own = """
@@ -636,11 +636,11 @@ def test_lr_finder_works_with_a_plugin_that(how: str, place: Path) -> None:
 
     @hookimpl
     def on_validation_end(self, metrics):
-        assert metrics["val/bits"] or not HEARS
+        assert metrics["val/bits"] or not USES
 
 
 class Net"""
-    own = own.replace("WRAPS", str(how != "answers")).replace("HEARS", str("hears" in how))
+    own = own.replace("WRAPS", str(how != "answers")).replace("USES", str("uses" in how))
     if how == "answers":
         own = own.replace("(yield) if False else {}", "{}")
     (place / "here" / "parts.py").write_text(PARTS.replace("\n\n\nclass Net", "\n" + own))

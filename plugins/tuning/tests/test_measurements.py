@@ -266,7 +266,7 @@ def test_steps_that_grow_in_a_straight_line_are_added_up(length: str, until: flo
         assert found.seconds == pytest.approx(1000 * (0.01 * until + 0.02 * until**2), rel=1e-3)
 
 
-def test_the_end_of_a_step_s_range_is_told_where_steps_change() -> None:
+def test_the_range_of_a_step_ends_where_steps_change() -> None:
     probe = probed([0.1, 0.1], [1.0, 1.0], samples=1, epoch=100)
     points = [
         StepSample.of(probe, 0.0),

@@ -553,9 +553,9 @@ def test_a_monitor_finds_what_it_logs_and_nothing_that_is_off(
         try:
             compose(tables, plugins=parts)
         except SettingsError as error:
-            told = [str(one) for one in error.mistakes if one.kind != "required"]
-            if told:
-                raise SettingsError(told) from None
+            problems = [str(one) for one in error.mistakes if one.kind != "required"]
+            if problems:
+                raise SettingsError(problems) from None
 
     composed(**table)
     off = dict.fromkeys(("perplexity", "bits_per_byte", "accuracy", "best"), False)
@@ -583,17 +583,19 @@ def _fails(tiny_run: TinyRun, *parts: object) -> str:
     return str(caught.value)
 
 
-def test_data_that_does_not_know_its_bytes_is_told_at_the_start(tiny_run: TinyRun) -> None:
-    told = _fails(tiny_run, Tokens(knows_bytes=False), Scorer(), Validation(bits_per_byte=True))
-    assert told.startswith("validation.bits_per_byte: the data (TokenBatches) does not know")
+def test_data_without_a_count_of_bytes_is_an_error_at_the_start(tiny_run: TinyRun) -> None:
+    problem = _fails(tiny_run, Tokens(knows_bytes=False), Scorer(), Validation(bits_per_byte=True))
+    assert problem.startswith("validation.bits_per_byte: the data (TokenBatches) does not know")
 
 
-def test_a_model_without_logits_is_told_at_the_start(tiny_run: TinyRun) -> None:
-    told = _fails(tiny_run, Validation(accuracy=True))
-    assert told == "validation.accuracy: Tiny has no method logits(inputs) that returns its scores"
+def test_a_model_without_logits_is_an_error_at_the_start(tiny_run: TinyRun) -> None:
+    problem = _fails(tiny_run, Validation(accuracy=True))
+    assert (
+        problem == "validation.accuracy: Tiny has no method logits(inputs) that returns its scores"
+    )
 
 
-def test_batches_without_targets_are_told_at_the_start(tiny_run: TinyRun) -> None:
+def test_batches_without_targets_are_an_error_at_the_start(tiny_run: TinyRun) -> None:
     @plugin
     class Alone:
         @hookimpl
@@ -603,11 +605,11 @@ def test_batches_without_targets_are_told_at_the_start(tiny_run: TinyRun) -> Non
                 batch.data = batch.data[:1]
             return data
 
-    told = _fails(tiny_run, Alone(), Scorer(), Validation(accuracy=True))
-    assert "a batch of the held-out data is 1 tensors; it must be (inputs, ..., targets)" in told
+    problem = _fails(tiny_run, Alone(), Scorer(), Validation(accuracy=True))
+    assert "a batch of the held-out data is 1 tensors; it must be (inputs, ..., targets)" in problem
 
 
-def test_scores_that_do_not_fit_the_targets_are_told(tiny_run: TinyRun) -> None:
+def test_scores_that_do_not_fit_the_targets_are_an_error(tiny_run: TinyRun) -> None:
     @plugin
     class Flat:
         @hookimpl
@@ -618,11 +620,11 @@ def test_scores_that_do_not_fit_the_targets_are_told(tiny_run: TinyRun) -> None:
 
             return Flattened()
 
-    told = _fails(tiny_run, Tokens(), Flat(), Validation(accuracy=True))
-    assert "scores for targets of shape (12,), but they have (3, 4)" in told
+    problem = _fails(tiny_run, Tokens(), Flat(), Validation(accuracy=True))
+    assert "scores for targets of shape (12,), but they have (3, 4)" in problem
 
 
-def test_a_forward_that_goes_past_the_module_is_told(tiny_run: TinyRun) -> None:
+def test_a_forward_that_does_not_call_the_module_is_an_error(tiny_run: TinyRun) -> None:
     @plugin
     class Own:
         @hookimpl
@@ -630,8 +632,8 @@ def test_a_forward_that_goes_past_the_module_is_told(tiny_run: TinyRun) -> None:
             loss: Tensor = run.model(*batch.data)
             return loss
 
-    told = _fails(tiny_run, Tokens(), Scorer(), Own(), Validation(accuracy=True))
-    assert "a plugin answers 'forward' without calling run.module" in told
+    problem = _fails(tiny_run, Tokens(), Scorer(), Own(), Validation(accuracy=True))
+    assert "a plugin answers 'forward' without calling run.module" in problem
 
 
 def test_data_without_a_held_out_split_gets_a_warning(tiny_run: TinyRun, caplog: Any) -> None:
