@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Run, hookimpl, plugin, train
+from fundamentallm.testing import HostReads
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # scripts, not a package
 import calls
@@ -20,50 +19,6 @@ import handwritten
 import noop
 
 BOUND = 1.05
-
-# What makes the host wait for a device. A tensor's number is read by the first operation, whatever
-# Python calls it (item, float, bool, int, format); the others need numbers to know their result.
-WAITING_OPERATIONS = (
-    "aten::_local_scalar_dense",
-    "aten::equal",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::is_nonzero",
-    "aten::item",
-)
-# These read memory without any operation where the memory is the host's, as in these tests.
-WAITING_CALLS = ("tolist", "numpy", "cpu", "__array__")
-
-
-class HostReads:
-    """Counts what would make the host wait for the device, while it is switched on."""
-
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
-        found = self.found
-
-        class Operations(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-                name = func._schema.name
-                found.update([name] if name in WAITING_OPERATIONS else [])
-                return func(*args, **(kwargs or {}))
-
-        class Calls(TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-                name = getattr(func, "__name__", "")
-                found.update([name] if name in WAITING_CALLS else [])
-                return func(*args, **(kwargs or {}))
-
-        self.modes = [Operations(), Calls()]
-
-    def start(self) -> None:
-        for mode in self.modes:
-            mode.__enter__()
-
-    def stop(self) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(None, None, None)
 
 
 @plugin

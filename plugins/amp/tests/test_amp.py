@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import (
     Batch,
@@ -29,7 +27,7 @@ from fundamentallm import (
     hookimpl,
     plugin,
 )
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm.testing import HostReads, PluginContract, TinyRun, assert_same_weights
 from fundamentallm_amp import Amp
 from fundamentallm_amp.loss_scale import LossScale
 from fundamentallm_amp.precision import check_device, convert_to_bf16
@@ -604,20 +602,6 @@ def test_wrong_settings_are_reported_before_anything_starts(
 # What a step costs
 
 
-class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that hand a device value to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        reads = ("_local_scalar_dense", "aten.equal", "is_nonzero", "aten.nonzero")
-        self.found.update([name] if any(read in name for read in reads) else [])
-        return func(*args, **(kwargs or {}))
-
-
 @plugin
 class Descent:
     """Plain gradient descent, which reads no device value."""
@@ -649,12 +633,10 @@ def test_only_fp16_makes_the_host_wait_once_per_step(
     tiny_run: TinyRun, dtype: Any, reads: int
 ) -> None:
     counter = HostReads()
-    between = Between(
-        first=4, last=8, start=counter.__enter__, stop=lambda: counter.__exit__(None, None, None)
-    )
+    between = Between(first=4, last=8, start=counter.start, stop=counter.stop)
     amp = Amp(dtype=dtype)
     tiny_run(amp, Boosted(), Descent(), between, length=9, log_every=100)
-    assert counter.found.total() == 4 * reads
+    assert counter.count == 4 * reads
 
 
 def calls(tiny_run: TinyRun, folder: Path, *plugins: object) -> float:

@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Period, PluginError, Run, StorageError, hookimpl, load_run, plugin, train
-from fundamentallm.testing import TinyModel, TinyRun, assert_same_weights
+from fundamentallm.testing import HostReads, TinyModel, TinyRun, assert_same_weights
 from fundamentallm_ema import Ema, Swa
 
 Weights = dict[str, Tensor]
@@ -294,18 +293,6 @@ def test_a_loaded_run_evaluates_with_its_average(tmp_path: Path) -> None:
     assert_same_weights(loaded, trained)
 
 
-class Reads(TorchDispatchMode):
-    """Counts the operations that hand a device value to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("made", "most"), [(Ema(decay=0.9), 6), (Ema(decay=0.1), 6), (Swa(start=0.0), 6)]
 )
@@ -319,7 +306,7 @@ def test_a_step_reads_no_device_value_and_makes_few_python_calls(
         if event == "call":
             called[frame.f_code.co_qualname] += 1
 
-    with Reads() as reads:
+    with HostReads() as reads:
         run.hook.settle_step(run=run, applied=True)
     sys.setprofile(note)
     run.hook.settle_step(run=run, applied=True)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Run, SettingsError, compose, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun
+from fundamentallm.testing import HostReads, PluginContract, TinyRun
 from fundamentallm_grad_clip import GradClip
 
 Clip = Callable[[list[torch.nn.Parameter]], Tensor]
@@ -121,22 +120,6 @@ def test_the_norm_logged_is_the_mean_over_the_log_period(tiny_run: TinyRun, tmp_
     both = tiny_run(GradClip(max_norm=1.0), length=4, log_every=4, run_dir=tmp_path / "both")
     norms = [row["optim/grad_norm"] for row in each.history]
     assert both.history[-1]["optim/grad_norm"] == math.fsum(norms) / 4
-
-
-class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that hand a device value to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.equal.default,
-            torch.ops.aten.is_nonzero.default,
-        )
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("clip", [GradClip(max_norm=0.1), GradClip(max_value=0.1)])

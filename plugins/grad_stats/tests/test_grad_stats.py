@@ -16,10 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import Rejection, Run, SettingsError, hookimpl, plugin
-from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights
+from fundamentallm.testing import HostReads, Memory, PluginContract, TinyRun, assert_same_weights
 from fundamentallm_grad_stats import GradStats
 from fundamentallm_grad_stats.groups import group_of, grouped, matched, merged
 from fundamentallm_grad_stats.norms import EDGES, histogram, norm
@@ -525,23 +524,6 @@ def test_a_measured_run_ends_in_the_same_bits(tiny_run: TinyRun, tmp_path: Path)
     assert_same_weights(*runs)
     for bare, row in zip(*(run.history for run in runs), strict=True):
         assert bare == {name: row[name] for name in row if name not in measured(row)}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations that hand a device value to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.equal.default,
-            torch.ops.aten.is_nonzero.default,
-            torch.ops.aten.nonzero.default,
-        )
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_measured_step_reads_no_device_value(tiny_run: TinyRun):

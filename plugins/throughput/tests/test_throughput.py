@@ -18,10 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fundamentallm import HOOKS, Batch, Rejection, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import (
+    HostReads,
     Memory,
     PluginContract,
     Recorder,
@@ -768,18 +768,6 @@ def test_listing_it_twice_is_an_error_that_names_both(tiny_run: TinyRun):
         tiny_run("throughput", "speed", settings=settings)
 
 
-class HostReads(TorchDispatchMode):
-    """Counts the operations that hand a device value to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @plugin
 class Between:
     """Looks on from the data of one step to that of another."""
@@ -855,8 +843,8 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
         between = Between(
             first=2,
             last=6,
-            start=reads.__enter__,
-            stop=lambda: reads.__exit__(None, None, None),  # noqa: B023
+            start=reads.start,
+            stop=reads.stop,
         )
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(reads.count)
