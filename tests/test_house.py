@@ -282,18 +282,23 @@ def test_the_example_in_plain_python_runs_and_has_fewer_than_25_lines(tmp_path):
 
 
 def test_the_plugin_of_the_guide_passes_the_tests_of_the_guide(tmp_path):
-    plugin, tests = blocks(ROOT / "docs" / "write-a-plugin.md", "python")
+    plugin, *tests = blocks(ROOT / "docs" / "write-a-plugin.md", "python")
     (tmp_path / "patience.py").write_text(plugin)
-    (tmp_path / "test_patience.py").write_text(tests)
+    for name, text in zip(("patience", "reads", "logger"), tests, strict=True):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    # The suite of jsonl kills a run; here it would only start Python once more.
+    words = ["-q", "-p", "no:cacheprovider", "-rA", "-k", "not killed", "."]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_patience.py"],
+        [sys.executable, "-m", "pytest", *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": "."},
     )
     assert done.returncode == 0, done.stdout
-    assert "12 passed" in done.stdout
+    passed = {name: done.stdout.count(f"PASSED test_{name}.py") for name in ("patience", "reads")}
+    assert passed == {"patience": 12, "reads": 1}
+    assert done.stdout.count("PASSED test_logger.py") >= 24
 
 
 def test_the_readme_s_settings_and_plugin_compose(tmp_path):

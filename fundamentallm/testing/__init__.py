@@ -10,6 +10,7 @@ least this, which is some ten tests::
 from fundamentallm.testing.contracts import HEAVY as HEAVY
 from fundamentallm.testing.contracts import PluginContract as PluginContract
 from fundamentallm.testing.host_reads import HostReads as HostReads
+from fundamentallm.testing.loggers import LoggerContract as LoggerContract
 from fundamentallm.testing.recorder import Memory as Memory
 from fundamentallm.testing.recorder import Recorder as Recorder
 from fundamentallm.testing.recorder import assert_same_weights as assert_same_weights

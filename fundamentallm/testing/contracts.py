@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,11 +33,7 @@ class PluginContract:
         return structure(self.needs, self.plugin)
 
     def test_importing_it_imports_nothing_heavy(self) -> None:
-        code = f"import sys, {self.plugin.__module__}; print(*sys.modules)"
-        words = [sys.executable, "-c", code]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert not set(HEAVY) & set(done.stdout.split())
+        assert not set(HEAVY) & imported_by(self.plugin)
 
     def test_builds_from_an_empty_table_or_names_what_it_needs(self) -> None:
         problems = _problems(self.plugin, {})
@@ -98,8 +94,44 @@ class PluginContract:
         assert_same_weights(whole, tiny_run(*again, memory))
 
 
-def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:
+_IMPORTS = """
+import importlib, os, sys
+import fundamentallm
+for name in sys.argv[1:]:
+    if not os.fork():
+        importlib.import_module(name)
+        print(name, *sys.modules, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+_imported: dict[str, set[str]] = {}
 
+
+def imported_by(plugin: type) -> set[str]:
+    """Return the names of the modules that are loaded once the module of a plugin is imported.
+
+    One process imports the modules of all plugins under test, each in a fork of its own: a start of
+    Python for each plugin would take longer than the rest of its contract.
+    """
+    if plugin.__module__ not in _imported:
+        names = {plugin.__module__} | {cls.plugin.__module__ for cls in _contracts(PluginContract)}
+        words = [sys.executable, "-c", _IMPORTS, *sorted(names - _imported.keys())]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        for line in done.stdout.splitlines():
+            name, *modules = line.split()
+            _imported[name] = set(modules)
+        assert plugin.__module__ in _imported, done.stderr
+    return _imported[plugin.__module__]
+
+
+def _contracts(cls: type[PluginContract]) -> Iterator[type[PluginContract]]:
+    for subclass in cls.__subclasses__():
+        yield from _contracts(subclass)
+        if hasattr(subclass, "plugin"):
+            yield subclass
+
+
+def _problems(cls: type, values: Mapping[str, Any]) -> list[str]:
     source = Source(values={"it": dict(values)})
     build(cls, source.values["it"], source, (plugin_name(cls),))
     return list(map(str, source.mistakes))

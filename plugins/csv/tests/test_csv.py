@@ -6,8 +6,6 @@ import csv
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import LoggerContract, Memory, TinyRun
 from fundamentallm_csv import Csv
 from fundamentallm_csv.table import Table
 
 if TYPE_CHECKING:
     from fundamentallm import Run
-
-
-class TestContract(PluginContract):
-    plugin = Csv
 
 
 @plugin
@@ -59,6 +53,23 @@ def history(path: Path) -> list[dict[str, float]]:
     ]
 
 
+class TestContract(LoggerContract):
+    plugin = Csv
+    target = "metrics.csv"
+    aside = "metrics.before-*.csv"
+    cut_short = (
+        b"1.5,6,2",
+        b"1.5,4,16,1,1,1,1",
+        b"\x00\x00\n",
+        b"1.5,5\n",
+        b"a,b,c,d,e,f,g\n",
+    )
+    no_rows = (b"", b"time,step", b"time,step,tokens,a\n", b"\x00")
+
+    def rows(self, folder: Path) -> list[dict[str, float]]:
+        return history(folder / self.target)
+
+
 def steps(folder: Path) -> list[int]:
     return [int(row["step"]) for row in rows(folder / "metrics.csv")]
 
@@ -67,21 +78,12 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if "csv" in path.name)
 
 
-def test_the_table_holds_exactly_what_the_run_logged(tiny_run: TinyRun) -> None:
-    run = tiny_run(Csv(), length=5, validate_every=4)
-    assert history(run.folder / "metrics.csv") == run.history
+def test_a_row_begins_with_its_time_and_the_tokens_trained_on(tiny_run: TinyRun) -> None:
+    memory = Memory(step=3, later=6)
+    run = tiny_run(Csv(), memory, length=7, validate_every=4, log_every=1)
     found = rows(run.folder / "metrics.csv")
     assert [row["tokens"] for row in found] == [str(int(r["train/tokens"])) for r in run.history]
     assert [float(row["time"]) for row in found] == sorted(float(row["time"]) for row in found)
-
-
-def test_it_says_the_same_as_the_journal_of_record(tiny_run: TinyRun) -> None:
-    import json
-
-    run = tiny_run(Csv(), "jsonl", length=6, validate_every=3, log_every=1)
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    journal = [{"step": row["step"], **row["metrics"]} for row in map(json.loads, lines)]
-    assert history(run.folder / "metrics.csv") == journal
 
 
 def test_a_metric_that_appears_later_adds_a_column_at_the_end(tiny_run: TinyRun) -> None:
@@ -108,36 +110,6 @@ def test_names_of_every_kind_come_back(name: str, tiny_run: TinyRun) -> None:
     assert [row[column] for row in found] == ["", *(repr(step / 3) for step in range(2, 7))]
 
 
-def test_every_row_is_there_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
-    seen: list[int] = []
-
-    @plugin
-    class Reads:
-        @hookimpl
-        def on_safe_point(self, run: Run) -> None:
-            seen.append(len(steps(run.folder)))
-
-    tiny_run(Csv(), Reads(), LogsLate(since=3), length=4, log_every=1)
-    assert seen == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "end", [b"", b"1.5,6,2", b"1.5,4,16,1,1,1,1", b"\x00\x00\n", b"1.5,5\n", b"a,b,c,d,e,f,g\n"]
-)
-def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> None:
-    memory = Memory(step=4)
-    whole = tiny_run(Csv(), memory, length=8, log_every=1)
-    path = whole.folder / "metrics.csv"
-    before = path.read_bytes().splitlines()
-    with path.open("ab") as file:
-        file.write(end)
-    again = tiny_run(Csv(), memory, length=9, log_every=1)
-    assert steps(whole.folder) == list(range(1, 10))
-    assert path.read_bytes().splitlines()[:5] == before[:5]
-    assert history(path)[4:] == again.history
-    assert names(whole.folder) == ["metrics.csv"]
-
-
 def test_columns_outlive_the_rows_that_brought_them(tiny_run: TinyRun) -> None:
     memory = Memory(step=2)
     first = tiny_run(Csv(), memory, LogsLate(since=4), length=5, log_every=1)
@@ -147,52 +119,11 @@ def test_columns_outlive_the_rows_that_brought_them(tiny_run: TinyRun) -> None:
     assert steps(first.folder) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyRun) -> None:
-    memory = Memory(step=3)
-    tiny_run(Csv(), memory, length=5, log_every=1)
-    assert memory.kept is not None
-    memory.kept["progress"]["closed"] = False  # as a signal during the validation leaves it
-    run = tiny_run(Csv(), memory, length=5, log_every=1)
-    assert steps(run.folder) == [1, 2, 3, 4, 5]
-
-
-def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> None:
-    memory = Memory(step=4)
-    run = tiny_run(Csv(), memory, length=4, log_every=1)
-    path = run.folder / "metrics.csv"
-    before = path.read_bytes(), path.stat().st_ino
-    tiny_run(Csv(), memory, length=6, log_every=1)
-    assert path.read_bytes().startswith(before[0])
-    assert path.stat().st_ino == before[1]
-
-
-def test_a_run_from_step_0_in_the_same_folder_keeps_the_old_rows_beside(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = []
-    for _ in range(3):
-        run = tiny_run(Csv(), length=4, log_every=1)
-        before.append((run.folder / "metrics.csv").read_bytes())
-    assert steps(run.folder) == [1, 2, 3, 4]
-    aside = sorted(run.folder.glob("metrics.before-*.csv"))
-    assert [path.read_bytes() for path in aside] == before[:2]
-    assert all(path.name in caplog.text for path in aside)
-
-
-@pytest.mark.parametrize("junk", [b"", b"time,step", b"time,step,tokens,a\n", b"\x00"])
-def test_what_holds_no_row_is_not_kept(junk: bytes, tiny_run: TinyRun, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.csv").write_bytes(junk)
-    run = tiny_run(Csv(), length=2, log_every=1)
-    assert steps(run.folder) == [1, 2]
-    assert names(run.folder) == ["metrics.csv"]
-
-
 @pytest.mark.parametrize(
     "foreign", [b"year;sales\n1999;3\n", b"\xff\xfe\n", b"x" * 200_000 + b"\n"]
 )
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_file_of_someone_else_is_kept_beside(
+def test_a_file_of_another_program_is_kept_under_another_name(
     foreign: bytes, resumed: bool, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     memory = Memory(step=2)
@@ -204,46 +135,6 @@ def test_a_file_of_someone_else_is_kept_beside(
     assert steps(run.folder) == ([3, 4] if resumed else [1, 2, 3, 4])
     (kept,) = run.folder.glob("metrics.before-*.csv")
     assert kept.read_bytes() == foreign
-
-
-def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun) -> None:
-    seen: list[list[int]] = []
-
-    @plugin
-    class Reads:
-        @hookimpl
-        def on_step_start(self, run: Run) -> None:
-            seen.append(steps(run.folder))
-
-    run = tiny_run(Memory(step=3, later=6), Reads(), Csv(), length=7, log_every=1)
-    assert [len(found) for found in seen] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
-    assert history(run.folder / "metrics.csv") == run.history
-    assert names(run.folder) == ["metrics.csv"]
-
-
-KILLED = """
-import os
-from pathlib import Path
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import compose_tiny
-from fundamentallm_csv import Csv
-
-@plugin
-class Dies:
-    @hookimpl
-    def on_safe_point(self, run):
-        if run.progress.step == 3:
-            os.kill(os.getpid(), 9)
-
-train(compose_tiny(Csv(), Dies(), length=9, log_every=1), run_dir=Path({folder!r}))
-"""
-
-
-def test_a_killed_run_has_lost_no_row(tmp_path: Path) -> None:
-    code = KILLED.format(folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_kill_while_a_column_is_added_leaves_the_table_as_it_was(tmp_path: Path) -> None:
@@ -294,34 +185,3 @@ def test_what_is_no_number_is_written_in_words(tmp_path: Path) -> None:
     table.append(["1.0", "1", "0"], {"a": math.nan, "b": math.inf, "c": -math.inf, "d": -0.0})
     table.close()
     assert (tmp_path / "metrics.csv").read_text().endswith(",NaN,Infinity,-Infinity,-0.0\n")
-
-
-def test_a_file_that_cannot_be_written_is_a_warning_and_not_the_end(
-    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "run" / "metrics.csv").mkdir(parents=True)
-    assert tiny_run(Csv(), length=4).outcome == "finished"
-    assert "csv failed and is muted" in caplog.text
-
-
-def test_it_changes_nothing_in_the_run(tiny_run: TinyRun, tmp_path: Path) -> None:
-    with_it = tiny_run(Csv(), run_dir=tmp_path / "with")
-    assert_same_weights(with_it, tiny_run(run_dir=tmp_path / "without"))
-
-
-def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    @plugin
-    class Second:
-        @hookimpl
-        def build_tokenizer(self, run: Run) -> None:
-            run.rank = 1
-
-    train(compose_tiny(Second(), Csv(), length=4), run_dir=tmp_path)
-    assert not (tmp_path / "metrics.csv").exists()
-
-
-def test_no_file_stays_open(tiny_run: TinyRun, tmp_path: Path) -> None:
-    tiny_run(Csv(), length=2)  # whatever torch opens, it opens now
-    before = len([*Path("/dev/fd").iterdir()])
-    tiny_run(Csv(), length=2, run_dir=tmp_path / "other")
-    assert len([*Path("/dev/fd").iterdir()]) == before

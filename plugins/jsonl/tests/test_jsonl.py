@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import Memory, PluginContract, TinyRun, compose_tiny
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import LoggerContract, Memory, TinyRun
 from fundamentallm_jsonl import Jsonl, drop_rows_after
 
 if TYPE_CHECKING:
     from fundamentallm import Run
-
-
-class TestContract(PluginContract):
-    plugin = Jsonl
 
 
 def refuse(text: str) -> None:
@@ -36,42 +31,47 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_a_row_is_what_the_run_logged(tiny_run: TinyRun) -> None:
-    run = tiny_run(Jsonl(), length=5, validate_every=4)
+class TestContract(LoggerContract):
+    plugin = Jsonl
+    target = "metrics.jsonl"
+    aside = "metrics.jsonl.before-*"
+    cut_short = (b'{"time": 1.5, "step": 6, "tok', b"\x00\x00\n", b"[]\n")
+    no_rows = (b"", b'{"time": 1.5, "st', b'{"step": Infinity}\n', b"\x00")
+
+    def rows(self, folder: Path) -> list[dict[str, float]]:
+        return [
+            {"step": row["step"], **{name: float(v) for name, v in row["metrics"].items()}}
+            for row in rows(folder)
+        ]
+
+
+def test_a_row_begins_with_its_time_and_the_tokens_trained_on(tiny_run: TinyRun) -> None:
+    run = tiny_run(Memory(step=3, later=6), Jsonl(), length=7, log_every=1)
     found = rows(run.folder)
     assert [list(row) for row in found] == [["time", "step", "tokens", "metrics"]] * len(found)
-    assert [{"step": row["step"], **row["metrics"]} for row in found] == run.history
+    assert [row["tokens"] for row in found] == [4, 8, 12, 28, 32, 36, 40]
     assert [row["tokens"] for row in found] == [int(r["train/tokens"]) for r in run.history]
     assert [row["time"] for row in found] == sorted(row["time"] for row in found)
 
 
-def test_every_row_is_there_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
-    seen: list[int] = []
-
-    @plugin
-    class Reads:
-        @hookimpl
-        def on_safe_point(self, run: Run) -> None:
-            seen.append(len(rows(run.folder)))
-
-    tiny_run(Jsonl(), Reads(), length=4, log_every=1)
-    assert seen == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("end", [b"", b'{"time": 1.5, "step": 6, "tok', b"\x00\x00\n", b"[]\n"])
-def test_a_resumed_run_has_every_step_once(end: bytes, tiny_run: TinyRun) -> None:
+def test_the_rows_of_a_resumed_run_are_later_than_those_it_drops(tiny_run: TinyRun) -> None:
     memory = Memory(step=4)
-    whole = tiny_run(Jsonl(), memory, length=8, log_every=1)
-    path = whole.folder / "metrics.jsonl"
-    before = rows(whole.folder)
-    with path.open("ab") as file:
-        file.write(end)
+    run = tiny_run(Jsonl(), memory, length=8, log_every=1)
+    before = rows(run.folder)
     tiny_run(Jsonl(), memory, length=9, log_every=1)
-    after = rows(whole.folder)
-    assert [row["step"] for row in after] == list(range(1, 10))
+    after = rows(run.folder)
     assert after[:4] == before[:4]
     assert after[4]["time"] > before[7]["time"]
-    assert sorted(p.name for p in whole.folder.iterdir() if "jsonl" in p.name) == ["metrics.jsonl"]
+
+
+def test_the_file_of_an_earlier_run_has_the_time_in_its_name(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        run = tiny_run(Jsonl(), length=4, log_every=1)
+    (aside,) = run.folder.glob("metrics.jsonl.before-*")
+    assert aside.name.removeprefix("metrics.jsonl.before-").isdecimal()
+    assert f"metrics.jsonl held are now in {aside.name}" in caplog.text
 
 
 def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) -> None:
@@ -83,36 +83,13 @@ def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) ->
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_from_step_0_in_the_same_folder_keeps_the_old_rows_beside(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = []
-    for _ in range(3):
-        run = tiny_run(Jsonl(), length=4, log_every=1)
-        before.append((run.folder / "metrics.jsonl").read_bytes())
-    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4]
-    aside = sorted(run.folder.glob("metrics.jsonl.before-*"))
-    assert [path.read_bytes() for path in aside] == before[:2]
-    assert all(path.name.removeprefix("metrics.jsonl.before-").isdecimal() for path in aside)
-    assert all(f"metrics.jsonl held are now in {path.name}" in caplog.text for path in aside)
-
-
-@pytest.mark.parametrize("junk", [b"", b'{"time": 1.5, "st', b'{"step": Infinity}\n', b"\x00"])
-def test_what_holds_no_row_is_not_kept(junk: bytes, tiny_run: TinyRun, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_bytes(junk)
-    run = tiny_run(Jsonl(), length=2, log_every=1)
-    assert [row["step"] for row in rows(run.folder)] == [1, 2]
-    assert not list(run.folder.glob("metrics.jsonl.before-*"))
-
-
 def test_what_a_process_of_the_same_number_left_half_written_is_no_hindrance(
     tiny_run: TinyRun,
 ) -> None:
     memory, number, own_number = Memory(step=2), os.getpid(), os.getpid
     run = tiny_run(Jsonl(), memory, length=4, log_every=1)
     child = os.fork()
-    if child == 0:  # in a container, process numbers begin anew
+    if child == 0:  # in a container, process numbers begin again at 1
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "getpid", lambda: number)
             patch.setattr(os, "fsync", lambda _: os.kill(own_number(), signal.SIGKILL))
@@ -123,68 +100,6 @@ def test_what_a_process_of_the_same_number_left_half_written_is_no_hindrance(
     tiny_run(Jsonl(), memory, length=6, log_every=1)
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in run.folder.iterdir() if "jsonl" in path.name] == ["metrics.jsonl"]
-
-
-def test_lines_that_stay_keep_their_bytes_and_their_file(tiny_run: TinyRun) -> None:
-    memory = Memory(step=4)
-    run = tiny_run(Jsonl(), memory, length=4, log_every=1)
-    path = run.folder / "metrics.jsonl"
-    before = path.read_bytes(), path.stat().st_ino
-    tiny_run(Jsonl(), memory, length=6, log_every=1)
-    assert path.read_bytes().startswith(before[0])
-    assert path.stat().st_ino == before[1]
-
-
-def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyRun) -> None:
-    memory = Memory(step=3)
-    tiny_run(Jsonl(), memory, length=5, log_every=1)
-    assert memory.kept is not None
-    memory.kept["progress"]["closed"] = False  # as a signal during the validation leaves it
-    run = tiny_run(Jsonl(), memory, length=5, log_every=1)
-    assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5]
-
-
-def test_a_run_that_goes_back_drops_the_rows_of_the_void_steps(tiny_run: TinyRun) -> None:
-    seen: list[list[int]] = []
-
-    @plugin
-    class Reads:
-        @hookimpl
-        def on_step_start(self, run: Run) -> None:
-            seen.append([row["step"] for row in rows(run.folder)])
-
-    run = tiny_run(Memory(step=3, later=6), Reads(), Jsonl(), length=7, log_every=1)
-    assert [len(steps) for steps in seen] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6]
-    found = rows(run.folder)
-    assert [row["step"] for row in found] == list(range(1, 8))
-    assert [{"step": row["step"], **row["metrics"]} for row in found] == run.history
-    assert [row["tokens"] for row in found] == [4, 8, 12, 28, 32, 36, 40]
-    assert sorted(p.name for p in run.folder.iterdir() if "jsonl" in p.name) == ["metrics.jsonl"]
-
-
-KILLED = """
-import os
-from pathlib import Path
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import compose_tiny
-from fundamentallm_jsonl import Jsonl
-
-@plugin
-class Dies:
-    @hookimpl
-    def on_safe_point(self, run):
-        if run.progress.step == 3:
-            os.kill(os.getpid(), 9)
-
-train(compose_tiny(Jsonl(), Dies(), length=9, log_every=1), run_dir=Path({folder!r}))
-"""
-
-
-def test_a_killed_run_has_lost_no_row(tmp_path: Path) -> None:
-    code = KILLED.format(folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
 
 
 @settings(deadline=None)
@@ -200,32 +115,6 @@ def test_every_float_comes_back_from_valid_json(metrics: dict[str, float]) -> No
     for name, value in metrics.items():
         again = float(found[name])
         assert again == value or (math.isnan(again) and math.isnan(value))
-
-
-def test_a_file_that_cannot_be_written_is_a_warning_and_not_the_end(
-    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    assert tiny_run(Jsonl(), length=4).outcome == "finished"
-    assert "jsonl failed and is muted" in caplog.text
-
-
-def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    @plugin
-    class Second:
-        @hookimpl
-        def build_tokenizer(self, run: Run) -> None:
-            run.rank = 1
-
-    train(compose_tiny(Second(), Jsonl(), length=4), run_dir=tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_no_file_stays_open(tiny_run: TinyRun, tmp_path: Path) -> None:
-    tiny_run(Jsonl(), length=2)  # whatever torch opens, it opens now
-    before = len([*Path("/dev/fd").iterdir()])
-    tiny_run(Jsonl(), length=2, run_dir=tmp_path / "other")
-    assert len([*Path("/dev/fd").iterdir()]) == before
 
 
 def test_ten_thousand_rows_leave_nothing_in_memory(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -289,7 +178,7 @@ def test_a_run_that_goes_back_drops_the_histograms_of_the_void_steps(tiny_run: T
     assert [one["step"] for one in histograms(run.folder)] == list(range(1, 8))
 
 
-def test_a_run_from_step_0_keeps_the_old_histograms_beside(tiny_run: TinyRun) -> None:
+def test_a_run_from_step_0_keeps_the_earlier_histograms(tiny_run: TinyRun) -> None:
     for _ in range(2):
         run = tiny_run(Counts(), Jsonl(), length=3, log_every=1)
     assert [one["step"] for one in histograms(run.folder)] == [1, 2, 3]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -20,16 +19,12 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import Memory, PluginContract, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import LoggerContract, Memory, TinyRun
 from fundamentallm_tensorboard import Tensorboard
 
 if TYPE_CHECKING:
     from fundamentallm import Run
-
-
-class TestContract(PluginContract):
-    plugin = Tensorboard
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -65,6 +60,32 @@ def rounded(rows: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
             if name != "step":
                 found.setdefault(name, []).append((int(row["step"]), float(np.float32(value))))
     return found
+
+
+class TestContract(LoggerContract):
+    plugin = Tensorboard
+    target = "tensorboard"
+    aside = "tensorboard.before-*"
+    cut_short = (b"\x17\x00\x00\x00\x00",)  # the start of a record
+
+    def rows(self, folder: Path) -> list[dict[str, float]]:
+        found: dict[int, dict[str, float]] = {}
+        read_back, drawn = points(folder), served(folder)
+        assert repr(read_back) == repr(drawn)
+        for name, values in read_back.items():
+            assert len({step for step, _ in values}) == len(values), f"{name}: a step twice"
+            for step, value in values:
+                found.setdefault(step, {"step": step})[name] = value
+        return [found[step] for step in sorted(found)]
+
+    def stored(self, value: float) -> float:
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.float32(value))
+
+    def unwritable(self, folder: Path) -> Tensorboard:
+        folder.mkdir()
+        (folder / "tensorboard").write_text("in the way")
+        return Tensorboard()
 
 
 HISTOGRAMS = {"grad_stats": {"every": 2, "histograms": True}}
@@ -113,44 +134,10 @@ def test_the_points_are_what_the_run_logged(tiny_run: TinyRun) -> None:
     assert set(points(run.folder)) >= {"train/loss", "optim/lr", "train/tokens", "val/loss"}
 
 
-def test_they_are_those_of_the_journal_of_record(tiny_run: TinyRun) -> None:
-    run = tiny_run(Tensorboard(), "jsonl", length=6, validate_every=3, log_every=1)
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    journal = [{"step": row["step"], **row["metrics"]} for row in map(json.loads, lines)]
-    assert points(run.folder) == rounded(journal)
-
-
 def test_a_validation_before_the_first_step_is_a_point_at_step_0(tiny_run: TinyRun) -> None:
     run = tiny_run(Tensorboard(), length=2, validate_first=True)
     assert [step for step, _ in points(run.folder)["val/loss"]] == [0, 2]
     assert served(run.folder) == points(run.folder)
-
-
-def test_every_point_can_be_read_as_soon_as_it_is_logged(tiny_run: TinyRun) -> None:
-    seen: list[int] = []
-
-    @plugin
-    class Reads:
-        @hookimpl
-        def on_safe_point(self, run: Run) -> None:
-            seen.append(len(points(run.folder)["train/loss"]))
-
-    tiny_run(Tensorboard(), Reads(), length=4, log_every=1)
-    assert seen == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("end", [b"", b"\x17\x00\x00\x00\x00"])
-def test_a_resumed_run_has_every_point_once(end: bytes, tiny_run: TinyRun) -> None:
-    memory = Memory(step=4)
-    first = tiny_run(Tensorboard(), memory, length=8, log_every=1)
-    (name,) = files(first.folder)
-    with (first.folder / "tensorboard" / name).open("ab") as file:
-        file.write(end)  # of a record that was cut short
-    again = tiny_run(Tensorboard(), memory, length=9, log_every=1)
-    kept = [row for row in first.history if row["step"] <= 4]
-    assert points(first.folder) == served(first.folder) == rounded(kept + again.history)
-    assert [step for step, _ in points(first.folder)["train/loss"]] == list(range(1, 10))
-    assert files(first.folder)[0] == name
 
 
 def test_files_of_one_second_are_read_in_the_order_in_which_they_were_made(
@@ -161,32 +148,6 @@ def test_files_of_one_second_are_read_in_the_order_in_which_they_were_made(
         run = tiny_run(Tensorboard(), memory, length=length, log_every=1)
     assert len(files(run.folder)) == 4
     assert [step for step, _ in points(run.folder)["train/loss"]] == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_row_that_the_run_logs_again_on_resuming_is_there_once(tiny_run: TinyRun) -> None:
-    memory = Memory(step=3)
-    tiny_run(Tensorboard(), memory, length=5, log_every=1)
-    assert memory.kept is not None
-    memory.kept["progress"]["closed"] = False  # as a signal during the validation leaves it
-    run = tiny_run(Tensorboard(), memory, length=5, log_every=1)
-    assert [step for step, _ in points(run.folder)["optim/lr"]] == [1, 2, 3, 4, 5]
-
-
-def test_a_run_that_goes_back_has_no_points_of_the_void_steps(tiny_run: TinyRun) -> None:
-    run = tiny_run(Memory(step=3, later=6), Tensorboard(), length=7, log_every=1)
-    assert [step for step, _ in points(run.folder)["train/loss"]] == list(range(1, 8))
-    assert points(run.folder) == served(run.folder) == rounded(run.history)
-
-
-def test_a_run_from_step_0_in_the_same_folder_keeps_the_old_points_beside(
-    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    for _ in range(3):
-        run = tiny_run(Tensorboard(), length=4, log_every=1)
-    assert points(run.folder) == rounded(run.history)
-    aside = sorted(run.folder.glob("tensorboard.before-*"))
-    assert len(aside) == 2
-    assert all(len([*path.iterdir()]) == 1 and path.name in caplog.text for path in aside)
 
 
 def test_the_settings_are_a_text_from_the_step_on_from_which_they_hold(tiny_run: TinyRun) -> None:
@@ -254,31 +215,6 @@ def test_what_is_no_number_and_what_32_bits_cannot_hold_is_no_error(tiny_run: Ti
     assert [found["odd/inf"], found["odd/huge"]] == [[(1, -math.inf)], [(1, math.inf)]]
 
 
-KILLED = """
-import os
-from pathlib import Path
-from fundamentallm import hookimpl, plugin, train
-from fundamentallm.testing import compose_tiny
-from fundamentallm_tensorboard import Tensorboard
-
-@plugin
-class Dies:
-    @hookimpl
-    def on_safe_point(self, run):
-        if run.progress.step == 3:
-            os.kill(os.getpid(), 9)
-
-train(compose_tiny(Tensorboard(), Dies(), length=9, log_every=1), run_dir=Path({folder!r}))
-"""
-
-
-def test_a_killed_run_has_lost_no_point(tmp_path: Path) -> None:
-    code = KILLED.format(folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert [step for step, _ in points(tmp_path)["train/loss"]] == [1, 2, 3]
-
-
 def test_showing_the_settings_imports_nothing_of_tensorboard(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_text('plugins = ["tensorboard"]\n[run]\nlength = 1\n')
@@ -291,35 +227,3 @@ def test_showing_the_settings_imports_nothing_of_tensorboard(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
-
-
-def test_a_folder_that_cannot_be_written_is_a_warning_and_not_the_end(
-    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tensorboard").write_text("in the way")
-    assert tiny_run(Tensorboard(), length=4).outcome == "finished"
-    assert "tensorboard failed and is muted" in caplog.text
-
-
-def test_it_changes_nothing_in_the_run(tiny_run: TinyRun, tmp_path: Path) -> None:
-    with_it = tiny_run(Tensorboard(), run_dir=tmp_path / "with")
-    assert_same_weights(with_it, tiny_run(run_dir=tmp_path / "without"))
-
-
-def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    @plugin
-    class Second:
-        @hookimpl
-        def build_tokenizer(self, run: Run) -> None:
-            run.rank = 1
-
-    train(compose_tiny(Second(), Tensorboard(), length=4), run_dir=tmp_path)
-    assert not (tmp_path / "tensorboard").exists()
-
-
-def test_no_file_stays_open(tiny_run: TinyRun, tmp_path: Path) -> None:
-    tiny_run(Tensorboard(), length=2)  # whatever torch opens, it opens now
-    before = len([*Path("/dev/fd").iterdir()])
-    tiny_run(Tensorboard(), length=2, run_dir=tmp_path / "other")
-    assert len([*Path("/dev/fd").iterdir()]) == before
