@@ -225,7 +225,7 @@ def test_a_missing_first_party_plugin_names_what_to_install() -> None:
     assert "pip install fundamentallm-optimizers" in problems(listed("adamw"))[0]
 
 
-def test_what_is_said_to_be_installed_is_a_distribution_of_this_repository() -> None:
+def test_every_distribution_that_an_error_advises_to_install_is_in_this_repository() -> None:
     import tomli
 
     import fundamentallm
@@ -384,7 +384,7 @@ def test_several_plugins_in_one_file_are_distinguished_by_the_name_of_the_file()
 
 
 @pytest.mark.usefixtures("parts")
-def test_what_a_local_file_imports_is_not_its_own_plugin() -> None:
+def test_a_plugin_that_a_local_file_imports_is_not_a_plugin_of_that_file() -> None:
     written("mine.py", LOCAL + "from acme_parts import Parts\n")
     assert type(compose(listed("parts", "mine.py")).plugins["mine"]).__name__ == "MyPlugin"
 
@@ -516,7 +516,7 @@ class Bare:
     ],
 )
 @pytest.mark.usefixtures("parts")
-def test_what_is_no_plugin_object_is_named_with_the_reason(wrong: Any, said: str) -> None:
+def test_an_object_that_is_no_plugin_is_reported_with_the_reason(wrong: Any, said: str) -> None:
     assert problems(listed("parts"), plugins=[wrong]) == [f"settings: plugins: {said}"]
 
 

@@ -139,7 +139,7 @@ def test_all_features_at_once_end_in_the_same_bits_in_another_order(turn, tmp_pa
     assert differing(one, two) == []
 
 
-def test_what_changes_and_wraps_the_model_composes_in_any_order(tmp_path):
+def test_plugins_that_change_and_wrap_the_model_compose_in_any_order(tmp_path):
     wrapping = ["compile", "amp", "activation_checkpointing", "freeze", "lora", "ema", "guard"]
     plugins = [*NEEDED, *wrapping]
     one, two = (ended(names, tmp_path, tmp_path / "t") for names in (plugins, plugins[::-1]))

@@ -132,7 +132,7 @@ def test_a_stop_asked_for_at_the_end_of_an_epoch_ends_that_step_validated(tiny_r
     assert "val/loss" in run.history[-1]
 
 
-def test_data_without_epochs_has_no_events_of_them(tiny_run):
+def test_data_without_epochs_has_no_epoch_events(tiny_run):
     class Endless:
         epoch_samples, fingerprint = None, "endless"
 

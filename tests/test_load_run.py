@@ -113,7 +113,7 @@ def test_a_run_is_loaded_without_its_training_data_and_without_an_optimizer(trai
         train(tmp_path / "my.toml", run_dir=trained.folder)
 
 
-def test_what_a_model_needs_of_missing_data_is_named_with_the_reason(trained, tmp_path):
+def test_the_error_for_missing_data_names_what_the_model_needs_and_the_reason(trained, tmp_path):
     change(trained, "asks = false", "asks = true")
     (tmp_path / "corpus.txt").unlink()
     with pytest.raises(DataError, match=r"run.data.vocab_size is needed: .*corpus.txt: no such"):
@@ -146,7 +146,7 @@ def test_a_recorded_device_that_is_missing_is_replaced_with_a_line(trained, capl
         load_run(trained.folder, train=True)
 
 
-def test_a_device_that_is_asked_for_must_be_there(trained):
+def test_loading_on_a_missing_device_is_an_error(trained):
     assert load_run(trained.folder, device="cpu").device == "cpu"
     missing = missing_device()
     for asked in ({"device": missing}, {"overrides": [f"run.device={missing}"]}):

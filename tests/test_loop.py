@@ -352,7 +352,7 @@ def test_losses_keep_their_weights_when_the_first_micro_batch_has_no_target(tiny
     assert last == [True] * 4
 
 
-def test_data_that_ends_is_an_error_that_says_so(tiny_run):
+def test_the_error_for_data_that_ends_names_the_end_of_the_data(tiny_run):
     class Short(TinySamples):
         def batches(self, progress):
             return itertools.islice(super().batches(progress), 2)

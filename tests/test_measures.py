@@ -53,7 +53,7 @@ def test_a_metric_of_a_whole_split_is_measured_once_over_all_that_was_collected(
     assert run.history[-1]["val/count"] == 8.0
 
 
-def test_what_is_collected_in_training_is_not_kept(tiny_run):
+def test_values_collected_in_training_are_discarded(tiny_run):
     run = tiny_run(Largest(), length=3, validate_every=3)
     assert run.take_collected() == {}
 
@@ -106,7 +106,7 @@ def test_a_loss_of_a_plugins_own_split_or_part_may_be_logged(tiny_run):
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2), None, "1"])
-def test_what_is_no_number_is_refused_where_it_is_logged(tiny_run, value):
+def test_logging_a_value_that_is_not_a_number_is_an_error(tiny_run, value):
     @plugin
     class Careless:
         @hookimpl

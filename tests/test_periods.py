@@ -28,7 +28,7 @@ def periods(draw: st.DrawFn) -> Period:
 
 @unhurried
 @given(periods())
-def test_what_a_period_prints_is_read_as_the_same_period(period: Period) -> None:
+def test_the_text_of_a_period_is_parsed_as_the_same_period(period: Period) -> None:
     assert Period.parse(str(period)) == period
     assert str(Period.parse(str(period))) == str(period)
 
@@ -55,7 +55,7 @@ def test_a_bare_number_is_a_number_of_steps(amount: int) -> None:
         ("10 minutes", Period(10, "minutes")),
     ],
 )
-def test_these_are_periods(text: str, period: Period) -> None:
+def test_valid_texts_are_parsed_as_periods(text: str, period: Period) -> None:
     assert Period.parse(text) == period
 
 
@@ -94,7 +94,7 @@ def test_a_period_prints_as_a_person_would_write_it(period: Period, text: str) -
         {"steps": 5},
     ],
 )
-def test_what_is_no_period_is_answered_by_what_one_looks_like(value: object) -> None:
+def test_the_error_for_a_text_that_is_no_period_shows_valid_ones(value: object) -> None:
     with pytest.raises(ValueError, match="expected a period such as 500 or '10 minutes', got "):
         Period.parse(value)
 
@@ -233,7 +233,7 @@ def test_a_part_of_an_epoch_is_a_whole_number_of_samples(
 
 
 @pytest.mark.parametrize("epoch_samples", [None, 0])
-def test_a_period_in_epochs_of_data_without_epochs_says_so(epoch_samples: int | None) -> None:
+def test_a_period_in_epochs_of_data_without_epochs_is_an_error(epoch_samples: int | None) -> None:
     for ask in (Period(2, "epochs").due, Period(2, "epochs").reached, Period(2, "epochs").done):
         with pytest.raises(SettingsError, match="2 epochs needs data with epochs"):
             ask(Progress(step=1, epoch_samples=epoch_samples))

@@ -81,7 +81,7 @@ def test_a_plugin_object_starts_every_run_with_the_state_it_was_made_with(tiny_r
     assert owns.starts == [0, 0, 0]
 
 
-def test_a_run_that_restores_a_checkpoint_gives_a_used_object_the_state_of_it(tiny_run, tmp_path):
+def test_a_run_that_restores_a_checkpoint_gives_its_state_to_a_used_object(tiny_run, tmp_path):
     counts, owns, saves = Counts(), Owns(), Resumes()
     tiny_run(counts, owns, saves, length=3, run_dir=tmp_path / "a")
     tiny_run(counts, owns, saves, length=2, run_dir=tmp_path / "b")
@@ -104,7 +104,7 @@ def test_early_stopping_used_twice_does_not_stop_an_untrained_model(tiny_run, tm
     assert steps == [2, 2]
 
 
-def test_what_a_user_gave_an_object_before_its_first_run_stays(tiny_run):
+def test_attributes_set_on_an_object_before_its_first_run_are_kept(tiny_run):
     counts = Counts()
     counts.steps = 5
     tiny_run(counts, length=1)

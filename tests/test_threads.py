@@ -112,7 +112,7 @@ def test_with_busy_processes_threads_spin_less_and_a_warning_names_the_remedy():
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
-def test_what_the_environment_chooses_is_left_alone(name, monkeypatch):
+def test_a_wait_policy_set_in_the_environment_is_not_changed(name, monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     before = threading.active_count()

@@ -150,7 +150,7 @@ def test_a_file_gives_each_value_its_place_and_folder(write: Any, tmp_path: Path
     assert source.origin(("run", "length")).folder == (tmp_path / "sub").resolve()
 
 
-def test_what_is_not_stated_has_the_place_of_the_table_around_it(write: Any) -> None:
+def test_a_missing_key_has_the_place_of_its_table(write: Any) -> None:
     source = read(write("run.toml", "\n[adamw]\ngroups.a = 1\n"))
     assert place(source, "adamw", "lr") == "run.toml:2"
     assert place(source, "adamw", "groups", "b") == "run.toml:3"

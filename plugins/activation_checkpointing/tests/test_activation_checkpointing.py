@@ -218,7 +218,7 @@ def test_the_model_its_modules_and_parameter_names_do_not_change(tiny_run: TinyR
     assert [type(block) for block in run.model.blocks] == [Block] * 4
 
 
-def test_a_copy_of_the_model_is_independent_and_recomputes_too() -> None:
+def test_a_copy_of_the_model_is_independent_and_also_recomputes_activations() -> None:
     net = model({}, Counting)
     twin = copy.deepcopy(net)
     with torch.no_grad():

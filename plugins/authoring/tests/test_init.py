@@ -43,7 +43,7 @@ def test_every_line_that_is_commented_out_may_be_uncommented(
             composed(uncommented, everything, samples, tmp_path)
 
 
-def test_it_says_what_every_setting_means(everything: type) -> None:
+def test_the_settings_file_has_the_meaning_of_every_setting(everything: type) -> None:
     text = sheet({"everything": everything}, "x.toml")
     assert "# How many. (int, ≥ 1, ≤ 9, required; this is an example)\ncount = 1\n" in text
     assert "# How much. (float, > 0, < 1)\n#share = 0.5\n" in text
@@ -51,7 +51,7 @@ def test_it_says_what_every_setting_means(everything: type) -> None:
     assert '# How often. (period, unset by default)\n#every = "100 steps"\n' in text
 
 
-def test_every_installed_plugin_has_a_sheet_that_composes_but_for_what_the_others_bring(
+def test_the_settings_file_of_every_installed_plugin_lacks_only_other_plugins(
     tmp_path: Path,
 ) -> None:
     for name in find_plugins():
@@ -70,7 +70,9 @@ def test_every_installed_plugin_has_a_sheet_that_composes_but_for_what_the_other
         assert not others, (name, others)
 
 
-def test_what_a_plugin_asks_for_itself_is_stated(tmp_path: Path, samples: Path) -> None:
+def test_settings_that_the_constructor_of_a_plugin_requires_are_in_the_file(
+    tmp_path: Path, samples: Path
+) -> None:
     (tmp_path / "asks.py").write_text(
         "from fundamentallm import hookimpl, plugin\n"
         "@plugin\nclass Asks:\n"

@@ -74,7 +74,7 @@ def core_accepts(values: dict[str, Any], samples: Path) -> bool:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_it_accepts_exactly_the_tables_that_the_core_accepts(
+def test_the_schema_accepts_exactly_the_tables_that_the_core_accepts(
     everything: type, samples: Path, values: dict[str, Any]
 ) -> None:
     made = settings_schema({"everything": everything}, closed=True)
@@ -83,7 +83,7 @@ def test_it_accepts_exactly_the_tables_that_the_core_accepts(
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_it_accepts_every_good_value_of_a_setting_and_the_core_does_too(
+def test_schema_and_core_both_accept_every_valid_value_of_a_setting(
     name: str, everything: type, samples: Path
 ) -> None:
     made = Draft7Validator(settings_schema({"everything": everything}, closed=True))
@@ -114,7 +114,7 @@ def test_the_schema_of_all_installed_plugins_is_a_sound_schema() -> None:
     assert set(find_plugins()) <= set(made["properties"])
 
 
-def test_without_a_file_other_tables_may_be_second_instances_and_are_checked_as_such(
+def test_without_a_file_other_tables_are_checked_as_second_instances_of_their_plugin(
     everything: type,
 ) -> None:
     made = Draft7Validator(settings_schema({"everything": everything}, closed=False))

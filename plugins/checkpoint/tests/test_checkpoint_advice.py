@@ -98,7 +98,7 @@ def test_a_checkpoint_that_was_found_damaged_is_not_advised(tiny_run, tmp_path):
     assert "step-00000001;" in note
 
 
-def test_what_is_advised_can_be_given_to_a_shell(tiny_run, tmp_path):
+def test_the_advised_command_is_quoted_for_a_shell(tiny_run, tmp_path):
     folder = tmp_path / "my run's"
     with pytest.raises(PluginError) as raised:
         tiny_run(Fails(error=OSError("gone")), Checkpoint(every=Period(1)), run_dir=folder)

@@ -124,7 +124,7 @@ def test_a_changed_byte_is_found_by_reading_all(run: Path) -> None:
     )
 
 
-def test_checkpoints_of_another_run_are_listed_as_such(run: Path) -> None:
+def test_checkpoints_of_another_run_are_marked_in_the_list(run: Path) -> None:
     (run / "run-id").write_text("0123456789ab")
     assert all("of another run" in line for line in listed_alone(run)[1:])
 

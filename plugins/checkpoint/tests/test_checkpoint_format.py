@@ -230,7 +230,7 @@ def test_optimizer_state_is_kept_by_parameter_name(tmp_path: Path) -> None:
     }
 
 
-def test_what_was_read_does_not_change_with_the_file(tmp_path: Path) -> None:
+def test_tensors_that_were_read_do_not_change_when_the_file_changes(tmp_path: Path) -> None:
     safetensors.write(tmp_path / "it", {"w": torch.ones(1000)})
     found = safetensors.read(tmp_path / "it")
     (tmp_path / "it").write_bytes(bytes((tmp_path / "it").stat().st_size))

@@ -173,7 +173,7 @@ def start(tmp_path: Path, listed: str, tables: str, *overrides: str) -> Run:
 SMALL = "checkpoint = {every = 2, keep_last = 9, contents = 'model'}\n"
 
 
-def test_a_checkpoint_of_the_model_only_has_no_optimizer_state_and_says_so(
+def test_a_checkpoint_of_the_model_only_has_no_optimizer_state_and_logs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start(tmp_path, '"checkpoint"', SMALL)
@@ -331,7 +331,7 @@ def test_an_invalid_file_of_tensors_is_refused(data: bytes, said: str, one_saved
     assert any(text in reported for text in said.split("|")), reported
 
 
-def test_what_another_program_writes_as_safetensors_can_be_read(tmp_path: Path) -> None:
+def test_a_safetensors_file_of_another_program_can_be_read(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     given = {

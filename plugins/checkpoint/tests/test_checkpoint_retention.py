@@ -50,7 +50,7 @@ rules = st.builds(
 
 @settings(deadline=None)
 @given(existing, rules)
-def test_what_the_rules_keep_is_kept(there: list[Manifest], given_: Rules) -> None:
+def test_checkpoints_that_the_rules_protect_are_kept(there: list[Manifest], given_: Rules) -> None:
     gone = plan(there, given_)
     stays = sorted((m for m in there if m.step not in gone), key=lambda m: m.step)
     newest = sorted(there, key=lambda m: m.step)

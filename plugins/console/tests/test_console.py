@@ -127,7 +127,7 @@ def test_the_log_says_how_a_run_failed_and_the_terminal_shows_no_traceback(
     assert "Traceback" not in caplog.text + "".join(capsys.readouterr())
 
 
-def test_nothing_of_it_stays_in_logging(tiny_run: TinyRun) -> None:
+def test_the_handlers_and_level_of_logging_are_restored_at_the_end(tiny_run: TinyRun) -> None:
     logger = logging.getLogger("fundamentallm")
     before = logger.level, list(logger.handlers)
     tiny_run(Console(), length=2)

@@ -102,7 +102,7 @@ def test_only_the_last_rows_are_put_in(tiny_run, tmp_path):
     assert (folder / "metrics.jsonl").read_text() == ""
 
 
-def test_a_failure_before_the_first_step_is_reported_too(tiny_run, tmp_path):
+def test_a_failure_before_the_first_step_writes_a_report(tiny_run, tmp_path):
     @plugin
     class Broken:
         @hookimpl
@@ -219,7 +219,7 @@ def test_a_mistake_in_how_a_run_is_called_leaves_the_report_of_its_failure(
     assert not any("report" in note for note in getattr(raised.value, "__notes__", []))
 
 
-def test_settings_that_are_wrong_leave_no_report_and_missing_data_does(tmp_path):
+def test_wrong_settings_write_no_report_and_missing_data_writes_one(tmp_path):
     def called(*plugins, **given):
         with pytest.raises(FundamentalError) as raised:
             train(compose_tiny(CrashReport(), *plugins), run_dir=tmp_path / "run", **given)

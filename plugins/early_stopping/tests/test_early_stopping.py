@@ -128,7 +128,7 @@ def test_the_step_that_it_stops_at_is_validated_logged_and_at_a_safe_point(
     assert run.history[-1]["val/loss"] == 3
 
 
-def test_the_larger_is_better_if_mode_says_so(tiny_run: TinyRun) -> None:
+def test_with_mode_max_larger_values_are_better(tiny_run: TinyRun) -> None:
     run = watched(tiny_run, [1, 2, 2.5, 2, 2], mode="max", patience=2)
     assert (run.progress.step, run.plugins["early_stopping"].best) == (5, 2.5)
 
@@ -211,7 +211,7 @@ def test_a_metric_of_the_rows_is_watched_too_and_the_last_step_is_validated(
 
 
 @pytest.mark.parametrize("resumed_at", [3, 4, 5])
-def test_a_run_killed_before_or_after_that_last_step_ends_with_it_all_the_same(
+def test_a_run_killed_before_or_after_the_step_that_stops_it_ends_at_that_step(
     tiny_run: TinyRun, resumed_at: int
 ) -> None:
     def score() -> list[object]:
@@ -246,7 +246,7 @@ def test_a_validation_that_is_not_finite_fails_the_run_as_it_does_without_this_p
         watched(tiny_run, [4, math.nan, 1])
 
 
-def test_two_of_them_watch_two_metrics_in_any_order(tiny_run: TinyRun, tmp_path: Any) -> None:
+def test_two_instances_watch_two_metrics_in_any_order(tiny_run: TinyRun, tmp_path: Any) -> None:
     names = ["early_stopping", "score"]
     tables = {
         "early_stopping": {"patience": 3},

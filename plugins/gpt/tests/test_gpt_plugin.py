@@ -171,7 +171,7 @@ def test_mistakes_are_reported_together_and_with_a_suggestion() -> None:
     assert "gpt.dropout" in found
 
 
-def test_every_choice_is_checked_in_python_too() -> None:
+def test_every_choice_is_checked_when_the_plugin_is_built_in_python() -> None:
     for wrong in (
         {"preset": "gpt-2"},
         {"positions": "ropes"},

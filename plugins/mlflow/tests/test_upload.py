@@ -134,7 +134,7 @@ def test_wherever_processes_die_every_row_is_there_once(look: Any, data: st.Data
         sync.BATCH_POINTS = before
 
 
-def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_there(
+def test_an_older_checkpoint_forks_a_run_with_the_history_up_to_its_step(
     look: Any, tmp_path: Path
 ) -> None:
     first = Process(tmp_path).trains(4)
@@ -393,7 +393,7 @@ def test_a_model_that_was_half_logged_is_completed(look: Any, tmp_path: Path) ->
         assert len(look.run("half").outputs.model_outputs) == 1
 
 
-def test_files_of_checkpoints_are_uploaded_if_the_setting_says_so(
+def test_files_of_checkpoints_are_uploaded_if_the_setting_is_on(
     look: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from fundamentallm_mlflow.worker.client import MlflowClient
@@ -676,7 +676,7 @@ def test_a_folder_that_cannot_hold_a_database_is_an_error_at_once() -> None:
         opened("sqlite:////proc/no/mlflow.db", "x")
 
 
-def test_a_deleted_experiment_is_an_error_that_says_so(look: Any) -> None:
+def test_a_deleted_experiment_is_an_error_that_names_the_deletion(look: Any) -> None:
     look.client.delete_experiment(look.client.create_experiment("deleted"))
     with pytest.raises(ValueError, match="'deleted' is deleted in the store: restore it"):
         opened(look.uri, "deleted")

@@ -324,7 +324,9 @@ def test_is_on_again_after_an_error(tiny_run: TinyRun, thawed):
     assert gc.get_freeze_count() == 0
 
 
-def test_what_others_have_switched_off_or_frozen_stays_so(tiny_run: TinyRun, thawed):
+def test_collections_disabled_and_objects_frozen_by_other_code_stay_disabled_and_frozen(
+    tiny_run: TinyRun, thawed
+):
     gc.disable()
     gc.freeze()
     frozen = gc.get_freeze_count()
@@ -335,7 +337,7 @@ def test_what_others_have_switched_off_or_frozen_stays_so(tiny_run: TinyRun, tha
     )  # what is freed by its last owner is frozen no more
 
 
-def test_two_of_them_leave_everything_as_it_was(tiny_run: TinyRun, thawed):
+def test_two_gc_plugins_restore_the_garbage_collector(tiny_run: TinyRun, thawed):
     tiny_run(
         "gc",
         "deep",

@@ -146,7 +146,7 @@ def test_a_long_task_has_a_line_every_ten_seconds_and_a_last_one_and_a_short_one
     assert capsys.readouterr().err.splitlines() == expected
 
 
-def test_a_step_between_two_rows_calls_nothing_of_it(tiny_run: TinyRun) -> None:
+def test_a_step_between_two_rows_calls_no_code_of_progress(tiny_run: TinyRun) -> None:
     calls: list[str] = []
 
     def watch(frame: object, event: str, _: object) -> None:
@@ -243,7 +243,7 @@ def test_steps_that_take_longer_than_a_look_have_a_speed(tmp_path: Path) -> None
         pace.look()
 
 
-def test_what_is_no_training_leaves_the_speed_alone_and_counts_for_the_time_left(
+def test_time_outside_of_steps_does_not_change_the_speed_and_counts_for_the_time_left(
     tmp_path: Path,
 ) -> None:
     clock, run = Clock(), a_run(tmp_path)
@@ -383,7 +383,7 @@ BY_WIDTH = {
 
 
 @pytest.mark.parametrize("width", BY_WIDTH)
-def test_what_matters_most_has_its_place_first(width: int, tmp_path: Path) -> None:
+def test_a_narrow_bar_shows_the_most_important_parts(width: int, tmp_path: Path) -> None:
     clock, run = Clock(), a_run(tmp_path, 40)
     view = View(run, ["train/loss", "val/loss", "optim/lr"], clock)
     view.start_training()
@@ -529,7 +529,7 @@ def test_samples_count_where_there_are_no_tokens(tmp_path: Path) -> None:
     assert pace.speeds() == ["1.5k samples/s", "0.5 steps/s"]
 
 
-def test_speed_follows_a_change_of_it(tmp_path: Path) -> None:
+def test_the_shown_speed_follows_a_change_of_the_speed(tmp_path: Path) -> None:
     now = [0.0]
     run = a_run(tmp_path, 10**6)
     pace = Pace(run, lambda: now[0])

@@ -225,7 +225,7 @@ def test_a_bar_shows_the_run_and_each_task_below_it_while_it_lasts(tmp_path: Pat
     assert any(s and FULL.fullmatch(s[0]) and s[0].endswith("left") for s in terminal.screens)
 
 
-def test_what_others_write_stands_above_the_bar_as_it_is(tmp_path: Path) -> None:
+def test_output_of_other_code_appears_unchanged_above_the_bar(tmp_path: Path) -> None:
     busy = Busy(says=True)
     busy.text = 30 * "word " + "https://example.org/" + 100 * "x"
     terminal = Terminal(trains(tmp_path, Progress(), busy))

@@ -144,7 +144,7 @@ def test_the_runs_of_a_folder_are_listed_with_their_state_and_best(two):
     assert re.search(r"^slow +finished +8 +100%", shown, re.MULTILINE)
 
 
-def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path):
+def test_commands_report_a_folder_without_runs_and_a_missing_folder(tmp_path):
     assert "no runs" in said(runs, tmp_path)
     assert "no such folder" in said(runs, tmp_path / "gone", fails=StorageError)
     assert "not a run folder" in said(compare, tmp_path, fails=SettingsError)
@@ -169,7 +169,7 @@ def ended(folder, **facts):
 
 
 @pytest.mark.parametrize("length", ["2 epochs", "3 hours", "90 seconds", 8])
-def test_a_run_of_any_length_is_finished_if_its_outcome_says_so(copies, length):
+def test_a_run_of_any_length_is_finished_if_its_outcome_is_finished(copies, length):
     settings = tomli.loads((copies[0] / "settings.toml").read_text())
     settings["run"]["length"] = length
     (copies[0] / "settings.toml").write_text(tomli_w.dumps(settings))
@@ -903,7 +903,7 @@ def test_a_killed_run_is_compared_up_to_its_last_row(copies, tmp_path):
     )
 
 
-def test_what_the_repeated_run_has_not_kept_is_not_compared(copies, tmp_path):
+def test_a_checkpoint_that_the_repeated_run_did_not_keep_is_not_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints" / "step-00000008")
     printed = said(
         rerun, copies[0], "--run-dir", tmp_path / "again", "--set", 'checkpoint.every="8 steps"'
@@ -967,7 +967,7 @@ def test_a_run_of_objects_is_refused_with_their_names_before_anything_is_made(tm
     assert not (tmp_path / "one-rerun").exists()
 
 
-def test_a_run_that_was_continued_says_so(copies, tmp_path):
+def test_repeating_a_continued_run_prints_that_it_was_continued(copies, tmp_path):
     path = copies[0] / "environment.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": time.time()}))
     printed = said(rerun, copies[0], "--run-dir", tmp_path / "again")

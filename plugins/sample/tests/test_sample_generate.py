@@ -190,7 +190,7 @@ def test_a_full_context_is_rebuilt_once_in_a_quarter_of_it() -> None:
     assert model.forwards == 64 + 10 * 64
 
 
-def test_what_is_seen_is_the_end_of_a_long_prompt() -> None:
+def test_the_model_sees_the_end_of_a_long_prompt() -> None:
     prompt = torch.arange(30)[None] % 11
     choice = Choice(temperature=0)
     assert torch.equal(

@@ -138,7 +138,7 @@ def test_the_bytes_per_token_are_those_of_each_split(split_run: SplitRun) -> Non
     assert learned.bytes_per_token("code") == len(CODE) / len(tokens)
 
 
-def test_token_files_have_named_splits_as_well(split_run: SplitRun, tmp_path: Path) -> None:
+def test_token_files_can_have_named_splits(split_run: SplitRun, tmp_path: Path) -> None:
     ids = np.arange(400, dtype=np.uint16) % 50
     for name in ("train", "code"):
         np.save(tmp_path / f"{name}.npy", ids)

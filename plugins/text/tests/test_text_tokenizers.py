@@ -60,7 +60,7 @@ def test_ids_beyond_the_vocabulary_decode_without_an_error() -> None:
     assert LEARNED.decode([LEARNED.encode("t")[0], 10_000]) == "t"
 
 
-def test_bytes_that_are_not_utf8_are_encoded_too() -> None:
+def test_bytes_that_are_not_utf8_can_be_encoded() -> None:
     piece = b"caf\xe9".decode("utf-8", ByteTokenizer.errors)
     assert ByteTokenizer().encode_chunks([piece]).tolist() == [99, 97, 102, 0xE9]
 

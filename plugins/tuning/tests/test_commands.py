@@ -626,7 +626,7 @@ def test_of_the_known_plugins_the_right_ones_take_part() -> None:
 
 
 @pytest.mark.parametrize("how", ["wraps", "answers", "wraps and uses the result of"])
-def test_lr_finder_works_with_a_plugin_that(how: str, place: Path) -> None:
+def test_lr_finder_works_with_a_plugin_that_changes_the_validation(how: str, place: Path) -> None:
     """It also shapes updates, so it takes part; a validation without metrics would break it."""
     own = """
     @hookimpl(wrapper=WRAPS)

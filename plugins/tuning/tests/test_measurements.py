@@ -214,7 +214,7 @@ def test_the_run_s_length_is_estimated_in_every_unit(length: str, steps: int) ->
     assert f"about {duration(total)} for {steps * 100:,}" in run
 
 
-def test_what_only_the_first_step_and_validation_take_is_counted_once() -> None:
+def test_the_extra_time_of_the_first_step_and_validation_is_counted_once() -> None:
     probe = probed([12.3, 0.1, 0.15, 0.1], [7.5, 0.2], samples=4, epoch=100)
     plan = Plan(Period(20), Period(5), validates_first=False, saves=[])
     *_, run = estimated(plan, probe, [StepSample.of(probe, 0.0)])

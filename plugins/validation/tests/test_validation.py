@@ -195,7 +195,9 @@ def test_batches_that_are_dicts_are_measured_the_same(tiny_run: TinyRun, tmp_pat
     assert one.history == other.history
 
 
-def test_a_language_model_on_text_has_all_of_it(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_language_model_on_text_has_all_metrics_of_a_validation(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
     for name, content in (("verse", VERSE), ("other", OTHER)):
         (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
     text = {
@@ -343,7 +345,9 @@ def test_training_does_not_notice_and_nothing_is_logged_twice(
         assert {name: row[name] for name in plain} == plain
 
 
-def test_it_goes_through_forward_as_the_loss_does_and_puts_all_back(tiny_run: TinyRun) -> None:
+def test_the_accuracy_calls_forward_like_the_loss_and_restores_the_state_of_the_run(
+    tiny_run: TinyRun,
+) -> None:
     chatty = Chatty()
     run = tiny_run(Tokens(), Scorer(), chatty, Validation(accuracy=True), length=1)
     held_out = [
@@ -359,7 +363,7 @@ def test_it_goes_through_forward_as_the_loss_does_and_puts_all_back(tiny_run: Ti
     assert run.module is module is run.model
 
 
-def test_it_costs_a_forward_pass_only_if_the_accuracy_is_asked_for(
+def test_validation_costs_one_more_forward_pass_only_if_accuracy_is_set(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     passes = []
@@ -371,7 +375,9 @@ def test_it_costs_a_forward_pass_only_if_the_accuracy_is_asked_for(
     assert passes == [3 + held_out, 3 + 2 * held_out]
 
 
-def test_a_signal_during_it_leaves_the_validation_for_the_resumed_run(tiny_run: TinyRun) -> None:
+def test_a_signal_during_the_accuracy_leaves_the_validation_for_the_resumed_run(
+    tiny_run: TinyRun,
+) -> None:
     @plugin
     class Interrupts:
         @hookimpl
@@ -395,7 +401,9 @@ def test_perplexity_is_finite_where_the_loss_is() -> None:
     assert math.isnan(perplexity_of(math.nan))
 
 
-def test_what_several_processes_measure_is_combined_first(tiny_run: TinyRun) -> None:
+def test_metrics_of_several_processes_are_combined_before_the_best_is_updated(
+    tiny_run: TinyRun,
+) -> None:
     @plugin
     class Reduces:
         """Stands for other processes, whose losses are higher by 1."""
@@ -491,7 +499,7 @@ def test_a_run_resumed_at_any_step_ends_as_one_that_was_never_interrupted(
         assert_same_weights(end, resumed)
 
 
-def test_what_a_snapshot_holds_of_the_best_stays_as_it_was(tiny_run: TinyRun) -> None:
+def test_the_best_value_in_a_snapshot_does_not_change_later(tiny_run: TinyRun) -> None:
     kept: list[Any] = []
 
     @plugin
@@ -563,7 +571,7 @@ def test_a_monitor_finds_what_it_logs_and_nothing_that_is_off(
         composed(**off)
 
 
-def test_it_produces_what_it_logs(tiny_run: TinyRun) -> None:
+def test_validation_logs_exactly_the_metrics_that_it_declares(tiny_run: TinyRun) -> None:
     from fnmatch import fnmatchcase
 
     measured = Validation(bits_per_byte=True, accuracy=True)
