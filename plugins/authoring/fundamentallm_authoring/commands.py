@@ -8,7 +8,14 @@ from pathlib import Path
 
 import click
 
-from fundamentallm import FundamentalError, SettingsError, StorageError, compose, find_plugins
+from fundamentallm import (
+    FundamentalError,
+    SettingsError,
+    StorageError,
+    command_line,
+    compose,
+    find_plugins,
+)
 from fundamentallm_authoring.reference import filled, hooks_page, settings_page
 from fundamentallm_authoring.scaffold import scaffold
 from fundamentallm_authoring.schema import settings_schema
@@ -54,7 +61,7 @@ def init(settings: Path, plugins: str | None) -> None:
     except SettingsError as error:
         click.echo(f"{settings} is written. Before you can train with it, correct:\n{error}")
     else:
-        click.echo(f"{settings} is written. Train with: fundamentallm train {settings}")
+        click.echo(f"{settings} is written. Train with: {command_line('train', settings)}")
 
 
 @click.command()
@@ -94,7 +101,7 @@ def reference(
     if check and stale:
         names = ", ".join(map(str, stale))
         raise FundamentalError(
-            f"not up to date: {names}; run `fundamentallm reference` without --check"
+            f"not up to date: {names}; run `{command_line('reference')}` without --check"
         )
     for path in stale:
         _write(path, made[path])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from fundamentallm import StorageError
+from fundamentallm import StorageError, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,9 +45,8 @@ def load(model: nn.Module, file: Path, setting: str) -> None:
         ),
     ]
     if any(name.endswith(".lora_a") for name in found.keys() - own.keys()):
-        problems = [
-            "it contains adapters of another run; merge them with: fundamentallm lora-merge"
-        ]
+        merge = command_line("lora-merge")
+        problems = [f"it contains adapters of another run; merge them with: {merge}"]
     if problems:
         raise StorageError(f"{setting}: {file} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(found)

@@ -20,6 +20,7 @@ from fundamentallm import (
     Run,
     SettingsError,
     StorageError,
+    command_line,
     compose,
     hookimpl,
     plugin,
@@ -460,7 +461,8 @@ class TestBase:
             ),
             (
                 lambda state: state.update({"out.lora_a": torch.ones(2)}),
-                "it contains adapters of another run; merge them with: fundamentallm lora-merge",
+                "it contains adapters of another run; merge them with: "
+                + command_line("lora-merge"),
             ),
             (
                 lambda state: (state.clear(), state.update(x=torch.ones(1))),

@@ -12,7 +12,16 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
-from fundamentallm import PluginError, StorageError, field, ge, gt, hookimpl, plugin
+from fundamentallm import (
+    PluginError,
+    StorageError,
+    command_line,
+    field,
+    ge,
+    gt,
+    hookimpl,
+    plugin,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,11 +171,10 @@ class Mlflow:
         problem = FinalWait(self._folder(run), self.end_seconds, run.report).wait(worker)
         if problem is not None:
             log.warning(
-                "mlflow: %s; the rows are in %s; to upload them, resume the run, or: "
-                "fundamentallm mlflow sync %s",
+                "mlflow: %s; the rows are in %s; to upload them, resume the run, or: %s",
                 problem,
                 self._folder(run),
-                run.folder,
+                command_line("mlflow", "sync", run.folder),
             )
         elif self._charts:
             log.info("mlflow: %s", self._charts)
@@ -229,7 +237,7 @@ class Mlflow:
         uri = self._uri
         if "run_id" not in reply:
             return
-        how = "" if is_server(uri) else f" (to see them, run 'fundamentallm ui {run.folder}')"
+        how = "" if is_server(uri) else f" (to see them: {command_line('ui', run.folder)})"
         self._charts = f"charts: {charts(uri, reply['experiment_id'])}{how}"
         log.info("mlflow: run %s in %s; %s", reply["run_id"], masked(uri), self._charts)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from fundamentallm import FundamentalError, SettingsError, StorageError, folder
+from fundamentallm import FundamentalError, SettingsError, StorageError, command_line, folder
 from fundamentallm_runs.metrics_file import read_rows
 from fundamentallm_runs.run_record import Record, named, read
 
@@ -119,7 +119,7 @@ def check_record(before: Record) -> None:
         raise SettingsError(
             f"{before.folder}: its record is incomplete: {', '.join(given)} came as Python "
             f"objects; start the program that makes them once more{how}, and compare the two runs "
-            "with 'fundamentallm compare'"
+            f"with: {command_line('compare')}"
         )
 
 

@@ -15,6 +15,7 @@ from fundamentallm import (
     NotFiniteError,
     Rejection,
     SettingsError,
+    command_line,
     field,
     hookimpl,
     plugin,
@@ -112,14 +113,15 @@ def report(composed: Composed, test: RangeTest) -> list[str]:
         raise NotFiniteError(
             f"the loss was {', '.join(f'{loss:.4g}' for loss in test.losses)}: it diverges at "
             f"once. If the first one is not finite, the model or the data has a mistake: try "
-            f"'fundamentallm check'. Else try a smaller --min than {low}"
+            f"'{command_line('check')}'. Else try a smaller --min than {low}"
         )
     found = choose(curve)
     if found is None:
         raise FundamentalError(
             f"the loss never fell clearly between {low} and {high}, in {done} steps: it began at "
             f"{test.losses[0]:.4g} and was {min(test.losses):.4g} at best. Try a larger --max or "
-            f"more --steps, or 'fundamentallm check --overfit-one-batch' to see whether it can fall"
+            f"more --steps, or '{command_line('check', '--overfit-one-batch')}' to see whether it "
+            f"can fall"
         )
     lines = [*curve.drawn(found.steepest), "", _end(test, done, high), *found.lines(), ""]
     return [*lines, *_setting(composed, test, found.steepest)]

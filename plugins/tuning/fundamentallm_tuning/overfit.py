@@ -11,6 +11,7 @@ from fundamentallm import (
     FundamentalError,
     NotFiniteError,
     Rejection,
+    command_line,
     field,
     hookimpl,
     plugin,
@@ -105,7 +106,7 @@ def learn(composed: Composed, steps: int | None, show: Callable[[str], object]) 
     if not math.isfinite(losses[-1]):
         raise NotFiniteError(
             f"step {done}: the loss on one batch is {losses[-1]}; try a smaller learning rate "
-            f"(fundamentallm lr-finder), and inspect what the model computes from this batch"
+            f"({command_line('lr-finder')}), and inspect what the model computes from this batch"
         )
     if not one.learned:
         raise FundamentalError(
@@ -127,12 +128,13 @@ def advice(losses: list[float]) -> str:
     """Return advice that fits the course of the losses."""
     first, last, lowest = losses[0], losses[-1], min(losses)
     if last > 1.2 * first:
-        return "It rises: the learning rate may be too large (fundamentallm lr-finder)."
+        return f"It rises: the learning rate may be too large ({command_line('lr-finder')})."
     if lowest > 0.9 * first:
         return (
-            "It hardly falls: check whether gradients reach the weights (fundamentallm check), "
-            "whether the targets follow from the inputs, whether the learning rate is too "
-            "small (fundamentallm lr-finder) and whether weights are frozen."
+            "It hardly falls: check whether gradients reach the weights "
+            f"({command_line('check')}), whether the targets follow from the inputs, whether "
+            f"the learning rate is too small ({command_line('lr-finder')}) and whether weights "
+            "are frozen."
         )
     if last > 1.5 * lowest:
         return f"It was at {lowest:.4g} and rose again: try a smaller learning rate."
