@@ -167,7 +167,8 @@ class Mlflow:
         if self._backpressure is None:  # the run ended before its training began
             self._drop_worker()
             return
-        self._end_journal(run, outcome)
+        error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
+        self._end_journal(outcome, error)
         problem = FinalWait(self._folder(run), self.end_seconds, run.report).wait(worker)
         if problem is not None:
             log.warning(
@@ -218,16 +219,17 @@ class Mlflow:
         if run.signal is None and self.on_start_failure == "journal":
             log.warning("%s; the rows wait in the journal", text)
             return
-        if run.signal is not None and start is not None:
+        late = run.signal is not None or reply.get("late")
+        if late and start is not None:
             # The worker may have created the MLflow run already, which must not stay RUNNING.
-            self._end_journal(run, "interrupted")
+            self._end_journal(*(("failed", text) if run.signal is None else ("interrupted", None)))
             self._worker.leave()
             self._worker = self._backpressure = None
-            raise KeyboardInterrupt
-        self._worker.kill()  # first: it must not read the row that is dropped
-        if self._journal is not None and start is not None:
-            self._journal.drop(start)
-        self._drop_worker()
+        else:
+            self._worker.kill()  # first: it must not read the row that is dropped
+            if self._journal is not None and start is not None:
+                self._journal.drop(start)
+            self._drop_worker()
         # A signal ends the run, and there is nothing to save yet.
         raise PluginError(text) if run.signal is None else KeyboardInterrupt
 
@@ -255,8 +257,7 @@ class Mlflow:
             self._journal.close()
             self._journal = None
 
-    def _end_journal(self, run: Run, outcome: Outcome) -> None:
-        error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
+    def _end_journal(self, outcome: Outcome, error: str | None = None) -> None:
         self._append("end", outcome=outcome, error=error)
         if self._journal is not None:
             self._journal.close()

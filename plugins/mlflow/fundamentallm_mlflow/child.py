@@ -195,14 +195,15 @@ class Worker:
             log.debug("mlflow: the upload worker takes no command")
 
     def _reply(self, deadline: float) -> dict[str, Any]:
-        """Return the next reply, or an error if none arrives before ``deadline``."""
+        """Return the next reply; an error that is marked as late if none comes by ``deadline``."""
         while b"\n" not in self._read:
             left = deadline - time.monotonic()
             ready, _, _ = select.select([self._pipe], [], [], max(0.0, min(left, SIGNAL_SECONDS)))
             if not ready and self._is_cancelled():
                 return {"error": "the wait was interrupted by a signal"}
             if not ready and left <= 0:
-                return {"error": f"it did not open within {self._start_seconds:g} seconds"}
+                error = f"it did not open within {self._start_seconds:g} seconds"
+                return {"error": error, "late": True}
             if not ready:
                 continue
             part = os.read(self._pipe, 65536)

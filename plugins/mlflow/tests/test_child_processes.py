@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fundamentallm import Batch, Data, FundamentalError, Progress, hookimpl, plugin
+from fundamentallm import Batch, Data, FundamentalError, Progress, field, hookimpl, plugin
 from fundamentallm.testing import TinyRun, TinySamples
 from fundamentallm_mlflow import Mlflow
 
@@ -32,33 +32,43 @@ class LoaderData:
     """Number of worker processes."""
     context: str
     """How they start."""
+    kept: bool = False
+    """Whether the data keeps its loader, so that its processes outlive the run."""
 
     @hookimpl
     def build_data(self, run: Run) -> Data:
-        return LoaderSamples(self.workers, self.context)
+        return LoaderSamples(self)
 
 
 class LoaderSamples(TinySamples):
-    """The loader, and with it its processes, lives as long as the iterator."""
+    """The loader, and with it its processes, lives as long as the iterator, or is kept."""
 
-    def __init__(self, workers: int, context: str) -> None:
+    def __init__(self, settings: LoaderData) -> None:
         super().__init__(4, "cpu")
-        self.workers, self.context = workers, context
+        self.settings = settings
+        self.kept = self.loader() if settings.kept else None
 
-    def batches(self, progress: Progress) -> Iterator[Batch]:
+    def loader(self) -> Any:
         from torch.utils.data import DataLoader, TensorDataset
 
-        pair = self.batch(range(16)).data
-        loader = DataLoader(
-            TensorDataset(*pair),
+        return DataLoader(
+            TensorDataset(*self.batch(range(16)).data),
             batch_size=4,
-            num_workers=self.workers,
-            multiprocessing_context=self.context,
+            num_workers=self.settings.workers,
+            multiprocessing_context=self.settings.context,
             persistent_workers=True,
         )
+
+    def batches(self, progress: Progress) -> Iterator[Batch]:
+        loader = self.kept or self.loader()
         while True:
             for inputs, targets in loader:
                 yield Batch((inputs, targets), 4, 4, 4)
+
+    def workers(self) -> list[Any]:
+        """Return the processes of the loader that is kept."""
+        iterator: Any = self.kept and self.kept._iterator
+        return iterator._workers if iterator else []
 
 
 @plugin
@@ -75,10 +85,11 @@ class EndsIn:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+WAYS = [("finished", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
+
+
 @pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (4, "fork"), (1, "spawn")])
-@pytest.mark.parametrize(
-    ("way", "status"), [("finished", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
-)
+@pytest.mark.parametrize(("way", "status"), WAYS)
 def test_a_run_with_loader_workers_has_its_end_state_in_the_store(
     look: Any,
     tiny_run: TinyRun,
@@ -101,6 +112,59 @@ def test_a_run_with_loader_workers_has_its_end_state_in_the_store(
         assert "broken on purpose" in str(error)
     assert look.run(name).info.status == status
     assert TOO_LATE not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("workers", "context", "way", "status"),
+    [
+        *((1, "fork", *end) for end in WAYS),
+        (4, "fork", *WAYS[0]),
+        pytest.param(1, "spawn", *WAYS[0], marks=pytest.mark.slow),
+        *(pytest.param(4, "spawn", *end, marks=pytest.mark.slow) for end in WAYS),
+    ],
+)
+def test_loader_workers_that_outlive_the_run_delay_no_end_and_have_none_of_its_files_open(
+    look: Any,
+    tiny_run: TinyRun,
+    caplog: pytest.LogCaptureFixture,
+    workers: int,
+    context: str,
+    way: str,
+    status: str,
+) -> None:
+    name = f"kept loader {workers} {context} {way}"
+    data, ends = LoaderData(workers=workers, context=context, kept=True), EndsIn(way=way)
+    seen = Sees()
+    try:
+        tiny_run(Mlflow(experiment=name, **LIMITS), data, ends, seen, length=4)
+    except FundamentalError as error:
+        assert way == "failed"
+        assert "broken on purpose" in str(error)
+    seconds = time.monotonic() - seen.ended
+    assert look.run(name).info.status == status
+    assert TOO_LATE not in caplog.text
+    assert len(seen.alive) == workers
+    assert seconds < LIMITS["end_seconds"]
+    assert [each for each in seen.inherited if each] == []
+
+
+@plugin
+class Sees:
+    """Notes at the end of the run which workers of the loader live, and what they have open."""
+
+    alive: list[Any] = field(init=False, factory=list)
+    inherited: list[set[str]] = field(init=False, factory=list)
+    ended: float = field(init=False, default=0.0)
+
+    @hookimpl(tryfirst=True)
+    def on_train_end(self, run: Run) -> None:
+        self.ended = time.monotonic()
+        samples: Any = run.data
+        ours = {*worker_pipes(run), str(run.folder.resolve() / ".lock")}
+        ours.add(str(run.folder.resolve() / "mlflow" / "journal.jsonl"))
+        assert ours <= open_files(os.getpid())
+        self.alive = [one for one in samples.workers() if one.is_alive()]
+        self.inherited = [ours & open_files(one.pid) for one in self.alive]
 
 
 def open_files(pid: int) -> set[str]:

@@ -317,6 +317,37 @@ def test_a_signal_during_the_wait_for_the_mlflow_run_ends_that_run_as_killed(
     assert look.run("described late").info.status == "FINISHED"
 
 
+@plugin
+class Stops:
+    """Suspends the upload worker once the store is open, so that the MLflow run is late."""
+
+    pid: int = 0
+
+    @hookimpl
+    def on_progress(self, run: Run, task: str, done: int) -> None:
+        if "opening" in task and done == 1:
+            worker: Any = run.plugins["mlflow"]._worker  # type: ignore[attr-defined]
+            worker._start_seconds, self.pid = 1.0, worker._process.pid
+            os.kill(self.pid, signal.SIGSTOP)
+
+
+def test_an_mlflow_run_that_is_created_too_late_ends_as_failed(
+    look: Any, tiny_run: TinyRun
+) -> None:
+    """The training process waits no longer; the worker ends the run once the store answers."""
+    stops = Stops()
+    with pytest.raises(PluginError, match=r"it did not open within 1 seconds"):
+        tiny_run(logger("too late"), stops)
+    os.kill(stops.pid, signal.SIGCONT)
+    until = time.monotonic() + 120
+    while workers():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    kept = look.run("too late")
+    assert kept.info.status == "FAILED"
+    assert "it did not open within 1 seconds" in kept.data.tags["error"]
+
+
 def test_the_time_for_the_start_counts_from_the_start_of_the_run(tmp_path: Path) -> None:
     """What building took is part of it, but for a third; each answer that comes is waited for."""
     worker = Worker(tmp_path, Mlflow(start_seconds=9.0).request(tmp_path, "nonsense://x"))
