@@ -1,4 +1,4 @@
-"""What a step costs besides the model, held against a handwritten loop that does the same work."""
+"""The cost of a step without the model, compared with a handwritten loop that does the same work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_step_with_eleven_plugins_makes_at_most_5_percent_more_python_calls(in
 
 
 @pytest.mark.parametrize("interval", [noop.PERIOD, noop.BETWEEN], ids=["log_period", "between"])
-def test_all_that_a_careful_user_lists_costs_few_calls_beside_the_same_by_hand(interval):
+def test_the_plugins_of_a_careful_user_cost_few_calls_more_than_handwritten_code(interval):
     by_run = calls.per_step(noop.fully_by_run, interval)
     by_hand = calls.per_step(noop.fully_by_hand, interval)
     assert by_run <= 1.17 * by_hand, f"{by_run:.2f} calls per step, by hand {by_hand:.2f}"
@@ -161,16 +161,16 @@ def bare() -> Counter[str]:
     return calls.count(bare_run, noop.BETWEEN)
 
 
-def test_a_hook_that_nobody_hears_costs_no_call(bare):
+def test_a_hook_without_implementations_costs_no_call(bare):
     assert [name for name in bare if "dispatch.py" in name] == []
 
 
 @pytest.mark.parametrize("hook", ["on_step_start", "settle_step", "on_step_end", "on_safe_point"])
 def test_hearing_an_event_alone_costs_the_call_of_the_listener_and_no_more(hook, bare):
     listener = listener_to(hook)
-    heard = calls.count(lambda marks: bare_run(marks, listener), noop.BETWEEN)
+    received = calls.count(lambda marks: bare_run(marks, listener), noop.BETWEEN)
     first, last = noop.BETWEEN
-    assert heard.total() - bare.total() == last - first
+    assert received.total() - bare.total() == last - first
 
 
 def bare_run(marks: Any, *listeners: object) -> Run:
@@ -185,11 +185,11 @@ def listener_to(hook: str) -> object:
 
         @plugin
         class Settler:
-            """Hears how a step ended."""
+            """Receives the end of a step."""
 
             @hookimpl
             def settle_step(self, run: Run, applied: bool) -> None: ...
 
         return Settler()
-    hear = hookimpl(lambda self, run: None, specname=hook)
-    return plugin(type("Listener", (), {"hear": hear, "__doc__": "Hears one event."}))()
+    receive = hookimpl(lambda self, run: None, specname=hook)
+    return plugin(type("Listener", (), {"receive": receive, "__doc__": "Receives one event."}))()

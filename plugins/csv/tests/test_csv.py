@@ -99,7 +99,7 @@ def test_a_metric_that_appears_later_adds_a_column_at_the_end(tiny_run: TinyRun)
 
 
 @pytest.mark.parametrize("name", ['a,"b"', "two\nlines", "car\rriage", "time", "step", "é", "x y"])
-def test_names_of_every_kind_come_back(name: str, tiny_run: TinyRun) -> None:
+def test_names_with_any_characters_can_be_read_back(name: str, tiny_run: TinyRun) -> None:
     memory = Memory(step=3)
     for length in (5, 6):
         run = tiny_run(Csv(), memory, LogsLate(since=2, name=name), length=length, log_every=1)
@@ -110,7 +110,7 @@ def test_names_of_every_kind_come_back(name: str, tiny_run: TinyRun) -> None:
     assert [row[column] for row in found] == ["", *(repr(step / 3) for step in range(2, 7))]
 
 
-def test_columns_outlive_the_rows_that_brought_them(tiny_run: TinyRun) -> None:
+def test_columns_stay_when_the_rows_that_added_them_are_dropped(tiny_run: TinyRun) -> None:
     memory = Memory(step=2)
     first = tiny_run(Csv(), memory, LogsLate(since=4), length=5, log_every=1)
     head = (first.folder / "metrics.csv").read_bytes().splitlines()[0]
@@ -137,7 +137,7 @@ def test_a_file_of_another_program_is_kept_under_another_name(
     assert kept.read_bytes() == foreign
 
 
-def test_a_kill_while_a_column_is_added_leaves_the_table_as_it_was(tmp_path: Path) -> None:
+def test_a_kill_while_a_column_is_added_leaves_the_old_table(tmp_path: Path) -> None:
     path, own = tmp_path / "metrics.csv", os.getpid
     table = Table(path, 0)
     table.append(["1.0", "1", "4"], {"a": 1.0})
@@ -158,7 +158,7 @@ def test_a_kill_while_a_column_is_added_leaves_the_table_as_it_was(tmp_path: Pat
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.dictionaries(st.text(), st.floats(), min_size=1, max_size=4), max_size=5))
-def test_every_name_and_every_float_come_back(written: list[dict[str, float]]) -> None:
+def test_every_name_and_every_float_can_be_read_back(written: list[dict[str, float]]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +180,7 @@ def test_every_name_and_every_float_come_back(written: list[dict[str, float]]) -
     assert [row.keys() for row in read] == [metrics.keys() for metrics in written]
 
 
-def test_what_is_no_number_is_written_in_words(tmp_path: Path) -> None:
+def test_values_that_are_no_number_are_written_in_words(tmp_path: Path) -> None:
     table = Table(tmp_path / "metrics.csv", 0)
     table.append(["1.0", "1", "0"], {"a": math.nan, "b": math.inf, "c": -math.inf, "d": -0.0})
     table.close()

@@ -590,7 +590,7 @@ def test_a_step_that_is_not_measured_costs_four_python_calls(
         ({"groups": {"a": 1}}, "grad_stats.groups.a: expected a string"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complaint):
+def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run("grad_stats", settings={"grad_stats": table})
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

@@ -300,7 +300,7 @@ def test_the_skipped_steps_are_counted_in_the_rows(tiny_run: TinyRun) -> None:
 
 @plugin
 class Scales:
-    """Rejects steps as somebody would whose loss scale was too large for the gradients."""
+    """Rejects steps like a loss scaler whose scale is too large for the gradients."""
 
     every: int = 1
     loss_too: bool = False
@@ -397,7 +397,7 @@ def test_one_bad_value_in_any_gradient_is_found(tiny_run: TinyRun, bad: float) -
 def test_complex_gradients_are_judged(tiny_run: TinyRun, bad: float) -> None:
     @plugin
     class Turns:
-        """Trains a complex number besides, whose gradient may be spoilt in the third step."""
+        """Also trains a complex number, whose gradient may be spoilt in the third step."""
 
         @hookimpl(wrapper=True)
         def build_model(self) -> Generator[None, nn.Module, nn.Module]:

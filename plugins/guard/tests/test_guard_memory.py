@@ -382,8 +382,8 @@ def test_what_torch_raises_when_memory_really_runs_out_is_known(
     guard = Guard(oom="split")
     assert tiny_run(guard, Greedy(), device=device).progress.applied == 4
     assert guard.halvings == 1
-    told = "process memory: " if device == "cpu" else "PyTorch CUDA memory summary"
-    with pytest.raises(OutOfMemoryError, match=told):
+    message = "process memory: " if device == "cpu" else "PyTorch CUDA memory summary"
+    with pytest.raises(OutOfMemoryError, match=message):
         tiny_run(Guard(), Greedy(), device=device, run_dir=tmp_path / "stop")
 
 
@@ -451,25 +451,25 @@ class Sentences:
     """Sentences of given lengths in one window after the other, as tokens and padded targets."""
 
     lengths: list[int]
-    tells: bool = True
+    knows_size: bool = True
 
     @hookimpl
     def build_data(self) -> Any:
-        return Corpus(self.lengths, self.tells)
+        return Corpus(self.lengths, self.knows_size)
 
 
 class Corpus:
     epoch_samples = None
     fingerprint = "sentences"
 
-    def __init__(self, lengths: list[int], tells: bool) -> None:
-        self.lengths, self.tells = lengths, tells
+    def __init__(self, lengths: list[int], knows_size: bool) -> None:
+        self.lengths, self.knows_size = lengths, knows_size
 
     def batches(self, _: Progress) -> Iterator[Batch]:
         data = (tokens(len(self.lengths)), padded(self.lengths))
         weight = sum(self.lengths)
         while True:
-            if self.tells:
+            if self.knows_size:
                 yield Batch(data, weight, len(self.lengths), weight)
             else:  # a weight that nothing in the data explains
                 yield Batch(data, weight + 0.5, len(self.lengths), weight)
@@ -528,7 +528,7 @@ def test_padded_sentences_split_anyhow_have_the_gradient_of_the_whole(
 def test_an_unknown_weight_is_shared_by_rows_with_a_warning(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = Sentences(lengths=[6, 1, 3, 2], tells=False)
+    data = Sentences(lengths=[6, 1, 3, 2], knows_size=False)
     weights: list[list[float]] = []
 
     @plugin

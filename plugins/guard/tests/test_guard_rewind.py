@@ -185,7 +185,7 @@ def test_checkpoints_are_found_where_they_are(
 def test_spikes_are_found_after_losses_that_are_nan(tiny_run: TinyRun) -> None:
     @plugin
     class Odd:
-        """Tells a loss that is not finite where the gradients are."""
+        """Reports a loss that is not finite when the gradients are complete."""
 
         @hookimpl
         def finish_gradients(self, run: Run) -> None:

@@ -74,7 +74,7 @@ def test_the_file_of_an_earlier_run_has_the_time_in_its_name(
     assert f"metrics.jsonl held are now in {aside.name}" in caplog.text
 
 
-def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) -> None:
+def test_a_row_without_its_line_end_is_kept(tiny_run: TinyRun) -> None:
     memory = Memory(step=4)
     run = tiny_run(Jsonl(), memory, length=4, log_every=1)
     path = run.folder / "metrics.jsonl"
@@ -83,7 +83,7 @@ def test_a_row_that_lacks_only_the_end_of_its_line_is_kept(tiny_run: TinyRun) ->
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_process_of_the_same_number_left_half_written_is_no_hindrance(
+def test_a_temporary_file_of_a_killed_process_with_the_same_number_is_no_error(
     tiny_run: TinyRun,
 ) -> None:
     memory, number, own_number = Memory(step=2), os.getpid(), os.getpid
@@ -104,7 +104,7 @@ def test_what_a_process_of_the_same_number_left_half_written_is_no_hindrance(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), st.floats()))
-def test_every_float_comes_back_from_valid_json(metrics: dict[str, float]) -> None:
+def test_every_float_can_be_read_back_from_valid_json(metrics: dict[str, float]) -> None:
     from fundamentallm_jsonl import row
 
     line = row(1, 2, metrics)
@@ -117,7 +117,7 @@ def test_every_float_comes_back_from_valid_json(metrics: dict[str, float]) -> No
         assert again == value or (math.isnan(again) and math.isnan(value))
 
 
-def test_ten_thousand_rows_leave_nothing_in_memory(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_ten_thousand_rows_do_not_stay_in_memory(tiny_run: TinyRun, tmp_path: Path) -> None:
     run, one = tiny_run(length=2), Jsonl()
     one.on_train_start(run)
     blocks = 0
@@ -147,7 +147,7 @@ def histograms(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
-def test_histograms_are_kept_as_they_were_handed_over(tiny_run: TinyRun) -> None:
+def test_histograms_are_written_exactly(tiny_run: TinyRun) -> None:
     run = tiny_run(Counts(), Jsonl(), length=3, log_every=1)
     found = histograms(run.folder)
     assert [list(one) for one in found] == [["time", "step", "name", "edges", "counts"]] * 3
@@ -157,7 +157,7 @@ def test_histograms_are_kept_as_they_were_handed_over(tiny_run: TinyRun) -> None
     ] * 3
 
 
-def test_a_run_without_histograms_has_no_file_of_them(tiny_run: TinyRun) -> None:
+def test_a_run_without_histograms_has_no_file_for_histograms(tiny_run: TinyRun) -> None:
     assert not (tiny_run(Jsonl(), length=3).folder / "histograms.jsonl").exists()
 
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_has_every_histogram_once(closed: bool, tiny_run: TinyRun)
     assert [one["step"] for one in histograms(run.folder)] == list(range(1, 8))
 
 
-def test_a_run_that_goes_back_drops_the_histograms_of_the_void_steps(tiny_run: TinyRun) -> None:
+def test_a_rewind_drops_the_histograms_of_later_steps(tiny_run: TinyRun) -> None:
     run = tiny_run(Memory(step=3, later=6), Counts(), Jsonl(), length=7, log_every=1)
     assert [one["step"] for one in histograms(run.folder)] == list(range(1, 8))
 

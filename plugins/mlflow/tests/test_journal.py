@@ -142,7 +142,7 @@ def test_all_rows_are_kept_again_when_the_store_has_caught_up(tmp_path: Path) ->
     assert all(backpressure.accepts(1000 + i, validated=False) for i in range(16))
 
 
-def test_ten_thousand_rows_leave_nothing_in_memory(tmp_path: Path) -> None:
+def test_ten_thousand_rows_do_not_stay_in_memory(tmp_path: Path) -> None:
     journal, backpressure = Journal(tmp_path / "journal.jsonl"), Backpressure(tmp_path, 500_000)
     blocks = 0
     for step in range(1, 11_001):

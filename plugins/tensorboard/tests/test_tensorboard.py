@@ -128,7 +128,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "tensorboard").iterdir())
 
 
-def test_the_points_are_what_the_run_logged(tiny_run: TinyRun) -> None:
+def test_the_points_are_the_metrics_that_the_run_logged(tiny_run: TinyRun) -> None:
     run = tiny_run(Tensorboard(), length=5, validate_every=4)
     assert points(run.folder) == served(run.folder) == rounded(run.history)
     assert set(points(run.folder)) >= {"train/loss", "optim/lr", "train/tokens", "val/loss"}
@@ -150,7 +150,7 @@ def test_files_of_one_second_are_read_in_the_order_in_which_they_were_made(
     assert [step for step, _ in points(run.folder)["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_settings_are_a_text_from_the_step_on_from_which_they_hold(tiny_run: TinyRun) -> None:
+def test_the_settings_are_a_text_at_their_first_step(tiny_run: TinyRun) -> None:
     memory = Memory(step=2)
     tiny_run(Tensorboard(), memory, length=4, log_every=2)
     run = tiny_run(Tensorboard(), memory, length=6, log_every=4)
@@ -161,7 +161,9 @@ def test_the_settings_are_a_text_from_the_step_on_from_which_they_hold(tiny_run:
 
 
 @pytest.mark.parametrize("hparams", [True, False])
-def test_the_settings_are_hyperparameters_if_wanted(hparams: bool, tiny_run: TinyRun) -> None:
+def test_the_settings_are_hyperparameters_if_hparams_is_set(
+    hparams: bool, tiny_run: TinyRun
+) -> None:
     run = tiny_run("tensorboard", length=4, settings={"tensorboard": {"hparams": hparams}})
     found = read(run.folder)
     tags = [tag for tag in found.Tags()["tensors"] if tag != "settings"]
@@ -192,17 +194,17 @@ def test_a_resumed_run_has_every_histogram_once(tiny_run: TinyRun) -> None:
     assert histograms(run.folder) == counted(run.folder, [4, 8, 12])
 
 
-def test_a_run_that_goes_back_has_no_histograms_of_the_void_steps(tiny_run: TinyRun) -> None:
+def test_a_rewind_invalidates_the_histograms_of_later_steps(tiny_run: TinyRun) -> None:
     listed = [Memory(step=4, later=7), "tensorboard", "grad_stats"]
     run = tiny_run(*listed, settings=HISTOGRAMS, length=10, log_every=5)
     assert histograms(run.folder) == counted(run.folder, [5, 10])
 
 
-def test_without_an_open_file_a_histogram_goes_nowhere() -> None:
+def test_a_histogram_without_an_open_file_is_ignored() -> None:
     Tensorboard().on_histogram("some/name", 1, [0.0, 1.0], [3])
 
 
-def test_what_is_no_number_and_what_32_bits_cannot_hold_is_no_error(tiny_run: TinyRun) -> None:
+def test_values_that_are_no_number_or_too_large_for_32_bits_are_no_error(tiny_run: TinyRun) -> None:
     @plugin
     class Odd:
         @hookimpl
@@ -215,7 +217,7 @@ def test_what_is_no_number_and_what_32_bits_cannot_hold_is_no_error(tiny_run: Ti
     assert [found["odd/inf"], found["odd/huge"]] == [[(1, -math.inf)], [(1, math.inf)]]
 
 
-def test_showing_the_settings_imports_nothing_of_tensorboard(tmp_path: Path) -> None:
+def test_showing_the_settings_does_not_import_tensorboard(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_text('plugins = ["tensorboard"]\n[run]\nlength = 1\n')
     code = (

@@ -69,7 +69,7 @@ def took(run: Run) -> dict[tuple[str, str], float]:
 
 
 class Seconds:
-    """A clock that only goes on when it is told to."""
+    """A clock that advances only when a test sets its time."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -81,13 +81,13 @@ class Seconds:
 def timing(clock: Clock, **settings: Any) -> Throughput:
     """Make the plugin with a clock of its own."""
 
-    class Told(Throughput):
-        """Throughput by the clock that it is given."""
+    class Timing(Throughput):
+        """Throughput with the given clock."""
 
         def clock(self, run: Run) -> Clock:
             return clock
 
-    return Told(**settings)
+    return Timing(**settings)
 
 
 def parts(clock: Clock) -> dict[tuple[str, str] | None, float]:
@@ -169,7 +169,7 @@ def test_however_calls_are_nested_the_seconds_add_up(tree):
     assert math.isclose(sum(clock.seconds.values()) + sum(parts(clock).values()), now.time - 1)
 
 
-def test_what_lies_between_steps_is_told_from_the_parts_of_a_step_that_is_timed():
+def test_the_clock_separates_calls_between_steps_from_the_parts_of_a_timed_step():
     now = Seconds()
     clock = Clock(now)
 
@@ -191,7 +191,7 @@ def test_what_lies_between_steps_is_told_from_the_parts_of_a_step_that_is_timed(
     }
 
 
-def test_every_hook_has_a_phase_but_for_the_first_the_last_and_the_question_of_every_step():
+def test_every_hook_has_a_phase_except_the_first_the_last_and_stop_agreed():
     untimed = {"on_run_start", "finish_model", "on_train_end", "stop_agreed"}
     assert set(HOOKS) - set(PHASE_OF) == untimed
     assert set(PHASE_OF) <= set(HOOKS)
@@ -222,21 +222,21 @@ def test_every_row_has_the_speeds_and_they_agree_with_each_other(tiny_run: TinyR
     assert read(run)["steps"] == 10
 
 
-def test_a_validation_is_no_row_and_has_no_speeds_of_its_own(tiny_run: TinyRun):
+def test_the_metrics_of_a_validation_have_no_speeds(tiny_run: TinyRun):
     @plugin
     class Listener:
         """Keeps what validations bring."""
 
         def __attrs_post_init__(self):
-            self.heard = []
+            self.received = []
 
         @hookimpl
         def on_validation_end(self, metrics):
-            self.heard.append(dict(metrics))
+            self.received.append(dict(metrics))
 
     listener = Listener()
     run = tiny_run(Throughput(), listener, length=4, validate_every=2, validate_first=True)
-    assert [set(metrics) for metrics in listener.heard] == [{"val/loss"}] * 3
+    assert [set(metrics) for metrics in listener.received] == [{"val/loss"}] * 3
     assert [len(measured(row)) for row in run.history] == [0, 6, 6]
 
 
@@ -245,7 +245,7 @@ def test_mfu_is_flops_times_tokens_over_what_the_device_can_do(tiny_run: TinyRun
     for row in run.history:
         parameters = 8 * 16 + 16 + 16 + 1
         assert row["perf/mfu"] == 6.0 * parameters * row["perf/tokens_per_second"] / 1e9
-    run = tiny_run(Throughput(peak_flops=1e9, flops_per_token=5.0), run_dir=tmp_path / "told")
+    run = tiny_run(Throughput(peak_flops=1e9, flops_per_token=5.0), run_dir=tmp_path / "given")
     assert run.history[0]["perf/mfu"] == 5.0 * run.history[0]["perf/tokens_per_second"] / 1e9
 
 
@@ -287,7 +287,7 @@ def test_mfu_follows_a_schedule_of_the_context_length(tiny_run: TinyRun):
         assert math.isclose(row["perf/mfu"], expected)
 
 
-def test_a_model_may_say_itself_what_a_token_costs():
+def test_a_model_can_state_the_flops_of_a_token():
     class Own(nn.Module):
         def flops_per_token(self, length):
             return 7 * length
@@ -324,7 +324,7 @@ def test_known_devices_are_found_by_their_name(name, peak):
     assert peak_of(name) == peak
 
 
-def test_a_model_that_fails_to_say_its_cost_silences_the_plugin_and_not_the_run(tiny_run, caplog):
+def test_a_model_whose_flops_fail_mutes_the_plugin_and_not_the_run(tiny_run, caplog):
     @plugin
     class Odd(TinyModel):
         """A model whose count is broken."""
@@ -344,7 +344,7 @@ def test_a_model_that_fails_to_say_its_cost_silences_the_plugin_and_not_the_run(
 # --- where the time went
 
 
-def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
+def test_the_shares_add_up_to_one_and_name_every_plugin_that_was_called(tiny_run: TinyRun):
     @plugin
     class Busy:
         """Listens to a hook of every kind."""
@@ -390,7 +390,7 @@ def test_the_shares_add_up_to_one_and_name_whoever_was_heard(tiny_run: TinyRun):
     } <= took(run).keys()
 
 
-def test_rows_are_in_the_order_of_a_run_and_what_is_in_none_is_the_rest():
+def test_rows_are_in_the_order_of_a_run_and_the_remaining_time_is_the_rest():
     taken = {
         ("other steps", "unknown"): 3.0,
         ("forward", "core"): 8.0,
@@ -410,7 +410,7 @@ def test_rows_are_in_the_order_of_a_run_and_what_is_in_none_is_the_rest():
 
 
 @given(st.integers(1, 40), st.integers(0, 2**63))
-def test_one_step_of_each_window_has_its_turn_and_in_the_end_each_place_once(every, seed):
+def test_one_step_of_each_window_is_sampled_and_each_position_equally_often(every, seed):
     small = (every - 1).bit_length()
     steps, weights = zip(*islice(turns(every, Random(seed)), small + 2 * every), strict=True)
     assert weights == (*(2**n for n in range(small)), *[every] * 2 * every)
@@ -426,7 +426,9 @@ def test_one_step_of_each_window_has_its_turn_and_in_the_end_each_place_once(eve
     ("period", "length", "off"),
     [(10, 500, 1 / 4), (10, 2000, 1 / 15), (7, 2000, 1 / 3), (50, 2000, 0.8)],
 )
-def test_what_comes_back_is_met_about_as_often_as_it_happens(period: int, length: int, off: float):
+def test_periodic_work_is_sampled_about_as_often_as_it_happens(
+    period: int, length: int, off: float
+):
     errors = []
     for seed in range(200):
         timed = [turn for turn in islice(turns(20, Random(seed)), length) if turn[0] <= length]
@@ -440,7 +442,7 @@ def test_what_comes_back_is_met_about_as_often_as_it_happens(period: int, length
     ("every", "length", "timed"),
     [(1, 7, 6), (2, 6, 3), (5, 13, 4), (20, 1, 0), (20, 2, 1), (20, 52, 6)],
 )
-def test_one_step_in_so_many_is_timed_inside_and_more_of_the_first(
+def test_one_step_in_sample_every_is_timed_hook_by_hook_and_more_at_the_start(
     tiny_run: TinyRun, every: int, length: int, timed: int
 ):
     run = tiny_run(Throughput(sample_every=every), length=length)
@@ -482,7 +484,7 @@ class Odd(Spender):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_what_a_plugin_does_in_every_tenth_step_is_told_about_right(tiny_run: TinyRun, first: bool):
+def test_the_time_of_work_in_every_tenth_step_is_about_right(tiny_run: TinyRun, first: bool):
     now = Seconds()
     watch = timing(Clock(now))
     spenders = [Spender(now=now, always=0.03), Odd(now=now, tenth=0.3)]
@@ -496,7 +498,7 @@ def test_what_a_plugin_does_in_every_tenth_step_is_told_about_right(tiny_run: Ti
     assert abs(shares["odd"] - 0.5) < 0.1
 
 
-def test_a_slow_first_step_is_charged_to_nobody_else_and_so_is_that_after_a_resume(
+def test_a_slow_first_step_counts_for_no_other_step_also_after_a_resume(
     tiny_run: TinyRun, tmp_path: Path
 ):
     now, memory = Seconds(), Memory(step=12)
@@ -514,7 +516,7 @@ def test_a_slow_first_step_is_charged_to_nobody_else_and_so_is_that_after_a_resu
         assert ("rest", "core") not in found
 
 
-def test_what_a_single_step_took_more_is_charged_to_nobody_unless_it_was_timed(tiny_run, tmp_path):
+def test_the_extra_time_of_a_step_that_is_not_timed_counts_for_no_plugin(tiny_run, tmp_path):
     now, timed = Seconds(), Timed()
     tiny_run(timing(Clock(now)), timed, length=60, run_dir=tmp_path / "looked on")
     assert timed.steps[0] == 1
@@ -597,7 +599,7 @@ class Queuing:
         self.device.now.time += 8.0
 
 
-def test_parts_of_a_step_take_what_the_device_takes_for_them_not_what_queuing_takes(tiny_run):
+def test_parts_of_a_step_have_the_time_of_the_device_not_that_of_queuing(tiny_run):
     now = Seconds()
     device = Device(now)
     run = tiny_run(
@@ -610,7 +612,7 @@ def test_parts_of_a_step_take_what_the_device_takes_for_them_not_what_queuing_ta
     assert device.waits == 1  # for the validation at the end
 
 
-def test_what_steps_have_queued_is_no_time_of_a_validation(tiny_run: TinyRun):
+def test_work_that_steps_have_queued_is_not_time_of_a_validation(tiny_run: TinyRun):
     now = Seconds()
     device = Device(now)
     listed = [Queuing(device=device), timing(Clock(now, device.marks))]
@@ -632,7 +634,7 @@ def test_each_second_of_a_timed_step_counts_once(tiny_run: TinyRun):
     assert 0 < sum(inside) <= (read(run)["seconds"] - sum(outside)) * (1 + 1e-9)
 
 
-def test_the_table_is_told_in_the_log_before_the_log_is_closed(
+def test_the_table_is_in_the_log_before_the_log_is_closed(
     tiny_run: TinyRun, tmp_path: Path, caplog
 ):
     caplog.set_level(logging.INFO)
@@ -648,9 +650,7 @@ def test_the_table_is_told_in_the_log_before_the_log_is_closed(
     assert (tmp_path / "untold" / "throughput.json").is_file()
 
 
-def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does_not(
-    tiny_run, tmp_path
-):
+def test_a_failed_run_prints_the_table_and_a_run_that_never_began_does_not(tiny_run, tmp_path):
     @plugin
     class Bomb:
         """Fails in one hook."""
@@ -679,7 +679,9 @@ def test_a_run_that_fails_says_where_its_time_went_and_one_that_never_began_does
 
 
 @pytest.mark.parametrize("every", [1, 2, 20])
-def test_a_run_ends_in_the_same_bits_with_it(tiny_run: TinyRun, tmp_path: Path, every: int):
+def test_a_run_with_throughput_ends_with_the_same_bits(
+    tiny_run: TinyRun, tmp_path: Path, every: int
+):
     runs = [
         tiny_run(*listed, length=9, log_every=2, validate_every=3, run_dir=tmp_path / str(n))
         for n, listed in enumerate(([], [Throughput(sample_every=every)]))
@@ -740,7 +742,7 @@ def test_a_run_continued_in_the_middle_is_the_run_that_never_stopped(
     assert read(parts)["tokens"] == 20
 
 
-def test_the_hooks_are_put_back_at_the_end(tiny_run: TinyRun):
+def test_the_hooks_are_restored_at_the_end(tiny_run: TinyRun):
     @plugin
     class Keeper:
         """Remembers the hooks of the beginning."""
@@ -753,7 +755,7 @@ def test_the_hooks_are_put_back_at_the_end(tiny_run: TinyRun):
     assert tiny_run(keeper, Throughput()).hook is keeper.hook
 
 
-def test_hooks_that_somebody_else_puts_there_stay(tiny_run: TinyRun):
+def test_hooks_that_another_plugin_sets_stay(tiny_run: TinyRun):
     recorder = Recorder()
     run = tiny_run(Throughput(sample_every=1), length=3, trace=recorder)
     assert recorder.names.count("optimizer_step") == 3
@@ -762,7 +764,7 @@ def test_hooks_that_somebody_else_puts_there_stay(tiny_run: TinyRun):
     assert all(measured(row).keys() == SPEEDS for row in run.history)
 
 
-def test_listing_it_twice_is_an_error_that_names_both(tiny_run: TinyRun):
+def test_listing_throughput_twice_is_an_error_that_names_both(tiny_run: TinyRun):
     settings = {"speed": {"plugin": "throughput"}}
     with pytest.raises(SettingsError, match="throughput and speed are both throughput"):
         tiny_run("throughput", "speed", settings=settings)
@@ -792,7 +794,7 @@ def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
 
     @plugin
     class Counting:
-        """Tells one step from another."""
+        """Counts the calls of each step."""
 
         step: int = 0
 
@@ -819,7 +821,7 @@ def calls(tiny_run: TinyRun, folder: Path, *listed: object) -> int:
     return min(found[step] for step in range(34, 51))
 
 
-def test_a_step_that_is_not_timed_makes_one_call_more_and_one_for_each_at_the_safe_point(
+def test_a_step_that_is_not_timed_makes_one_more_call_and_one_for_each_plugin_at_safe_points(
     tiny_run: TinyRun, tmp_path: Path
 ):
     @plugin
@@ -860,7 +862,7 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
         ({"flops_per_token": "many"}, "throughput.flops_per_token: expected a number"),
     ],
 )
-def test_wrong_settings_are_told_before_anything_starts(tiny_run, table, complaint):
+def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, table, complaint):
     with pytest.raises(SettingsError) as caught:
         tiny_run("throughput", settings={"throughput": table})
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

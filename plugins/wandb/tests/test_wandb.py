@@ -114,7 +114,7 @@ class TestContract(LoggerContract):
         return Wandb(mode="online", start_seconds=5)  # nothing answers
 
 
-def test_the_run_has_the_settings_as_its_config_and_the_words_it_was_given(
+def test_the_run_has_the_settings_as_its_config_and_its_tags_group_and_name(
     tiny_run: TinyRun,
 ) -> None:
     own = Wandb(project="letters", entity="us", group="first", tags=["a", "b"])
@@ -128,7 +128,7 @@ def test_the_run_has_the_settings_as_its_config_and_the_words_it_was_given(
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_resumed_run_goes_on_behind_the_step_of_its_checkpoint(
+def test_a_resumed_run_continues_after_the_step_of_its_checkpoint(
     closed: bool, tiny_run: TinyRun
 ) -> None:
     memory = Memory(step=4)
@@ -146,7 +146,7 @@ def test_a_resumed_run_goes_on_behind_the_step_of_its_checkpoint(
     assert [row["step"] for row in rows(other)] == list(range(settled + 1, 10))
 
 
-def test_a_run_that_goes_back_cuts_the_void_steps_off(tiny_run: TinyRun) -> None:
+def test_a_rewind_removes_the_later_steps(tiny_run: TinyRun) -> None:
     run = tiny_run(Memory(step=3, later=6), Wandb(), length=7, log_every=1)
     one, other = sessions(run.folder)
     assert [row["step"] for row in rows(one)] == [1, 2, 3, 4, 5]
@@ -163,7 +163,7 @@ def test_a_run_from_step_0_in_the_same_folder_is_another_run(tiny_run: TinyRun) 
     assert rows(one) == rows(other) == run.history
 
 
-def test_the_end_says_how_the_run_ended(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_the_summary_has_the_outcome_and_the_reason(tiny_run: TinyRun, tmp_path: Path) -> None:
     @plugin
     class Ends:
         how: str
@@ -197,7 +197,7 @@ def test_the_end_says_how_the_run_ended(tiny_run: TinyRun, tmp_path: Path) -> No
         assert summary.get("reason") == reasons.get(how)
 
 
-def test_disabled_it_does_not_even_import_wandb(tmp_path: Path) -> None:
+def test_with_mode_disabled_wandb_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom fundamentallm import train\n"
         "from fundamentallm.testing import compose_tiny\n"
@@ -244,11 +244,11 @@ def test_histograms_of_other_plugins_are_in_the_rows_of_their_steps(
     assert [row["step"] for row in expected if "grad_stats/out/values" in row] == [3, 6]
 
 
-def test_without_an_open_run_a_histogram_goes_nowhere() -> None:
+def test_a_histogram_without_an_open_run_is_ignored() -> None:
     Wandb(mode="disabled").on_histogram("some/name", 1, [0.0, 1.0], [3])
 
 
-def test_online_without_a_login_the_run_goes_on_and_the_warning_says_what_to_do(
+def test_without_a_login_the_run_continues_and_the_warning_gives_advice(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tiny_run(Wandb(mode="online", start_seconds=5), length=4)
@@ -257,7 +257,7 @@ def test_online_without_a_login_the_run_goes_on_and_the_warning_says_what_to_do(
     assert 'run "wandb login", or set wandb.mode = "offline"' in caplog.text
 
 
-def test_a_server_that_never_answers_is_given_up_on(
+def test_a_server_that_never_answers_is_abandoned_after_a_limit(
     tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -268,7 +268,7 @@ def test_a_server_that_never_answers_is_given_up_on(
     assert "wandb failed and is muted" in caplog.text
 
 
-def test_two_of_them_are_two_runs(tiny_run: TinyRun) -> None:
+def test_two_wandb_plugins_are_two_runs(tiny_run: TinyRun) -> None:
     tables = {"wandb": {"project": "one"}, "second": {"plugin": "wandb", "project": "two"}}
     run = tiny_run("wandb", "second", settings=tables, length=4)
     found = sessions(run.folder)
