@@ -13,6 +13,7 @@ from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_r
 from fundamentallm.host import Found, attribute_docs, choice_options, described, field, plugin
 from fundamentallm.host import (
     Provenance,
+    flatten,
     plugin_name,
     setting_fields,
     settings_options,
@@ -78,6 +79,7 @@ __all__ = [
     "field",
     "find_blocks",
     "find_plugins",
+    "flatten",
     "folder",
     "ge",
     "gt",

@@ -22,6 +22,7 @@ from fundamentallm import (
     compose,
     deep_iterable,
     field,
+    flatten,
     ge,
     hookimpl,
     in_,
@@ -696,3 +697,17 @@ class More:
         ["a"],
     )
     assert theirs.other == mine.other.absolute() == folder / "other"
+
+
+def test_flatten_names_the_values_of_tables_in_tables() -> None:
+    group = Group(pattern="*.bias", file=Path("a"))
+    tables = {"run": {"length": Period(5)}, "adamw": {"groups": group, "lists": [1, {"a": 2}]}}
+    assert flatten({**tables, "empty": {}, "seed": 1}) == {
+        "run.length": Period(5),
+        "adamw.groups.pattern": "*.bias",
+        "adamw.groups.decay": 0.0,
+        "adamw.groups.file": Path("a"),
+        "adamw.groups.kept": Path("kept"),
+        "adamw.lists": [1, {"a": 2}],
+        "seed": 1,
+    }

@@ -28,7 +28,7 @@ from fundamentallm.host.host import Host, Known, class_problems, hook_methods, r
 from fundamentallm.host.mistakes import Key, Mistake, WrongForm, suggest, written
 from fundamentallm.host.sources import Origin, Provenance, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
-from fundamentallm.host.structure import build, plain, structure, walk
+from fundamentallm.host.structure import build, flatten, plain, structure, walk
 
 __all__ = [
     "Around",
@@ -58,6 +58,7 @@ __all__ = [
     "environment",
     "field",
     "find",
+    "flatten",
     "freeze",
     "get_state",
     "hook_facts",

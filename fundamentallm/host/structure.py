@@ -112,6 +112,21 @@ def walk(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield from walk(part, (*key, str(name)))
 
 
+def flatten(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values in nested tables by their dotted names, such as ``gpt.d_model``.
+
+    A table is a dictionary, or an instance of a class of settings such as a plugin.
+    """
+    found: dict[str, Any] = {}
+    for name, value in _parts(table):
+        settings = attrs.has(type(value)) and not _is_parsed(type(value))
+        if settings or isinstance(value, dict):
+            found |= flatten(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if attrs.has(type(value)) and not _is_parsed(type(value)):
         return [(n, getattr(value, n)) for n in setting_fields(type(value)) if hasattr(value, n)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from fundamentallm import Period, SettingsError, matches, role_of, setting_fields
+from fundamentallm import SettingsError, flatten, matches, role_of, setting_fields
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -56,7 +56,7 @@ def record(run: Run) -> dict[str, Any]:
             cls = type(instance)
             # A local file may have another class under the same name.
             tables[name] = tables.get(name, {}) | {"class": f"{cls.__module__}.{cls.__qualname__}"}
-            keys = [name, *(f"{name}.{key}" for key in _flat(tables[name]))]
+            keys = [name, *(f"{name}.{key}" for key in _texts(tables[name]))]
             binding |= {key for key in keys if not _is_free(run, key)}
     return {"tables": tables, "binding": sorted(binding)}
 
@@ -79,7 +79,7 @@ def between(before: Mapping[str, Any], run: Run) -> list[Change]:
     for name in was ^ listed:  # one line is enough for all its settings
         old.pop(name, None)
         new.pop(name, None)
-    return [*found, *_changed(_flat(old), _flat(new), _defaults(run), binding)]
+    return [*found, *_changed(_texts(old), _texts(new), _defaults(run), binding)]
 
 
 def is_allowed(change: Change, allowed: Collection[str]) -> bool:
@@ -135,27 +135,18 @@ def _defaults(run: Run) -> dict[str, str]:
         for key, field in setting_fields(type(instance)).items():
             made: Any = field.default
             made = made.factory() if isinstance(made, _FACTORY) else made
-            found |= _flat({name: {key: _plain(made)}})
+            found |= _texts({name: {key: made}})
     return found
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Period) or not attrs.has(type(value)):
-        return value
-    return {name: _plain(getattr(value, name)) for name in setting_fields(type(value))}
-
-
-def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, str]:
+def _texts(tables: Mapping[str, Any]) -> dict[str, str]:
     """Return the values of nested tables by dotted keys, as JSON."""
-    found: dict[str, str] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{above}{name}.")
-        elif value is not None:
-            text = json.dumps(value, ensure_ascii=False, default=str)
-            # An object given in Python has another address in every process.
-            found[above + name] = _ADDRESS.sub("", text)
-    return found
+    return {
+        # An object given in Python has another address in every process.
+        name: _ADDRESS.sub("", json.dumps(value, ensure_ascii=False, default=str))
+        for name, value in flatten(tables).items()
+        if value is not None
+    }
 
 
 _FACTORY: Any = type(attrs.Factory(list))

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Period, Provenance, hook_methods, role_of, setting_fields
+from fundamentallm import Provenance, flatten, hook_methods, role_of
 from fundamentallm_mlflow.tracking_uri import recorded_uri
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def parameters(run: Run, own: object) -> dict[str, str]:
         for name, instance in run.plugins.items()
         if instance is not own and role_of(instance) != "observer" and not _saves(instance)
     }
-    flat = {key: value for name, table in tables.items() for key, value in _flat(name, table)}
+    flat = {key: _text(value) for key, value in flatten(tables).items() if value is not None}
     flat["model.parameters"] = str(sum(parameter.numel() for parameter in run.parameters))
     return {key: value for key, value in flat.items() if key.partition(".")[2] not in _FOLDERS}
 
@@ -158,14 +158,6 @@ def wrapped(words: list[str]) -> str:
 
 def _saves(instance: object) -> bool:
     return any(hook == "read_checkpoint" for hook, _, _ in hook_methods(type(instance)))
-
-
-def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if hasattr(type(value), "__attrs_attrs__") and not isinstance(value, Period):
-        value = {name: getattr(value, name) for name in setting_fields(type(value))}
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}", inner)]
-    return [] if value is None else [(prefix, _text(value))]
 
 
 def _text(value: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from fundamentallm import DataError, SettingsError
+from fundamentallm import DataError, SettingsError, flatten
 from fundamentallm_runs.curves import Axis, check_form, curve, drawn, write
 from fundamentallm_runs.list_runs import described
 from fundamentallm_runs.run_record import Record, read
@@ -72,19 +71,15 @@ def _draw(records: dict[str, Record], chosen: Chosen, metric: str, colours: bool
     return lines
 
 
-def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting as its dotted name and its value as text."""
-    for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            written = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield prefix + name, written
-
-
 def differences(records: list[Record]) -> dict[str, list[str]]:
     """Return the settings that differ between the runs, each with its value in every run."""
-    settings = [dict(flat(record.settings)) for record in records]
+    settings = [
+        {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in flatten(record.settings).items()
+        }
+        for record in records
+    ]
     names = dict.fromkeys(name for one in settings for name in one)
     values = {name: [one.get(name, ABSENT) for one in settings] for name in names}
     return {name: row for name, row in values.items() if len(set(row)) > 1}

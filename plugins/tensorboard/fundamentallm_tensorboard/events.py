@@ -23,6 +23,8 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from fundamentallm import flatten
+
 log = logging.getLogger("fundamentallm")
 
 
@@ -64,7 +66,12 @@ class EventFile:
         text = "\n".join("    " + line for line in tomli_w.dumps(tables).splitlines())
         self._write(Event(step=step, summary=text_pb("settings", text)))
         if hparams:
-            summary = Summary.FromString(hparams_pb(flat(tables)).SerializeToString())
+            # The tab knows no lists.
+            values = {
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in flatten(tables).items()
+            }
+            summary = Summary.FromString(hparams_pb(values).SerializeToString())
             self._write(Event(step=step, summary=summary))
 
     def close(self) -> None:
@@ -74,18 +81,6 @@ class EventFile:
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
-
-
-def flat(tables: dict[str, Any], before: str = "") -> dict[str, bool | float | str]:
-    """Return the settings by their dotted names; lists are written out."""
-    found: dict[str, bool | float | str] = {}
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{before}{name}.")
-        else:
-            plain = isinstance(value, bool | int | float | str)
-            found[before + name] = value if plain else str(value)
-    return found
 
 
 def stamp(path: Path) -> int:
