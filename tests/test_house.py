@@ -78,6 +78,20 @@ def test_plugins_import_from_the_core_its_face_alone_and_never_each_other():
             assert not parts[0].startswith("fundamentallm_") or parts[0] == own, (path, name)
 
 
+def test_the_storage_of_checkpoints_knows_no_run_and_nothing_above_it():
+    """The thread that writes a checkpoint may use what is in the folder while the run goes on."""
+    package = "fundamentallm_checkpoint"
+    for path in sorted((ROOT / "plugins" / "checkpoint" / package / "storage").glob("*.py")):
+        found = imports(path)
+        assert "fundamentallm.Run" not in found, path.name
+        above = [n for n in found if n.startswith(package) and f"{package}.storage." not in f"{n}."]
+        assert above == [], path.name
+        names = {
+            node.id for node in ast.walk(ast.parse(path.read_text())) if type(node) is ast.Name
+        }
+        assert "Run" not in names, path.name
+
+
 def foreign_names(tree: ast.Module) -> set[str]:
     """Return the names in a module that imports of dependencies bind."""
     found = set()
