@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import SettingsError, compose, find_plugins, setting_fields
-from fundamentallm_authoring.commands import init
+from fundamentallm_authoring.cli import init
 from fundamentallm_authoring.sheet import sheet, toml
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fundamentallm import SettingsError
-from fundamentallm_authoring.commands import new
+from fundamentallm_authoring.cli import new
 
 SETTINGS = """
 plugins = ["./tiny.py", "acme_noise"]

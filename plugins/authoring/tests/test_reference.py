@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fundamentallm import HOOKS, FundamentalError, RunSettings, SettingsError, setting_fields
-from fundamentallm_authoring.commands import reference
+from fundamentallm_authoring.cli import reference
 from fundamentallm_authoring.reference import filled, hooks_table, settings_table
 
 README = """# X

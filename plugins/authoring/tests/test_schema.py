@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
 from fundamentallm import SettingsError, compose, find_plugins, setting_fields
-from fundamentallm_authoring.commands import schema
+from fundamentallm_authoring.cli import schema
 from fundamentallm_authoring.schema import settings_schema
 
 GOOD: dict[str, list[Any]] = {
