@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from fundamentallm import field, hookimpl, plugin
+from fundamentallm import field, hookimpl, matches, plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +47,7 @@ class Console:
 
     _handlers: list[logging.Handler] = field(init=False, factory=list)
     _level: int = field(init=False, default=logging.NOTSET)
-    _validated: frozenset[str] = field(init=False, default=frozenset())
+    _of_validation: frozenset[str] = field(init=False, default=frozenset())
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
@@ -73,15 +72,19 @@ class Console:
     @hookimpl
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
         """Log the metrics of the validation."""
-        self._validated = frozenset(metrics)
+        self._of_validation = frozenset(metrics)
         if self._handlers:
             log.info("step %d: validation: %s", run.progress.step, _listed(metrics.items()))
 
     @hookimpl
-    def on_log(self, run: Run, metrics: dict[str, float]) -> None:
+    def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:
         """Log the metrics of the row, except those of a validation."""
-        rest = [(name, value) for name, value in metrics.items() if self._shows(name)]
-        self._validated = frozenset()
+        logged = self._of_validation if validated else ()
+        rest = [
+            (name, value)
+            for name, value in metrics.items()
+            if name not in logged and matches(name, self.metrics)
+        ]
         if self._handlers and rest:
             self._say_row(run, f"step {run.progress.step}: {_listed(rest)}")
 
@@ -117,9 +120,6 @@ class Console:
             text = "".join([*lines, *traceback.format_exception(run.error)]).rstrip()
             self._handlers[0].handle(_record(logging.ERROR, text))
         self._close()
-
-    def _shows(self, name: str) -> bool:
-        return name not in self._validated and any(fnmatchcase(name, p) for p in self.metrics)
 
     def _say_row(self, run: Run, text: str) -> None:
         # A hook without implementations is false. Without a progress bar the terminal shows rows.

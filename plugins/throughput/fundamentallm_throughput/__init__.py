@@ -86,6 +86,7 @@ class Throughput:
     @hookimpl(wrapper=True)
     def validate(self) -> Generator[None, dict[str, float], dict[str, float]]:
         """Mark the next reduced metrics as those of a validation, not of a row."""
+        # reduce_metrics is called for validations and rows, and is not given which of them it is.
         self._validating = True
         return (yield)
 
