@@ -157,6 +157,7 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     shared = Shared(unchecked=run.checks.first_calls())
     run.bind = partial(freeze, HOST, registry, shared=shared)
     run.hook = run.bind()
+    run.edits_once = len(registry.hook.edit_gradients.get_hookimpls()) == 1
     return run, registry
 
 

@@ -69,6 +69,7 @@ def train_step(run: Run, started: float) -> None:
     train_window(run, window)
     if hook.finish_gradients:
         hook.finish_gradients(run=run)
+    run.known_norm = []
     verdicts: Any = hook.judge_step(run=run) if hook.judge_step else ()
     run.rejected = list(filter(None, verdicts))
     applied = not run.rejected
@@ -114,7 +115,10 @@ def update(run: Run) -> None:
     for batch, loss in zip(run.window, run.losses, strict=True):
         run.log_loss(loss, batch.weight)
     if hook.edit_gradients:
+        if not run.edits_once:
+            run.known_norm = None
         hook.edit_gradients(run=run)
+    run.known_norm = None
     groups = run.optimizer.param_groups
     if hook.lr_factor:
         factors: Any = hook.lr_factor(run=run)

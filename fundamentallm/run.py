@@ -16,6 +16,7 @@ import attrs
 from fundamentallm.data import Batch, Progress
 from fundamentallm.epochs import begins_epoch, end_epochs
 from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.gradients import total_norm
 from fundamentallm.host import get_state, renew, set_state
 from fundamentallm.rng import Generators
 
@@ -84,6 +85,9 @@ class Run:
     error: BaseException | None = None
     wanted_checkpoint: str | None = None
     rewind_to: str | None = None
+    # A list while no plugin may change the gradients: then their norm is computed once.
+    known_norm: list[Tensor] | None = None
+    edits_once = False
 
     def __init__(self, settings: RunSettings, plugins: dict[str, Any], folder: Path) -> None:
         self.settings = settings
@@ -135,6 +139,26 @@ class Run:
             shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
             raise ValueError(f"run.log({name!r}): expected a number or a 0-d tensor, got {shape}")
         self._seen.add(name)
+
+    def grad_norm(self) -> Tensor:
+        """Return the global 2-norm of the gradients as they are now: a 0-d tensor on their device.
+
+        In ``judge_step`` and in the first plugin that answers ``edit_gradients``, all plugins that
+        ask share one computation.
+        """
+        known = self.known_norm
+        if known:
+            return known[0]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = total_norm(gradients, alike=self._alike)
+        if known is not None:
+            known.append(norm)
+        return norm
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether all parameters have one device and one dtype."""
+        return len({(p.device, p.dtype) for p in self.parameters}) == 1
 
     def collect(self, name: str, tensor: Tensor) -> None:
         """Keep a tensor of the batch at hand for ``measure_split``, which gets all of a split.
@@ -290,6 +314,7 @@ class Run:
 
     def forget_attempt(self) -> None:
         """Drop what was logged in the attempt at hand: the step has been rejected."""
+        self.known_norm = None
         for entries in self._logged.values():
             while entries and entries[-1][2] == self.progress.step:
                 entries.pop()

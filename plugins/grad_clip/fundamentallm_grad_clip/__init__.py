@@ -48,5 +48,5 @@ class GradClip:
     @hookimpl
     def edit_gradients(self, run: Run) -> None:
         """Clip the gradients, and log their norm before clipping."""
-        norm = self._clip(run.parameters, self._limit, self.norm_type)
+        norm = self._clip(run, self._limit, self.norm_type)
         run.log("optim/grad_norm", norm)

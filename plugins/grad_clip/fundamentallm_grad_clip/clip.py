@@ -1,7 +1,4 @@
-"""Clip gradients with the functions that ``torch.nn.utils.clip_grad_norm_`` consists of.
-
-That function does the same with a few more Python calls in every step.
-"""
+"""Clip gradients with the functions that ``torch.nn.utils.clip_grad_norm_`` consists of."""
 
 from __future__ import annotations
 
@@ -10,23 +7,31 @@ from typing import TYPE_CHECKING
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+
+    from fundamentallm import Run
 
 
-def clip_norm(parameters: list[nn.Parameter], limit: float, norm_type: float) -> Tensor:
+def clip_norm(run: Run, limit: float, norm_type: float) -> Tensor:
     """Scale the gradients so that their global norm is at most ``limit``.
 
     Return the norm before clipping, a 0-d tensor on the gradients' device. The factor is
     ``min(1, limit / (norm + 1e-6))``, computed on the device: Pascanu, Mikolov and Bengio, "On the
     difficulty of training recurrent neural networks" (2013, arXiv:1211.5063), algorithm 1.
     """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
-    clip_grads_with_norm_(parameters, limit, norm)
+    norm = _norm(run, norm_type)
+    clip_grads_with_norm_(run.parameters, limit, norm)
     return norm
 
 
-def clip_value(parameters: list[nn.Parameter], limit: float, norm_type: float) -> Tensor:
+def clip_value(run: Run, limit: float, norm_type: float) -> Tensor:
     """Limit every gradient value to ``[-limit, limit]``; return the global norm before that."""
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
-    clip_grad_value_(parameters, limit)
+    norm = _norm(run, norm_type)
+    clip_grad_value_(run.parameters, limit)
     return norm
+
+
+def _norm(run: Run, norm_type: float) -> Tensor:
+    if norm_type == 2.0:
+        return run.grad_norm()  # another plugin may have computed it in this step
+    return get_total_norm([p.grad for p in run.parameters if p.grad is not None], norm_type)

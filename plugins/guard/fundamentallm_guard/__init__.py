@@ -99,10 +99,11 @@ class Guard:
         self._keeps_losses = self.spike != "off" or self.nonfinite == "rewind"
         self._before = StepState(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
+        self._check = None
         if not self._keeps_losses and run.world_size == 1:
-            from fundamentallm_guard.nonfinite_check import NonfiniteCheck
+            from fundamentallm_guard.nonfinite_check import quick_check
 
-            self._check = NonfiniteCheck()
+            self._check = quick_check
 
     @hookimpl
     def on_step_start(self) -> None:
@@ -147,7 +148,7 @@ class Guard:
     def judge_step(self, run: Run) -> Rejection | None:
         """Reject a step whose loss or gradients are not finite, or whose loss is a spike."""
         if self._rejection is None and self._judges:
-            if self._check is not None and self._check.passes(run, self._parameters):
+            if self._check is not None and self._check(run):
                 return None
             from fundamentallm_guard.nonfinite_check import loss_and_gradient
 

@@ -14,30 +14,19 @@ if TYPE_CHECKING:
     from fundamentallm import Run
 
 
-class NonfiniteCheck:
-    """A quick check that needs one number, and so one device read.
+def quick_check(run: Run) -> bool:
+    """Return whether all losses and gradients are finite; False also where this cannot decide.
 
-    It adds up the 2-norms of all losses and gradients. A finite sum means that all values are
-    finite. An infinite one means NaN, infinity, or finite values whose squares overflow; then
-    ``loss_and_gradient`` decides, which takes about ten times as long.
+    It adds the losses to the norm of the gradients, which other plugins need as well, and reads one
+    number. A finite sum means that all values are finite. Any other means NaN, infinity, or finite
+    values whose squares overflow; then ``loss_and_gradient`` decides, which takes much longer.
     """
-
-    def __init__(self) -> None:
-        self._works = True
-
-    def passes(self, run: Run, parameters: list[nn.Parameter]) -> bool:
-        """Return whether all is finite; False also where this check cannot decide."""
-        if not self._works:
-            return False
-        values = [p.grad for p in parameters if p.grad is not None]
-        values += run.losses
-        try:
-            norms = torch._foreach_norm(values)  # noqa: SLF001 - one kernel for all, on a GPU
-            total = torch.stack(norms).sum()
-        except RuntimeError:  # sparse gradients, or a loss on another device
-            self._works = False
-            return False
-        return math.isfinite(total.item())
+    losses = run.losses
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    norm = run.grad_norm()
+    if norm.device != loss.device:
+        return False
+    return math.isfinite((norm + loss).item())
 
 
 def loss_and_gradient(run: Run, parameters: list[nn.Parameter]) -> tuple[float, float]:
