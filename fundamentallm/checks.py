@@ -49,6 +49,7 @@ class Checks:
         calls["collect_batches"] = FirstCall(
             before=self._check_stream, after=self._after("collect_batches", _window)
         )
+        # At the first safe point, since a saver may write its first checkpoint only hours later.
         calls["on_safe_point"] = FirstCall(before=lambda given: self.states(given["run"]))
         return calls
 
@@ -61,6 +62,7 @@ class Checks:
             if not isinstance(name, str) or "/" in name or name == "train":
                 text = "a name without '/' that is not 'train'"
                 raise self._of_data("validation() has the split", repr(name), text)
+            # An iterator would be exhausted after the first validation.
             if isinstance(batches, Iterator) or not hasattr(batches, "__iter__"):
                 text = "batches that can be read at every validation: a list, or an object whose "
                 text += "__iter__ begins again"
@@ -95,6 +97,7 @@ class Checks:
 
     def rejections(self, verdicts: list[Any]) -> list[Rejection]:
         """Return the rejections among what the plugins answered to ``judge_step``."""
+        # pluggy calls the last one registered first, and the answers are in the order of calls.
         impls = [i for i in reversed(self._impls("judge_step")) if not i.wrapper]
         for impl, verdict in zip(impls, verdicts, strict=True):
             if (expected := _verdict(verdict, {})) is not None:
@@ -328,6 +331,7 @@ def _batch_problems(batch: Batch, device: str) -> Iterator[tuple[str, str, str]]
         if not isinstance(value, int) or value < 0:
             yield name, came(value), "an int from 0 on"
     for tensor in _tensors(batch.data):
+        # "cuda" without an index accepts the tensors of any GPU.
         if tensor.device.type != want.type or want.index not in (None, tensor.device.index):
             yield "data", f"on {tensor.device}", f"tensors on run.device, which is {device!r}"
 
@@ -342,6 +346,7 @@ def _tensors(data: Any) -> Iterator[Tensor]:
 
 def _not_saved(state: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield path and value of what neither JSON nor a file of tensors can hold."""
+    # JSON turns every other key into a text, so the restored state would differ.
     is_table = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if is_table or (path and isinstance(state, list | tuple)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
@@ -352,4 +357,5 @@ def _not_saved(state: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _is_number(value: Any) -> bool:
+    # A bool is an int in Python, but as a weight or a metric it is a mistake.
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -69,6 +69,7 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
 def main() -> None:
     """Run the command line; an error that its user can act on is printed and sets the exit code."""
     try:
+        # In standalone mode click would end the process itself, with exit codes of its own.
         code = cli.main(prog_name=command_line(), standalone_mode=False)
     except click.Abort:
         sys.exit(130)

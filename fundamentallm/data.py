@@ -126,6 +126,7 @@ class Progress:
 
     def advance(self, window: list[Batch], applied: bool, seconds: float) -> None:
         """Count one attempted step."""
+        # Periods compare these counts with the new ones, and so need no state of their own.
         self.before = (self.samples, self.tokens, self.seconds)
         self.step += 1
         self.applied += applied

@@ -16,6 +16,7 @@ def begins_epoch(progress: Progress) -> bool:
     size = progress.epoch_samples
     if not size:
         return False
+    # The last step completed an epoch if its samples passed a multiple of the epoch's size.
     return not progress.step or progress.before[0] // size < progress.samples // size
 
 

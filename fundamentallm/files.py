@@ -28,6 +28,7 @@ def durable_file(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            # Only after the fsync: a power cut could otherwise leave the name with no content.
             part.replace(path)
             sync_folder(path.parent)
         finally:

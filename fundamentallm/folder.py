@@ -155,6 +155,7 @@ def is_running(folder: Path) -> bool:
     """Return whether a live process has locked the run; asking leaves no trace."""
     try:
         with (folder / LOCK).open("rb") as lock:
+            # Shared: it fails only while a process trains the run, not while others ask the same.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -170,6 +171,7 @@ def owner(folder: Path) -> Owner | None:
         found = Owner(int(facts["pid"]), float(facts["started"]))
     except (LookupError, TypeError, ValueError):
         return None
+    # The file stays when its process ends: its content is valid only while the lock is held.
     return found if is_running(folder) else None
 
 
@@ -190,6 +192,7 @@ def parse_row(line: bytes | str) -> Row | None:
     try:
         facts = json.loads(line)
         step, tokens, when = facts["step"], facts["tokens"], float(facts["time"])
+        # Not isinstance: JSON's true would be step 1.
         if type(step) is not int or type(tokens) is not int or not math.isfinite(when):
             return None
         # JSON has no NaN: it is the string "NaN", which float() understands.
@@ -210,6 +213,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     run = b"".join(_lines(folder / "run-id")[:1]).decode("ascii", "replace")
     paths = dict.fromkeys(path for home in homes for path in home.glob("step-*/manifest.json"))
     found = [_checkpoint(path) for path in paths if _STEP.fullmatch(path.parent.name)]
+    # Runs may share a folder outside of their run folders: there the id of the run decides.
     mine = [one for one in found if one.folder.is_relative_to(own) or one.run in ("", run)]
     return sorted(mine, key=lambda one: (one.step, one.created))
 
@@ -229,6 +233,7 @@ def _checkpoint(manifest: Path) -> Checkpoint:
         "finite": bool,
         "data": str,
     }
+    # Of a damaged manifest, a field of the wrong type gets its default.
     sound = {n: facts[n] for n, kind in kinds.items() if isinstance(facts.get(n), kind)}
     files = _inner(facts, "files").values()
     sizes = [one["size"] for one in files if isinstance(one, dict) and "size" in one]
@@ -266,5 +271,6 @@ def _inner(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[bytes]:
     with contextlib.suppress(OSError):
+        # A path with a zero byte would raise a ValueError wherever it is used.
         return [line for line in path.read_bytes().splitlines() if line and b"\0" not in line]
     return []

@@ -29,6 +29,7 @@ def local_files(plugins: Iterable[object]) -> dict[Path, Path]:
     packages = {"fundamentallm", *(entry.module.partition(".")[0] for entry in entries)}
     for path in filter(None, (_file_of(type(plugin), packages) for plugin in plugins)):
         left, home = [path], path.parent
+        # Modules may import each other in a circle: each file is followed once.
         while left:
             one = left.pop()
             if one not in found:
@@ -89,6 +90,7 @@ def _set_aside(folder: Path, kept: dict[str, Any], name: str) -> None:
 def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     """Return what is recorded of each local file, as far as it makes sense."""
     found = environment(folder).get("code")
+    # The record may be damaged or edited: a path must not lead out of ``code/``.
     return {
         path: facts
         for path, facts in (found.items() if isinstance(found, dict) else ())

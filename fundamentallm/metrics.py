@@ -58,6 +58,7 @@ def log_row(run: Run, validated: dict[str, float]) -> None:
     metrics = means | validated
     run.history.append({"step": run.progress.step, **metrics})
     del run.history[:-5000]  # a long run must not fill the memory; loggers have all rows
+    # Before the error below, so that the loggers have the row that explains it.
     run.hook.on_log(run=run, metrics=metrics, validated=bool(validated))
     for name in ("train/loss", *validated):
         if not math.isfinite(metrics.get(name, 0.0)):

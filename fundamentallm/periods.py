@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fundamentallm.data import Progress
 
 _COUNTS = {"steps": "step", "epochs": "samples", "tokens": "tokens"}
-_BEFORE = {"epochs": 0, "tokens": 1}
+_BEFORE = {"epochs": 0, "tokens": 1}  # the index in Progress.before; that of the seconds is 2
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([a-z]+?)s?\s*")
 
@@ -76,6 +76,7 @@ class Period:
         if self.unit == "steps":  # asked after every step by every saver: worth a short cut
             return progress.step > 0 and not progress.step % self.amount
         size = self._size(progress)
+        # A step seldom ends exactly at a multiple: compare whole periods, not remainders.
         before = progress.before[_BEFORE.get(self.unit, 2)]
         return self._count(progress) // size > before // size
 

@@ -123,6 +123,7 @@ def write_record(folder: Path, composed: Composed, step: int) -> None:
         code=code,
     )
     try:
+        # If this process is killed, the run must not show the outcome of an earlier process.
         (folder / OUTCOME).unlink(missing_ok=True)
     except OSError as why:
         raise StorageError(f"{folder / OUTCOME}: cannot be deleted: {why.strerror}") from why
@@ -141,6 +142,7 @@ def write_ending(run: Run) -> None:
     if error is not None:
         code = error.exit_code if isinstance(error, FundamentalError) else 1
     elif run.outcome == "interrupted" and run.signal is not None:
+        # The exit code that shells give a command which a signal has ended.
         reason, code = signal.Signals(run.signal).name, 128 + run.signal
     elif run.outcome == "stopped":
         reason = run.stop_reason

@@ -154,6 +154,7 @@ def check_values(source: Source, built: Mapping[str, Any]) -> None:
     """Note which settings ask for what the plugins do not bring: metrics, epochs."""
     produced = [*CORE_METRICS, *(m for p in built.values() for m in getattr(p, "produces", ()))]
     data = [one for one in built.values() if hasattr(one, "build_data")]
+    # Data that does not declare it may have epochs: if not, the period raises an error in the run.
     epochs = all(getattr(one, "has_epochs", True) for one in data)
     for key, value in walk(built):
         if isinstance(value, Period) and value.unit == "epochs" and not epochs:
@@ -178,5 +179,6 @@ HOST = Host(
     error=SettingsError,
     fatal=ends_the_run,
     roles=ROLES,
+    # Every plugin must close what it opened, even if another one fails at the end.
     to_the_end=("on_train_end",),
 )

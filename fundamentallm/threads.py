@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from fundamentallm.run import Run
 
 EVERY = 0.5  # seconds between two looks
-CROWDED, FREE = 0.25, 0.15  # cores that are missing: from when on, and until when, one spins less
+# Missing cores above which the threads begin to spin less, and below which they spin again. The
+# bounds differ, so that a load near one of them does not switch at every look.
+CROWDED, FREE = 0.25, 0.15
 CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 log = logging.getLogger("fundamentallm")
 
