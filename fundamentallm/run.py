@@ -287,7 +287,7 @@ class Run:
                 self.report(task, index + 1, total)
 
     def report(self, task: str, done: int, total: int | None = None) -> None:
-        """Tell whoever shows progress how far a long task is."""
+        """Report the progress of a long task to the plugins that show it."""
         self.hook.on_progress(run=self, task=task, done=done, total=total)
 
     @cached_property
@@ -320,7 +320,7 @@ class Run:
                 entries.pop()
 
     def take_logged(self) -> dict[str, float]:
-        """Return the weighted means of all that was logged, and begin anew: one device read."""
+        """Return the weighted means of all logged values, and clear them: one device read."""
         means = {name: _mean(e) for name, e in sorted(self._settled().items()) if e}
         self._logged.clear()
         return means
