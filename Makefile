@@ -34,7 +34,7 @@ $(VENV)/.ready-to-run: $(STATED)
 	$(PIP) --no-build-isolation -e . $(patsubst %,-e ./%,$(filter-out $(EXTRA),$(PLUGINS)))
 	@touch $@
 
-# What tests and checks need besides.
+# What tests and checks need in addition.
 $(VENV)/.ready: $(VENV)/.ready-to-run $(STATED)
 	$(PIP) --no-build-isolation -e '.[dev]' $(EXTRA:%=-e ./%)
 	@touch $@

@@ -269,6 +269,58 @@ def test_the_words_that_mean_two_things_are_not_used():
         assert found == [], path
 
 
+PLAIN_WORDS = {
+    "told, tells, tell of": "report, print, log, state, name, return; an error is raised",
+    "hear, hears, heard": "receive, implement (a hook)",
+    "whoever, whomever, somebody, nobody": "the plugin, the caller, the user, no plugin, none",
+    "anew": "again, from the start, new",
+    "beside, besides": "next to, in addition to, except, parallel to, without",
+    "make way": "move, rename, delete",
+}
+"""Words of a dialect that this code once used, and plain ones for them.
+
+A listed word usually hides who does what: name the thing that acts and what it does. docs/style.md
+has the rules of the language, docs/glossary.md the term for each thing.
+"""
+
+
+def listed_words(text: str) -> list[str]:
+    words = ", ".join(PLAIN_WORDS).split(", ")
+    return re.findall(rf"\b({'|'.join(words)})\b", text.replace("_", " "), re.IGNORECASE)
+
+
+def prose_files() -> list[Path]:
+    kinds = ["*.py", "*.md", "*.toml", "*.tmpl", "*.yml", "Makefile"]
+    done = subprocess.run(
+        ["git", "ls-files", "-z", *kinds], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = done.stdout.split("\0")[:-1]
+    return [ROOT / name for name in names if name != "tests/test_house.py"]
+
+
+def test_code_and_documents_use_plain_words():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {', '.join(words)}: {line.strip()}"
+        for path in prose_files()
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if (words := listed_words(line))
+    ]
+    assert found == [], f"for plain words see PLAIN_WORDS: {PLAIN_WORDS}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def test_a_mistake_is_told_at_once():", ["told"]),
+        ("# Besides, nobody hears it.", ["Besides", "nobody", "hears"]),
+        ("the plugins make way", ["make way"]),
+        ("shear the untold bookshelf; it retells", []),
+    ],
+)
+def test_listed_words_are_found_in_names_and_sentences_and_not_in_other_words(text, words):
+    assert listed_words(text) == words
+
+
 def test_no_furniture_words_name_a_class_or_a_file():
     furniture = re.compile(r"(Manager|Handler|Helper|Base|Mixin|Connector|Wrapper)$")
     for path in [*CORE, *OUR_HOST, *MODULES]:
