@@ -28,6 +28,9 @@ class PluginContract:
     companions: ClassVar[tuple[Callable[[], object], ...]] = ()
     """Callables that make the other plugins that it needs in a run."""
 
+    wrong_settings: ClassVar[tuple[tuple[dict[str, Any], str], ...]] = ()
+    """Tables with a mistake, each with a part of the error that reports it."""
+
     def instance(self) -> Any:
         """Build the plugin as from a settings file with the settings that it needs."""
         return structure(self.needs, self.plugin)
@@ -54,6 +57,11 @@ class PluginContract:
             wrong: Any = {"no": {"such": {"thing": []}}}
             problems = _problems(self.plugin, {**self.needs, name: wrong})
             assert any(f".{name}" in text for text in problems), name
+
+    def test_reports_wrong_settings(self) -> None:
+        for values, text in self.wrong_settings:
+            problems = _problems(self.plugin, values)
+            assert any(text in problem for problem in problems), (values, text, problems)
 
     def test_describes_itself_and_every_setting(self) -> None:
         assert (self.plugin.__doc__ or "").strip()

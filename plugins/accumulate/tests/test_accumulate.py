@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fundamentallm import Batch, Progress, Run, SettingsError, compose, hookimpl, plugin, train
+from fundamentallm import Batch, Progress, Run, hookimpl, plugin, train
 from fundamentallm.testing import PluginContract, TinyRun, compose_tiny
 from fundamentallm_accumulate import Accumulate
 
@@ -22,6 +21,11 @@ VOCABULARY, WIDTH, TOKENS, PADDING = 11, 5, 7, -100
 class TestContract(PluginContract):
     plugin = Accumulate
     needs = {"microbatches": 2}
+    wrong_settings = (
+        ({}, "accumulate.microbatches: is missing, and has no default"),
+        ({"microbatches": 0}, "accumulate.microbatches: must be >= 1"),
+        ({"microbatches": 2.0}, "accumulate.microbatches: expected a whole number"),
+    )
 
 
 class Padded:
@@ -154,19 +158,3 @@ def test_a_window_is_one_step_and_the_next_window_continues_the_data(tiny_run: T
     run = tiny_run(Accumulate(microbatches=3), Watch(), length=2)
     assert firsts == [[0, 4, 8], [12, 16, 20]]
     assert (run.progress.step, run.progress.microbatches, run.progress.samples) == (2, 6, 24)
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({}, "accumulate.microbatches: is missing, and has no default"),
-        ({"microbatches": 0}, "accumulate.microbatches: must be >= 1"),
-        ({"microbatches": 2.0}, "accumulate.microbatches: expected a whole number"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["accumulate"], "run": {"length": 1}, "accumulate": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fundamentallm import Batch, Run, SettingsError, compose, find_blocks, hookimpl, plugin
+from fundamentallm import Batch, Run, SettingsError, find_blocks, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, weights
 from fundamentallm_activation_checkpointing import ActivationCheckpointing
 from fundamentallm_activation_checkpointing.recompute import recompute
@@ -32,6 +32,12 @@ MODES: list[dict[str, Any]] = [
 class TestContract(PluginContract):
     plugin = ActivationCheckpointing
     needs = {"blocks": ["hidden"]}
+    wrong_settings = (
+        ({"mode": "some"}, 'activation_checkpointing.mode: unknown value "some"'),
+        ({"every": 0}, "activation_checkpointing.every: must be >= 1"),
+        ({"blocks": []}, "activation_checkpointing.blocks: is empty; leave it out"),
+        ({"blocks": "blocks.*"}, "activation_checkpointing.blocks: expected a list"),
+    )
 
 
 class Block(nn.Module):
@@ -329,21 +335,3 @@ def test_running_statistics_would_be_updated_twice_and_are_refused() -> None:
     blocks = {"norms": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))}
     with pytest.raises(SettingsError, match=r"it: norms\.1 is a BatchNorm1d"):
         recompute(blocks, ActivationCheckpointing(), "it")
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"mode": "some"}, 'activation_checkpointing.mode: unknown value "some"'),
-        ({"every": 0}, "activation_checkpointing.every: must be >= 1"),
-        ({"blocks": []}, "activation_checkpointing.blocks: is empty; leave it out"),
-        ({"blocks": "blocks.*"}, "activation_checkpointing.blocks: expected a list"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    tables = {"plugins": ["activation_checkpointing"], "run": {"length": 1}}
-    with pytest.raises(SettingsError) as caught:
-        compose({**tables, "activation_checkpointing": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

@@ -46,6 +46,23 @@ ABSENT = [
 
 class TestContract(PluginContract):
     plugin = Amp
+    wrong_settings = (
+        ({"dtype": "float16"}, "amp.dtype: unknown value"),
+        ({"params": "fp16"}, "amp.params: "),
+        ({"dtype": "fp16", "params": "bf16"}, "amp.params: weights in bf16 need dtype 'bf16'"),
+        ({"init_scale": 4.0}, "amp.init_scale: belongs to dtype 'fp16', but dtype is 'bf16'"),
+        ({"growth_interval": 5}, "amp.growth_interval: belongs to dtype 'fp16'"),
+        ({"dtype": "fp16", "init_scale": 0.0}, "amp.init_scale: must be > 0"),
+        ({"dtype": "fp16", "init_scale": math.inf}, "amp.init_scale: must be <="),
+        ({"dtype": "fp16", "init_scale": math.nan}, "amp.init_scale: must be"),
+        ({"dtype": "fp16", "init_scale": 0.5}, "amp.min_scale: must not exceed init_scale, 0.5"),
+        ({"dtype": "fp16", "growth_factor": 1.0}, "amp.growth_factor: must be > 1"),
+        ({"dtype": "fp16", "backoff_factor": 1.0}, "amp.backoff_factor: must be < 1"),
+        ({"dtype": "fp16", "backoff_factor": 0.0}, "amp.backoff_factor: must be > 0"),
+        ({"dtype": "fp16", "growth_interval": 0}, "amp.growth_interval: must be >= 1"),
+        ({"dtype": "fp16", "growth_interval": 2.0}, "amp.growth_interval: expected a whole"),
+        ({"dtype": "fp16", "min_scale": -1.0}, "amp.min_scale: must be > 0"),
+    )
 
 
 class TestContractWithFp16(PluginContract):
@@ -568,34 +585,6 @@ def test_two_instances_are_an_error() -> None:
     tables = {"more": {"plugin": "amp", "dtype": "fp16"}, "run": {"length": 1}}
     with pytest.raises(SettingsError, match="backward: amp .* and more .* both answer"):
         compose({"plugins": ["amp", "more", "adamw"], **tables}, plugins=[Boosted()])
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"dtype": "float16"}, "amp.dtype: unknown value"),
-        ({"params": "fp16"}, "amp.params: "),
-        ({"dtype": "fp16", "params": "bf16"}, "amp.params: weights in bf16 need dtype 'bf16'"),
-        ({"init_scale": 4.0}, "amp.init_scale: belongs to dtype 'fp16', but dtype is 'bf16'"),
-        ({"growth_interval": 5}, "amp.growth_interval: belongs to dtype 'fp16'"),
-        ({"dtype": "fp16", "init_scale": 0.0}, "amp.init_scale: must be > 0"),
-        ({"dtype": "fp16", "init_scale": math.inf}, "amp.init_scale: must be <="),
-        ({"dtype": "fp16", "init_scale": math.nan}, "amp.init_scale: must be"),
-        ({"dtype": "fp16", "init_scale": 0.5}, "amp.min_scale: must not exceed init_scale, 0.5"),
-        ({"dtype": "fp16", "growth_factor": 1.0}, "amp.growth_factor: must be > 1"),
-        ({"dtype": "fp16", "backoff_factor": 1.0}, "amp.backoff_factor: must be < 1"),
-        ({"dtype": "fp16", "backoff_factor": 0.0}, "amp.backoff_factor: must be > 0"),
-        ({"dtype": "fp16", "growth_interval": 0}, "amp.growth_interval: must be >= 1"),
-        ({"dtype": "fp16", "growth_interval": 2.0}, "amp.growth_interval: expected a whole"),
-        ({"dtype": "fp16", "min_scale": -1.0}, "amp.min_scale: must be > 0"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose_amp(**table)
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 # ---------------------------------------------------------------------------------------------

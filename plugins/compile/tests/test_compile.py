@@ -46,6 +46,21 @@ def reset_compiler() -> Iterator[None]:
 class TestContract(PluginContract):
     plugin = Compile
     needs = {"backend": "aot_eager"}
+    wrong_settings = (
+        ({"scope": "all"}, 'compile.scope: unknown value "all"'),
+        ({"blocks": ["x"]}, 'compile.blocks: has no effect without scope = "blocks"'),
+        ({"scope": "blocks", "blocks": []}, "compile.blocks: is empty"),
+        ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
+        (
+            {"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
+            "compile.mode: works with backend 'inductor' only; backend is 'aot_eager'",
+        ),
+        (
+            {"backend": "aot_eager", "cache_dir": "x"},
+            "compile.cache_dir: works with backend 'inductor' only",
+        ),
+        ({"dynamic": "yes"}, "compile.dynamic: expected true or false"),
+    )
 
 
 class Block(nn.Module):
@@ -381,32 +396,6 @@ def test_a_cache_folder_that_cannot_be_created_is_reported(
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"compile\.cache_dir: .*file/cache: Not a directory"):
         tiny_run(Compile(cache_dir=tmp_path / "file" / "cache"), length=1)
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"scope": "all"}, 'compile.scope: unknown value "all"'),
-        ({"blocks": ["x"]}, 'compile.blocks: has no effect without scope = "blocks"'),
-        ({"scope": "blocks", "blocks": []}, "compile.blocks: is empty"),
-        ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
-        (
-            {"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
-            "compile.mode: works with backend 'inductor' only; backend is 'aot_eager'",
-        ),
-        (
-            {"backend": "aot_eager", "cache_dir": "x"},
-            "compile.cache_dir: works with backend 'inductor' only",
-        ),
-        ({"dynamic": "yes"}, "compile.dynamic: expected true or false"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["compile"], "run": {"length": 1}, "compile": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_the_default_blocks_need_an_nn_modulelist_in_the_model(tiny_run: TinyRun) -> None:

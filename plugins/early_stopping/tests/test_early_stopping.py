@@ -19,7 +19,6 @@ from fundamentallm import (
     Run,
     SettingsError,
     Snapshot,
-    compose,
     field,
     hookimpl,
     plugin,
@@ -37,6 +36,23 @@ SAMPLES, EPOCH = 4, 16  # of a step and of an epoch, in the tiny data
 class TestContract(PluginContract):
     plugin = EarlyStopping
     needs = {"monitor": "train/loss"}
+    wrong_settings = (
+        ({"patience": 0}, "early_stopping.patience: must be >= 1, got 0"),
+        ({"patience": 2.5}, "early_stopping.patience: expected "),
+        ({"patience": True}, "early_stopping.patience: expected "),
+        ({"patience": "5 validations"}, "early_stopping.patience: unknown unit 'validations'"),
+        ({"min_delta": -1.0}, "early_stopping.min_delta: must be >= 0"),
+        ({"mode": "minimum"}, "did you mean 'min'?"),
+        ({"stop_at": 2.0, "diverged_at": 1.0}, "early_stopping.diverged_at: 1 is no worse than"),
+        ({"mode": "max", "stop_at": 1.0, "diverged_at": 2.0}, "early_stopping.diverged_at: 2 is"),
+    )
+
+
+def test_a_monitor_that_nothing_listed_produces_is_an_error_before_the_run_starts() -> None:
+    with pytest.raises(
+        SettingsError, match=r"early_stopping\.monitor: nothing listed produces 'val"
+    ):
+        compose_tiny("early_stopping", settings={"early_stopping": {"monitor": "val/los"}})
 
 
 @plugin
@@ -384,28 +400,6 @@ def test_any_values_stop_it_when_a_plain_account_says_also_if_resumed_anywhere(
     assert known(resumed) == known(whole)
     assert bool(resumed.stop_reason) == bool(whole.stop_reason)
     assert_same_weights(resumed, whole)
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"patience": 0}, "early_stopping.patience: must be >= 1, got 0"),
-        ({"patience": 2.5}, "early_stopping.patience: expected "),
-        ({"patience": True}, "early_stopping.patience: expected "),
-        ({"patience": "5 validations"}, "early_stopping.patience: unknown unit 'validations'"),
-        ({"min_delta": -1.0}, "early_stopping.min_delta: must be >= 0"),
-        ({"mode": "minimum"}, "did you mean 'min'?"),
-        ({"stop_at": 2.0, "diverged_at": 1.0}, "early_stopping.diverged_at: 1 is no worse than"),
-        ({"mode": "max", "stop_at": 1.0, "diverged_at": 2.0}, "early_stopping.diverged_at: 2 is"),
-        ({"monitor": "val/los"}, "early_stopping.monitor: nothing listed produces 'val/los'"),
-    ],
-)
-def test_wrong_settings_are_an_error_before_the_run_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["early_stopping"], "run": {"length": 1}, "early_stopping": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_patience_is_a_number_of_measurements_or_a_period_or_unlimited() -> None:

@@ -37,6 +37,14 @@ Weights = dict[str, Tensor]
 
 class TestEma(PluginContract):
     plugin = Ema
+    wrong_settings = (
+        ({"decay": 1.0}, "ema.decay: must be < 1"),
+        ({"decay": -0.1}, "ema.decay: must be >= 0"),
+        ({"start": 1.0}, "ema.start: a fraction of the run is at least 0 and less than 1, got 1"),
+        ({"start": "soon"}, "ema.start: expected a period"),
+        ({"every": 0}, "ema.every: a period is finite and more than zero"),
+        ({"evaluate": 1}, "ema.evaluate: expected true or false"),
+    )
 
 
 class TestSwa(PluginContract):
@@ -367,22 +375,3 @@ def test_a_second_run_of_the_same_object_starts_a_new_average(
     run.model.out.bias.data.fill_(7.0)
     made.settle_step(run, applied=True)
     assert bool((average(run, name)["out.bias"] > 0.01).all()), "it follows the second run's model"
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"decay": 1.0}, "ema.decay: must be < 1"),
-        ({"decay": -0.1}, "ema.decay: must be >= 0"),
-        ({"start": 1.0}, "ema.start: a fraction of the run is at least 0 and less than 1, got 1"),
-        ({"start": "soon"}, "ema.start: expected a period"),
-        ({"every": 0}, "ema.every: a period is finite and more than zero"),
-        ({"evaluate": 1}, "ema.evaluate: expected true or false"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["ema"], "run": {"length": 1}, "ema": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems

@@ -33,6 +33,13 @@ from fundamentallm_freeze.schedule import freeze
 class TestContract(PluginContract):
     plugin = Freeze
     needs = {"patterns": ["hidden.*"], "unfreeze": {"*.bias": 2}}
+    wrong_settings = (
+        ({}, "freeze.patterns: is missing"),
+        ({"patterns": []}, 'freeze.patterns: is empty; name what to freeze, such as ["embed.*"]'),
+        ({"patterns": "x.*"}, "freeze.patterns: expected a list"),
+        ({"patterns": ["x"], "unfreeze": {"x": 0}}, "freeze.unfreeze.x: a period is finite and"),
+        ({"patterns": ["x"], "unfreeze": ["x"]}, "freeze.unfreeze: expected a table"),
+    )
 
 
 class Net(nn.Module):
@@ -273,24 +280,6 @@ def test_the_log_states_how_many_weights_are_frozen(
         "freeze: from step 1 on, 144 of 161 weights are frozen",
         "freeze: from step 3 on, 128 of 161 weights are frozen",
     ]
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({}, "freeze.patterns: is missing"),
-        ({"patterns": []}, 'freeze.patterns: is empty; name what to freeze, such as ["embed.*"]'),
-        ({"patterns": "x.*"}, "freeze.patterns: expected a list"),
-        ({"patterns": ["x"], "unfreeze": {"x": 0}}, "freeze.unfreeze.x: a period is finite and"),
-        ({"patterns": ["x"], "unfreeze": ["x"]}, "freeze.unfreeze: expected a table"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["freeze"], "run": {"length": 1}, "freeze": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 @pytest.mark.parametrize(

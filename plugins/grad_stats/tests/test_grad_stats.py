@@ -27,6 +27,18 @@ from fundamentallm_grad_stats.norms import EDGES, histogram, norm
 class TestContract(PluginContract):
     plugin = GradStats
     needs = {"every": 1, "histograms": True}
+    wrong_settings = (
+        ({"every": 0}, "grad_stats.every: must be >= 1"),
+        ({"per": "layer"}, 'grad_stats.per: unknown value "layer"'),
+        ({"max_keys": 2}, "grad_stats.max_keys: must be >= 3"),
+        ({"groups": {"All": "*"}}, "grad_stats.groups: 'All' is no lower-case name"),
+        ({"groups": {"rest": "*"}}, "grad_stats.groups: 'rest' is no lower-case name, or is taken"),
+        (
+            {"groups": {"a": "*"}, "max_keys": 5},
+            "grad_stats.max_keys: these groups and the rest make 6",
+        ),
+        ({"groups": {"a": 1}}, "grad_stats.groups.a: expected a string"),
+    )
 
 
 @plugin
@@ -573,27 +585,6 @@ def test_a_step_that_is_not_measured_costs_four_python_calls(
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(between.found)
     assert counts[1] - counts[0] == 3 * 4
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"every": 0}, "grad_stats.every: must be >= 1"),
-        ({"per": "layer"}, 'grad_stats.per: unknown value "layer"'),
-        ({"max_keys": 2}, "grad_stats.max_keys: must be >= 3"),
-        ({"groups": {"All": "*"}}, "grad_stats.groups: 'All' is no lower-case name"),
-        ({"groups": {"rest": "*"}}, "grad_stats.groups: 'rest' is no lower-case name, or is taken"),
-        (
-            {"groups": {"a": "*"}, "max_keys": 5},
-            "grad_stats.max_keys: these groups and the rest make 6",
-        ),
-        ({"groups": {"a": 1}}, "grad_stats.groups.a: expected a string"),
-    ],
-)
-def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, table, complaint):
-    with pytest.raises(SettingsError) as caught:
-        tiny_run("grad_stats", settings={"grad_stats": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_a_pattern_that_matches_nothing_ends_the_start_with_what_there_is(tiny_run: TinyRun):

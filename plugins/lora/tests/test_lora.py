@@ -21,7 +21,6 @@ from fundamentallm import (
     SettingsError,
     StorageError,
     command_line,
-    compose,
     hookimpl,
     plugin,
 )
@@ -38,6 +37,14 @@ from fundamentallm_lora.layer import LoraLinear, add_adapter
 
 class TestContract(PluginContract):
     plugin = Lora
+    wrong_settings = (
+        ({"targets": []}, "lora.targets: is empty; name linear layers"),
+        ({"targets": "*"}, "lora.targets: expected a list"),
+        ({"rank": 0}, "lora.rank: must be >= 1"),
+        ({"rank": 8.5}, "lora.rank: expected a whole number"),
+        ({"alpha": 0}, "lora.alpha: must be > 0"),
+        ({"dropout": 1.0}, "lora.dropout: must be < 1"),
+    )
 
 
 def tiny(dropout: float = 0.0) -> nn.Module:
@@ -386,25 +393,6 @@ def test_patterns_that_do_not_fit_the_model_are_reported_with_ones_that_do(
     with pytest.raises(SettingsError) as caught:
         tiny_run(building(tiny), Lora(**settings), length=1)
     assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"targets": []}, "lora.targets: is empty; name linear layers"),
-        ({"targets": "*"}, "lora.targets: expected a list"),
-        ({"rank": 0}, "lora.rank: must be >= 1"),
-        ({"rank": 8.5}, "lora.rank: expected a whole number"),
-        ({"alpha": 0}, "lora.alpha: must be > 0"),
-        ({"dropout": 1.0}, "lora.dropout: must be < 1"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["lora"], "run": {"length": 1}, "lora": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
 
 
 class TestBase:

@@ -18,7 +18,6 @@ from fundamentallm import (
     Run,
     RunSettings,
     SettingsError,
-    compose,
     hookimpl,
     plugin,
 )
@@ -28,6 +27,27 @@ from fundamentallm_lr_schedule import LrSchedule
 
 class TestContract(PluginContract):
     plugin = LrSchedule
+    wrong_settings = (
+        ({"shape": "cosin"}, "shape: unknown value \"cosin\" (did you mean 'cosine'?)"),
+        ({"shape": "wsd"}, "decay: is missing; shape 'wsd' needs it"),
+        ({"shape": "cosine_with_restarts"}, "cycle: is missing"),
+        ({"shape": "polynomial"}, "power: is missing"),
+        ({"shape": "one_cycle"}, "warmup: is missing"),
+        ({"shape": "inverse_sqrt"}, "warmup: is missing"),
+        ({"shape": "cosine", "decay": 0.1}, "decay: belongs to shape 'wsd', but shape is 'cosine'"),
+        ({"shape": "wsd", "decay": 0.1, "power": 2.0}, "power: belongs to shape 'polynomial'"),
+        ({"start": 0.1}, "start: belongs to shape 'one_cycle'"),
+        ({"warmup": 1.5}, "warmup: a fraction of the run is more than 0 and at most 1, got 1.5"),
+        ({"warmup": 100.0}, "for a number of steps write it without a point"),
+        ({"length": 0.0}, "length: a fraction"),
+        ({"warmup": -0.1}, "warmup: a fraction"),
+        ({"warmup": "10 stepz"}, "warmup: "),
+        ({"decay_to": 1.1}, "decay_to: must be <= 1"),
+        (
+            {"shape": "cosine_with_restarts", "cycle": 0.1, "cycle_growth": 0.5},
+            "cycle_growth: must",
+        ),
+    )
 
 
 def rates(run: Run) -> list[float]:
@@ -209,39 +229,6 @@ def test_lengths_that_do_not_fit_together_are_reported_at_the_start(
     with pytest.raises(SettingsError) as caught:
         factor("100 steps", Progress(), **table)
     assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"shape": "cosin"}, "shape: unknown value \"cosin\" (did you mean 'cosine'?)"),
-        ({"shape": "wsd"}, "decay: is missing; shape 'wsd' needs it"),
-        ({"shape": "cosine_with_restarts"}, "cycle: is missing"),
-        ({"shape": "polynomial"}, "power: is missing"),
-        ({"shape": "one_cycle"}, "warmup: is missing"),
-        ({"shape": "inverse_sqrt"}, "warmup: is missing"),
-        ({"shape": "cosine", "decay": 0.1}, "decay: belongs to shape 'wsd', but shape is 'cosine'"),
-        ({"shape": "wsd", "decay": 0.1, "power": 2.0}, "power: belongs to shape 'polynomial'"),
-        ({"start": 0.1}, "start: belongs to shape 'one_cycle'"),
-        ({"warmup": 1.5}, "warmup: a fraction of the run is more than 0 and at most 1, got 1.5"),
-        ({"warmup": 100.0}, "for a number of steps write it without a point"),
-        ({"length": 0.0}, "length: a fraction"),
-        ({"warmup": -0.1}, "warmup: a fraction"),
-        ({"warmup": "10 stepz"}, "warmup: "),
-        ({"decay_to": 1.1}, "decay_to: must be <= 1"),
-        (
-            {"shape": "cosine_with_restarts", "cycle": 0.1, "cycle_growth": 0.5},
-            "cycle_growth: must",
-        ),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["lr_schedule"], "run": {"length": 10}, "lr_schedule": table})
-    found = [text for text in caught.value.problems if "lr_schedule." in text]
-    assert any(complaint in text for text in found), caught.value.problems
 
 
 @pytest.mark.parametrize("warmup", [0, 0.0, 5, "5 steps", 0.5])

@@ -37,9 +37,34 @@ from fundamentallm_lr_schedule import LrSchedule, Scheduled, Schedules
 STEPS = 10_000
 
 
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, ".end: is missing; shape 'linear' needs it"),
+    ({"end": "8"}, ".end: expected a number"),
+    ({"end": 8, "shape": "triangle"}, ".shape: unknown value"),
+    ({"end": 8, "untill": 3}, ".untill: unknown setting"),
+    ({"end": 8, "warmup": 5}, ".peak: is missing; it is the value at the end of the warmup"),
+    ({"end": 8, "peak": 5}, ".peak: needs a warmup"),
+    (
+        {"shape": "constant"},
+        ".warmup: is missing; without a warmup, a constant does not change",
+    ),
+    ({"shape": "constant", "warmup": 5, "peak": 2, "end": 8}, ".end: has no meaning"),
+    ({"shape": "step", "at": 5}, ".gamma: is missing; shape 'step' needs it"),
+    ({"shape": "step", "at": [], "gamma": 2.0}, ".at: is missing"),
+    ({"shape": "step", "at": [0.5, 2.5], "gamma": 2.0}, ".at: a fraction of the run"),
+    ({"shape": "step", "at": [5], "gamma": 2.0, "length": 5}, ".length: has no meaning"),
+    ({"end": 8, "gamma": 2.0}, ".gamma: belongs to shape 'step'"),
+    ({"end": 8, "multiple_of": 0}, ".multiple_of: must be >= 1"),
+]
+
+
 class TestContract(PluginContract):
     plugin = Schedules
     needs = {"of": {"tiny_data": {"batch_size": {"end": 8.0}}}}
+    wrong_settings = tuple(
+        ({"of": {"cut": {"batch_size": table}}}, f"schedules.of.cut.batch_size{text}")
+        for table, text in WRONG
+    )
 
 
 @plugin
@@ -584,38 +609,6 @@ def test_a_schedule_in_epochs_is_an_error_if_the_data_has_no_epochs(tiny_run: Ti
     ramp = Scheduled(end=2, length=Period(1, "epochs"))
     with pytest.raises(SettingsError, match="windows.count is counted in epochs, but the data"):
         tiny_run(EndlessData(), Windows(), schedules(windows={"count": ramp}))
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({}, ".end: is missing; shape 'linear' needs it"),
-        ({"end": "8"}, ".end: expected a number"),
-        ({"end": 8, "shape": "triangle"}, ".shape: unknown value"),
-        ({"end": 8, "untill": 3}, ".untill: unknown setting"),
-        ({"end": 8, "warmup": 5}, ".peak: is missing; it is the value at the end of the warmup"),
-        ({"end": 8, "peak": 5}, ".peak: needs a warmup"),
-        (
-            {"shape": "constant"},
-            ".warmup: is missing; without a warmup, a constant does not change",
-        ),
-        ({"shape": "constant", "warmup": 5, "peak": 2, "end": 8}, ".end: has no meaning"),
-        ({"shape": "step", "at": 5}, ".gamma: is missing; shape 'step' needs it"),
-        ({"shape": "step", "at": [], "gamma": 2.0}, ".at: is missing"),
-        ({"shape": "step", "at": [0.5, 2.5], "gamma": 2.0}, ".at: a fraction of the run"),
-        ({"shape": "step", "at": [5], "gamma": 2.0, "length": 5}, ".length: has no meaning"),
-        ({"end": 8, "gamma": 2.0}, ".gamma: belongs to shape 'step'"),
-        ({"end": 8, "multiple_of": 0}, ".multiple_of: must be >= 1"),
-    ],
-)
-def test_wrong_settings_are_reported_before_anything_starts(
-    table: dict[str, Any], complaint: str
-) -> None:
-    of = {"of": {"cut": {"batch_size": table}}}
-    with pytest.raises(SettingsError) as caught:
-        compose({"plugins": ["schedules"], "run": {"length": 10}, "schedules": of})
-    wanted = f"schedules.of.cut.batch_size{complaint}"
-    assert any(wanted in text for text in caught.value.problems), caught.value.problems
 
 
 def test_an_empty_table_is_an_error() -> None:

@@ -50,6 +50,11 @@ SPEEDS = {
 class TestContract(PluginContract):
     plugin = Throughput
     needs = {"sample_every": 2}
+    wrong_settings = (
+        ({"sample_every": 0}, "throughput.sample_every: must be >= 1"),
+        ({"peak_flops": 0}, "throughput.peak_flops: must be > 0"),
+        ({"flops_per_token": "many"}, "throughput.flops_per_token: expected a number"),
+    )
 
 
 def measured(row: dict[str, float]) -> dict[str, float]:
@@ -852,17 +857,3 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
         counts.append(reads.count)
     # Those are PyTorch's own: an AdamW that is not fused keeps its count of steps in a tensor.
     assert counts[0] == counts[1] > 0
-
-
-@pytest.mark.parametrize(
-    ("table", "complaint"),
-    [
-        ({"sample_every": 0}, "throughput.sample_every: must be >= 1"),
-        ({"peak_flops": 0}, "throughput.peak_flops: must be > 0"),
-        ({"flops_per_token": "many"}, "throughput.flops_per_token: expected a number"),
-    ],
-)
-def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, table, complaint):
-    with pytest.raises(SettingsError) as caught:
-        tiny_run("throughput", settings={"throughput": table})
-    assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
