@@ -33,6 +33,9 @@ EVERY = 4
 LAST = 30
 """The step that early stopping ends at."""
 
+WORDS = 100
+"""Words of the corpus: so few that a run passes the ends of several epochs."""
+
 SAVES = (*range(EVERY, LAST, EVERY), LAST)
 """The steps that are saved."""
 
@@ -94,7 +97,7 @@ _context.set_forkserver_preload(
 def write_settings(folder: Path, **tables: dict[str, Any]) -> Path:
     """Write the corpus and the settings into a folder; ``tables`` change or add to them."""
     letters = random.Random(7)
-    words = ["".join(letters.choices("abcdefgh", k=letters.randint(1, 7))) for _ in range(300)]
+    words = ["".join(letters.choices("abcdefgh", k=letters.randint(1, 7))) for _ in range(WORDS)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text(" ".join(words))
     listed = TABLES["plugins"] + [name for name in tables if name not in TABLES]
