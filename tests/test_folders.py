@@ -374,9 +374,3 @@ def test_checkpoints_in_another_folder_are_found_and_those_of_other_runs_left_ou
     assert [one.step for one in folder.checkpoints(run.folder)] == [2, 4]
     (run.folder / "run-id").write_text("0123456789ab\n")
     assert folder.checkpoints(run.folder) == []
-
-
-def test_reading_a_run_folder_imports_no_torch():
-    code = "import sys; from fundamentallm import folder; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from fundamentallm import find_plugins
+
 HEAVY = {"torch", "numpy", "mlflow", "matplotlib", "pandas", "rich", "tokenizers", "sklearn"}
+LIBRARIES_OF_PLUGINS = {"tensorboard", "wandb", "pydantic", "safetensors", "plotext"}
 
 PLUGIN = '''
 from __future__ import annotations
@@ -28,6 +32,39 @@ class Parts:
     @hookimpl
     def build_optimizer(self): ...
 '''
+
+# Each in a fork of one process: starting Python for each of them would take minutes.
+EACH_ALONE = """
+import importlib, os, sys
+from importlib.metadata import entry_points
+import fundamentallm
+
+def compose(name):
+    try:
+        fundamentallm.compose({"plugins": [name], "run": {"length": 1}})
+    except fundamentallm.SettingsError:
+        pass  # it has no model, or needs settings
+
+def help(command):
+    command.load()(["--help"], standalone_mode=False)
+
+def alone(name, act, given):
+    if os.fork():
+        os.wait()
+        return
+    sys.stdout = open(os.devnull, "w")
+    act(given)
+    modules = {module.partition(".")[0] for module in sys.modules}
+    print(name, *modules, file=sys.__stdout__, flush=True)
+    os._exit(0)
+
+for name in fundamentallm.find_plugins():
+    alone("plugin:" + name, compose, name)
+for entry in entry_points(group="fundamentallm.commands"):
+    alone("command:" + entry.name, help, entry)
+for name in sys.argv[1:]:
+    alone("module:" + name, importlib.import_module, name)
+"""
 
 
 def imported(folder: Path, *command: str) -> tuple[set[str], str]:
@@ -81,6 +118,26 @@ def test_showing_the_settings_of_this_repository_imports_nothing_heavy() -> None
     assert "[gpt]" in output
     assert "fundamentallm_gpt" in modules
     assert modules & HEAVY == set()
+
+
+def test_each_listed_plugin_and_the_help_of_each_command_imports_nothing_heavy(
+    tmp_path: Path,
+) -> None:
+    modules = [f"fundamentallm_runs.{name}" for name in ("list_runs", "compare", "rerun")]
+    modules += ["fundamentallm_tuning.batch_size_finder", "fundamentallm.folder"]
+    words = [sys.executable, "-c", EACH_ALONE, *modules]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    found = {name: set(rest) for name, *rest in map(str.split, done.stdout.splitlines())}
+    plugins = find_plugins()
+    commands = metadata.entry_points(group="fundamentallm.commands")
+    expected = [f"plugin:{name}" for name in plugins]
+    expected += [f"command:{entry.name}" for entry in commands]
+    assert sorted(found) == sorted(expected + [f"module:{name}" for name in modules]), done.stderr
+    for name, offers in plugins.items():
+        package = offers[0].load().__module__.partition(".")[0]
+        assert package in found[f"plugin:{name}"], "the check sees what is imported"
+    heavy = {name: names & (HEAVY | LIBRARIES_OF_PLUGINS) for name, names in found.items()}
+    assert {name: names for name, names in heavy.items() if names} == {}
 
 
 def test_the_face_imports_nothing_heavy_until_something_is_trained(tmp_path: Path) -> None:

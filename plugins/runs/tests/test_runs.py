@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -1025,12 +1024,3 @@ def test_a_file_is_no_folder_to_train_into(copies):
     )
     assert done.exit_code == 2
     assert "is a file" in done.output
-
-
-def test_the_commands_import_nothing_heavy():
-    code = "import sys, fundamentallm_runs.cli, fundamentallm_runs.list_runs, fundamentallm_runs.compare, fundamentallm_runs.rerun; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True
-    )
-    assert not {"torch", "matplotlib", "plotext", "numpy"} & set(done.stdout.split())
-    assert issubclass(SettingsError, FundamentalError)

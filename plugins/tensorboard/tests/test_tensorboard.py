@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -215,17 +213,3 @@ def test_values_that_are_no_number_or_too_large_for_32_bits_are_no_error(tiny_ru
     found = points(tiny_run(Tensorboard(), Odd(), length=1).folder)
     assert math.isnan(found["odd/nan"][0][1])
     assert [found["odd/inf"], found["odd/huge"]] == [[(1, -math.inf)], [(1, math.inf)]]
-
-
-def test_showing_the_settings_does_not_import_tensorboard(tmp_path: Path) -> None:
-    path = tmp_path / "settings.toml"
-    path.write_text('plugins = ["tensorboard"]\n[run]\nlength = 1\n')
-    code = (
-        "import sys, fundamentallm as f\n"
-        f"try: f.compose({str(path)!r})\n"
-        "except f.SettingsError: pass\n"  # nothing brings a model
-        "assert 'fundamentallm_tensorboard' in sys.modules\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('tensorboard', 'torch', 'numpy')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stderr

@@ -572,18 +572,6 @@ def test_a_signal_ends_the_trial_of_a_batch_size_and_its_process(place: Path) ->
     assert left(place) == set()
 
 
-def test_help_and_loading_the_commands_import_no_torch(place: Path) -> None:
-    code = (
-        "import sys; from fundamentallm_tuning import cli, batch_size_finder\n"
-        "for one in (cli.check, cli.lr_finder, cli.batch_size_finder):\n"
-        "    one(['--help'], standalone_mode=False)\n"
-        "print(sorted({'torch', 'numpy', 'mlflow'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_of_the_known_plugins_the_right_ones_take_part() -> None:
     classes = {name: found[0].load() for name, found in find_plugins().items()}
     made = {name: cls.__new__(cls) for name, cls in classes.items()}

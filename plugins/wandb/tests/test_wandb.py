@@ -210,20 +210,6 @@ def test_with_mode_disabled_wandb_is_not_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_showing_the_settings_does_not_import_wandb(tmp_path: Path) -> None:
-    path = tmp_path / "settings.toml"
-    path.write_text('plugins = ["wandb"]\n[run]\nlength = 1\n')
-    code = (
-        "import sys, fundamentallm as f\n"
-        f"try: f.compose({str(path)!r})\n"
-        "except f.SettingsError: pass\n"  # nothing brings a model
-        "assert 'fundamentallm_wandb' in sys.modules\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('wandb', 'torch', 'pydantic')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 @pytest.mark.parametrize("names", [("wandb", "grad_stats"), ("grad_stats", "wandb")])
 def test_histograms_of_other_plugins_are_in_the_rows_of_their_steps(
     names: tuple[str, str], tiny_run: TinyRun
