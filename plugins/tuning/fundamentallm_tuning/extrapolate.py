@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fundamentallm import Composed, Period, setting_fields
-from fundamentallm_tuning.trial import SHAPING, follows, hooks
+from fundamentallm import Composed, Period, role_of, setting_fields
+from fundamentallm_tuning.trial import SHAPING_ROLES, follows, hooks
 
 if TYPE_CHECKING:
     from fundamentallm_tuning.probe import Probe
@@ -105,13 +105,13 @@ def total_of(
 def may_change(composed: Composed) -> bool:
     """Return whether a later step may differ from the first, as far as the settings show.
 
-    That is so if a plugin acts at every step that neither shapes nor judges it, or that has a
-    period among its settings.
+    That is so if a plugin that acts at every step does something else than shape the update, or
+    has a period among its settings.
     """
     return any(
-        bool(used & STEPPING) and (not used & {*SHAPING, "judge_step"} or _has_period(one))
+        hooks(one) & STEPPING and (role_of(one) not in SHAPING_ROLES or _has_period(one))
         for one in composed.plugins.values()
-        if not follows(one) and (used := hooks(one))
+        if not follows(one)
     )
 
 

@@ -11,34 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Composed, Period, Provenance, hook_methods, hookimpl, plugin, role_of
+from fundamentallm import (
+    Composed,
+    Period,
+    Provenance,
+    hook_methods,
+    hookimpl,
+    kind,
+    plugin,
+    role_of,
+)
 
 if TYPE_CHECKING:
     from fundamentallm import Run
 
 OWN = "fundamentallm-tuning"
 """Instance name of the plugin that a trial adds to those of the settings."""
-# The hooks that shape an update: a plugin with one of them takes part in a trial of steps.
-SHAPING = frozenset(
-    {
-        "build_data",
-        "build_tokenizer",
-        "build_model",
-        "adapt_model",
-        "checkpoint_activations",
-        "compile_model",
-        "distribute_model",
-        "build_optimizer",
-        "collect_batches",
-        "weigh_window",
-        "train_microbatch",
-        "forward",
-        "backward",
-        "finish_gradients",
-        "edit_gradients",
-        "optimizer_step",
-    }
-)
+SHAPING_ROLES = {"data", "model", "optimizer", "training"}
+"""What plugins are for that shape an update."""
 # A plugin with these hooks alone prepares something: initial weights, determinism.
 PREPARING = frozenset({"on_run_start", "on_train_start", "on_train_end"})
 # A plugin with these hooks alone follows a run, and may publish its results.
@@ -79,12 +69,13 @@ def shapes_steps(instance: object) -> bool:
     Schedules do not, because a trial has its own. Plugins that judge steps do not, because a trial
     has to see the faults.
     """
-    used = hooks(instance)
-    if role_of(instance) == "observer":
-        return False
-    if used & SHAPING:
-        return "judge_step" not in used or bool(used & {"forward", "backward"})
-    return used <= PREPARING
+    role, used = role_of(instance), hooks(instance)
+    if role not in SHAPING_ROLES or used <= PREPARING:
+        return role != "observer" and used <= PREPARING
+    if role != "training" or used & {"forward", "backward"}:  # mixed precision judges steps, too
+        return True
+    # With events alone it changes settings of the run from time to time, as a schedule does.
+    return not used & {"lr_factor", "judge_step"} and any(kind(hook) != "event" for hook in used)
 
 
 def reduced(composed: Composed, keep: Callable[[object], bool], own: object) -> Composed:
