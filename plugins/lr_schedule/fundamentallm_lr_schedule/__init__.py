@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fundamentallm import Period, SettingsError, field, ge, gt, hookimpl, le, optional, plugin
 from fundamentallm_lr_schedule.checks import check_owner, check_settings
 from fundamentallm_lr_schedule.schedules import Scheduled, Schedules
-from fundamentallm_lr_schedule.segments import Levels, PiecewiseSchedule, lay_out
+from fundamentallm_lr_schedule.segments import DecayShape, Levels, PiecewiseSchedule, Shape, lay_out
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -26,17 +26,7 @@ class LrSchedule:
 
     role = "training"
 
-    shape: Literal[
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "wsd",
-        "inverse_sqrt",
-        "polynomial",
-        "one_cycle",
-        "step",
-    ] = "cosine"
+    shape: Shape = "cosine"
     """The shape of the learning rate after the warmup."""
     warmup: Period | float = 0.0
     """The length of the warmup, which is linear (for `one_cycle` a cosine)."""
@@ -48,7 +38,7 @@ class LrSchedule:
     1e-4. Not used by `constant`, `inverse_sqrt` and `step`."""
     decay: Period | float | None = None
     """`wsd` only, required: the length of the decay at the end."""
-    decay_shape: Literal["linear", "cosine", "sqrt"] | None = None
+    decay_shape: DecayShape | None = None
     """`wsd` only: the shape of the decay; `sqrt` is 1 - sqrt(x). By default linear."""
     cycle: Period | float | None = None
     """`cosine_with_restarts` only, required: the length of the first cycle."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fundamentallm import Period, SettingsError, field, ge, gt, hookimpl, optional, plugin, table
 from fundamentallm_lr_schedule.checks import check_settings
 from fundamentallm_lr_schedule.scheduled_setting import ScheduledSetting, schedule_settings
-from fundamentallm_lr_schedule.segments import ENDLESS
+from fundamentallm_lr_schedule.segments import ENDLESS, DecayShape, Shape
 
 if TYPE_CHECKING:
     from fundamentallm import Run
@@ -20,17 +20,7 @@ class Scheduled:
     The shapes are those of `lr_schedule`.
     """
 
-    shape: Literal[
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "wsd",
-        "inverse_sqrt",
-        "polynomial",
-        "one_cycle",
-        "step",
-    ] = "linear"
+    shape: Shape = "linear"
     """The shape from `start`, or from `peak` after a warmup, to `end`."""
     start: float | None = None
     """The first value. By default the value in the plugin's own table."""
@@ -44,9 +34,10 @@ class Scheduled:
     length: Period | float = 1.0
     """The end of the schedule, counted from the start of the run, so including the warmup.
     `constant`, `inverse_sqrt` and `step` have no end."""
+    # These settings repeat those of LrSchedule: each table documents its own, in its own words.
     decay: Period | float | None = None
     """`wsd` only, required: the length of the decay to `end`."""
-    decay_shape: Literal["linear", "cosine", "sqrt"] | None = None
+    decay_shape: DecayShape | None = None
     """`wsd` only: the shape of the decay; `sqrt` is 1 - sqrt(x). By default linear."""
     cycle: Period | float | None = None
     """`cosine_with_restarts` only, required: the length of the first cycle."""

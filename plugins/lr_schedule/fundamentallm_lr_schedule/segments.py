@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from math import inf
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from fundamentallm import Period
 from fundamentallm_lr_schedule import formulas
@@ -35,6 +35,18 @@ POSITIONS: dict[str, Callable[[Any], float]] = {
     "tokens": attrgetter("tokens"),
     "seconds": attrgetter("seconds"),
 }
+Shape: TypeAlias = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "wsd",
+    "inverse_sqrt",
+    "polynomial",
+    "one_cycle",
+    "step",
+]
+DecayShape: TypeAlias = Literal["linear", "cosine", "sqrt"]
 ENDLESS = ("constant", "inverse_sqrt", "step")
 
 

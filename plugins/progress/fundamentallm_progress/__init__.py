@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Display(Protocol):
     """Where progress is shown."""
 
+    # Each display has these methods itself: what it does around the view differs in most of them.
+
     def start_training(self) -> None:
         """Show the steps from now on."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Key: TypeAlias = tuple[str, str]  # phase and plugin
     Part: TypeAlias = tuple[Key | None, Key | None, Any, Any]
 
+# Written out, as where the time of a hook counts is a choice: the roles of plugins are another one.
 PHASES: Mapping[str, tuple[str, ...]] = {
     "start-up": (
         "build_data",
