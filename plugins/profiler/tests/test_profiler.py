@@ -262,7 +262,7 @@ class Witness:
         self.frozen: list[int] = []
         self.step = 0
 
-    def collected(self, phase: str, info: dict[str, int]) -> None:
+    def note_collection(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start" and self.step:
             self.collected.append((self.step, info["generation"]))
 
@@ -274,11 +274,11 @@ class Witness:
 
     @hookimpl
     def on_train_start(self):
-        gc.callbacks.append(self.collected)
+        gc.callbacks.append(self.note_collection)
 
     @hookimpl
     def on_train_end(self):
-        gc.callbacks.remove(self.collected)
+        gc.callbacks.remove(self.note_collection)
 
 
 @pytest.fixture
