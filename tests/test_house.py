@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
+import grimp
 import pytest
 import tomli
 
@@ -24,6 +26,8 @@ FOLDERS = sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml"))
 MODULES = sorted(
     path for path in ROOT.glob("plugins/*/fundamentallm_*/**/*.py") if "templates" not in path.parts
 )
+
+PACKAGES = {path.name for path in ROOT.glob("plugins/*/fundamentallm_*")}
 
 
 def imports(path: Path) -> list[str]:
@@ -90,6 +94,13 @@ def test_the_storage_of_checkpoints_knows_no_run_and_nothing_above_it():
             node.id for node in ast.walk(ast.parse(path.read_text())) if type(node) is ast.Name
         }
         assert "Run" not in names, path.name
+
+
+def test_no_modules_import_each_other_in_a_circle_at_run_time():
+    packages = ["fundamentallm", *PACKAGES]
+    graph = grimp.build_graph(*packages, exclude_type_checking_imports=True, cache_dir=None)
+    used = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    TopologicalSorter(used).prepare()  # raises CycleError, with the circle
 
 
 def foreign_names(tree: ast.Module) -> set[str]:
