@@ -47,6 +47,23 @@ def test_state_that_no_checkpoint_holds_breaks_the_contract(tiny_run):
         contract(Forgetful).test_a_resumed_run_ends_with_the_same_bits(tiny_run)
 
 
+@plugin
+class Meddles:
+    """Says that it changes no weights, and changes them."""
+
+    role = "observer"
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        for parameter in run.parameters:
+            parameter.data.mul_(0.5)
+
+
+def test_an_observer_that_changes_weights_breaks_the_contract(tiny_run, tmp_path):
+    with pytest.raises(AssertionError, match="these weights differ"):
+        contract(Meddles).test_a_role_outside_the_training_changes_no_weights(tiny_run, tmp_path)
+
+
 def test_memory_goes_back_once(tiny_run, tmp_path):
     run = tiny_run(Memory(step=2, later=4), length=6)
     assert (run.progress.step, run.progress.samples) == (6, 32)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from fundamentallm import attribute_docs, plugin_name, setting_fields
 from fundamentallm.host import Source, build, class_problems, get_state, plain, set_state, structure
-from fundamentallm.settings import HOST, hook_methods
+from fundamentallm.settings import HOST, hook_methods, role_of
 from fundamentallm.testing.recorder import Memory, assert_same_weights
 from fundamentallm.testing.tiny import TinyRun, tiny_parts
 
@@ -91,6 +91,18 @@ class PluginContract:
             runs.append(tiny_run(*listed, run_dir=tmp_path / place))
         assert_same_weights(*runs)
         assert runs[0].outcome == runs[1].outcome
+
+    def test_a_role_outside_the_training_changes_no_weights(
+        self, tiny_run: TinyRun, tmp_path: Path
+    ) -> None:
+        if role_of(self.plugin) not in ("control", "saver", "observer"):
+            return
+        runs = []
+        for own in ([], [self.instance()]):
+            others = [make() for make in self.companions]
+            runs.append(tiny_run(*others, *own, run_dir=tmp_path / str(len(own))))
+        if runs[0].progress.step == runs[1].progress.step:  # it may stop a run
+            assert_same_weights(*runs)
 
     def test_a_resumed_run_ends_with_the_same_bits(self, tiny_run: TinyRun) -> None:
         memory = Memory(step=2)
