@@ -36,7 +36,13 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command that is called; for an unknown one say what to install or to type."""
         name = words[0]
-        if not name.startswith("-") and self.get_command(context, name) is None:
+        try:
+            command = self.get_command(context, name)
+        except Exception as error:  # noqa: BLE001 - whatever another's module does
+            by, said = self._entries()[name].dist, f"{type(error).__name__}: {error}"
+            who = f" ({by.name} {by.version})" if by else ""
+            context.fail(f"the command {name!r}{who} cannot be loaded: {said}")
+        if not name.startswith("-") and command is None:
             distribution = self.known.get(name)
             meant = suggest(name, {*self.list_commands(context), *self.known})
             advice = f": pip install {distribution}" if distribution else meant

@@ -55,7 +55,7 @@ def init(settings: Path, plugins: str | None) -> None:
     if settings.exists():
         raise SettingsError(f"{settings} exists already: choose another name, or remove it")
     names = [name.strip() for name in (plugins or ",".join(STARTER)).split(",") if name.strip()]
-    _write(settings, sheet({name: _load(name) for name in names}, settings.name))
+    _write(settings, sheet({name: _wanted(name) for name in names}, settings.name))
     try:
         compose(settings)
     except SettingsError as error:
@@ -118,6 +118,17 @@ def _installed() -> dict[str, type]:
             reason = f"{type(error).__name__}: {error}"
             click.echo(f"{name}: left out, it cannot be loaded: {reason}", err=True)
     return found
+
+
+def _wanted(name: str) -> type:
+    """Return the class of a plugin; ``SettingsError`` says which distribution has a broken one."""
+    try:
+        return _load(name)
+    except FundamentalError:
+        raise
+    except Exception:  # a third party's module may raise anything
+        compose({"plugins": [name], "run": {"length": 1}})
+        raise
 
 
 def _load(name: str) -> type:

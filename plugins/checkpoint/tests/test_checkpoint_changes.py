@@ -222,6 +222,25 @@ def test_a_plugin_that_changes_gradients_is_refused_until_its_change_is_allowed(
     assert tiny_run(allowing, *after, length=6).progress.step == 6
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [
+        (TinyData(batch_size=4), TinyData(batch_size=2), "tiny_data.batch_size: 4 → 2"),
+        (Layers(width=4), Layers(width=5), "layers.width: 4 → 5"),
+        (TinyOptimizer(lr=0.5), TinyOptimizer(lr=0.25), "tiny_optimizer.lr: 0.5 → 0.25"),
+        (Halves(by=2.0), Halves(by=4.0), "halves.by: 2.0 → 4.0"),
+    ],
+    ids=["data", "model", "optimizer", "training"],
+)
+def test_a_changed_setting_of_each_role_that_makes_the_weights_is_refused(
+    before: Any, after: Any, change: str, tiny_run: TinyRun
+) -> None:
+    tiny_run(Checkpoint(every=TWO), before, length=4)
+    with pytest.raises(SettingsError) as caught:
+        tiny_run(Checkpoint(every=TWO), after, length=6)
+    assert caught.value.problems[0] == change
+
+
 @plugin
 class Wide(TinyModel):
     """A model whose weights have the shape that a setting says."""
