@@ -24,12 +24,12 @@ from fundamentallm.errors import (
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
-from fundamentallm.host import Shared, blame, freeze, register
+from fundamentallm.host import Shared, answering, blame, freeze, register
 from fundamentallm.local_code import code_changes
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
-from fundamentallm.settings import HOST, Composed, compose, find_plugins, hook_methods
+from fundamentallm.settings import HOST, Composed, compose, find_plugins
 from fundamentallm.threads import computing_threads
 
 if TYPE_CHECKING:
@@ -86,13 +86,7 @@ def _announce(run: Run, settings: Composed) -> None:
     log.info("training for %s in %s", run.settings.length, run.folder)
     for line in code_changes(run.folder):
         log.warning("%s", line)
-    savers = [
-        name
-        for name, plugin in run.plugins.items()
-        for hook, options, _ in hook_methods(type(plugin))
-        if hook == "read_checkpoint" and not options["wrapper"]
-    ]
-    if not savers:
+    if "read_checkpoint" not in answering(HOST, run.plugins):
         # A program that gives a dict gets the trained model as an object.
         level = logging.WARNING if settings.source.path else logging.INFO
         log.log(level, "nothing will be saved: no listed plugin saves checkpoints")
@@ -237,11 +231,8 @@ def _devices() -> dict[str, bool]:
 
 def _missing_observers(folder: Path) -> list[str]:
     """Return the listed plugins that only observe and cannot be found here; log each."""
-    tables, roles, installed = (
-        recorded_settings(folder),
-        environment(folder).get("roles"),
-        find_plugins(),
-    )
+    tables, installed = recorded_settings(folder), find_plugins()
+    roles = environment(folder).get("roles")
     names = []
     for entry in tables.get("plugins", []):
         name = Path(entry).stem if entry.endswith(".py") else entry

@@ -29,7 +29,6 @@ from fundamentallm.folder import (
     owner,
 )
 from fundamentallm.local_code import keep_code, local_files
-from fundamentallm.settings import role_of
 
 if TYPE_CHECKING:
     from fundamentallm.run import Run
@@ -119,7 +118,6 @@ def write_record(folder: Path, composed: Composed, step: int) -> None:
         ("fundamentallm", "torch"),
         seed=composed.run.seed,
         threads=torch.get_num_threads(),
-        roles={name: role_of(plugin) for name, plugin in composed.plugins.items()},
         code=code,
     )
     try:

@@ -24,7 +24,7 @@ from fundamentallm.host.declare import (
 from fundamentallm.host.discover import Found, find
 from fundamentallm.host.dispatch import Around, FirstCall, Shared, blame, freeze
 from fundamentallm.host.environment import environment
-from fundamentallm.host.host import Host, Known, class_problems, hook_methods, role_of
+from fundamentallm.host.host import Host, Known, answering, class_problems, hook_methods, role_of
 from fundamentallm.host.mistakes import Key, Mistake, WrongForm, suggest, written
 from fundamentallm.host.sources import Origin, Provenance, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
@@ -48,6 +48,7 @@ __all__ = [
     "Shared",
     "Source",
     "WrongForm",
+    "answering",
     "attribute_docs",
     "blame",
     "build",
