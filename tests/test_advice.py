@@ -54,7 +54,7 @@ def test_no_message_has_a_command_with_the_bare_name_of_the_program() -> None:
 @pytest.mark.parametrize(
     "words", [[sys.executable, "-m", "fundamentallm"], [str(SCRIPT)]], ids=["module", "path"]
 )
-def test_what_a_plugin_s_command_advises_can_be_typed(tmp_path: Path, words: list[str]) -> None:
+def test_the_command_that_a_plugin_advises_can_be_typed(tmp_path: Path, words: list[str]) -> None:
     done = subprocess.run(
         [*words, "init", "first.toml", "--plugins", "gpt,adamw,text"],
         cwd=tmp_path,

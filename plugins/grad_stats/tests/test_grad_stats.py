@@ -156,7 +156,7 @@ def test_a_rejected_step_is_not_measured(tiny_run: TinyRun):
     assert [line["step"] for line in read(run)] == [1, 3, 5]
 
 
-def test_what_is_frozen_is_not_measured_and_what_thaws_is(tiny_run: TinyRun):
+def test_frozen_parameters_are_not_measured_until_they_are_unfrozen(tiny_run: TinyRun):
     @plugin
     class Thaw:
         """Freezes the first layer for three steps."""

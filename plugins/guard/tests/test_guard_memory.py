@@ -376,7 +376,7 @@ class Greedy:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_torch_raises_when_memory_really_runs_out_is_known(
+def test_the_error_that_torch_raises_when_memory_runs_out_is_recognized(
     tiny_run: TinyRun, tmp_path: Path, device: str
 ) -> None:
     guard = Guard(oom="split")
