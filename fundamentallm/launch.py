@@ -167,9 +167,11 @@ def build(run: Run) -> None:
         module = hook.checkpoint_activations(run=run, model=run.model)
         module = hook.compile_model(run=run, model=module)
         run.module = hook.distribute_model(run=run, model=module)
+    # Only now: the hooks above may add and replace parameters.
     run.parameters = list(run.model.parameters())
     if run.training:
         _build_optimizer(run)
+    # What follows must not depend on how many random numbers the model has drawn.
     run.generators.seed(run.seed_for("start"))
     _restore(run)
 
@@ -186,6 +188,7 @@ def _restore(run: Run) -> None:
     snapshot = run.hook.read_checkpoint(run=run)
     if snapshot is not None:
         run.restore(snapshot, weights_only=not run.training)
+    # To start at step 0 would in time replace the checkpoints that no plugin reads.
     elif run.wanted_checkpoint or checkpoints(run.folder):
         raise SettingsError(f"{run.folder}: no listed plugin finds a checkpoint to continue from")
     elif is_run(run.folder) and not failed_to_start(run.folder):

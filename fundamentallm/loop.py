@@ -62,7 +62,9 @@ def train_step(run: Run, started: float) -> None:
     hook, progress = run.hook, run.progress
     run.in_step, run.window, run.losses = True, [], []
     for parameter in run.parameters:
+        # Not zeros: the optimizer leaves a parameter without a gradient as it is.
         parameter.grad = None
+    # A hook without implementations is false; not to call it keeps a step cheap.
     if hook.on_step_start:
         hook.on_step_start(run=run)
     window = hook.collect_batches(run=run, stream=run.stream)
@@ -76,6 +78,7 @@ def train_step(run: Run, started: float) -> None:
     if applied:
         update(run)
     else:
+        # Only here, so that an accepted step pays for no check of the answers.
         run.rejected = run.checks.rejections(verdicts)
         run.forget_attempt()
     progress.advance(window, applied, time.perf_counter() - started)
@@ -133,8 +136,10 @@ def close_step(run: Run, validates: bool) -> None:
     """Settle what a step leads to: validation, log, stop, safe point."""
     hook = run.hook
     asked = run.stop_reason is not None or run.signal is not None
+    # A signal may reach the processes of a distributed run in different steps: all must agree.
     stopping = hook.stop_agreed(run=run, stopping=asked)
     run.ending = stopping or run.settings.length.reached(run.progress)
+    # Before the safe point, so that a checkpoint has the metrics of its step.
     run.progress.closed = report(run, validates)
     run.ending = run.ending or not run.progress.closed
     if hook.on_safe_point:
