@@ -11,23 +11,11 @@ from fundamentallm import code_changes, hookimpl, load_run, plugin, train
 
 PARTS = '''
 from fundamentallm import hookimpl, plugin
-from fundamentallm.testing import Memory, TinyData, TinyModel, TinyOptimizer
+from fundamentallm.testing import Memory, TinyParts
 
 @plugin
-class Parts:
+class Parts(TinyParts):
     """All that a tiny run needs; resumes from files of its own."""
-
-    @hookimpl
-    def build_data(self, run):
-        return TinyData().build_data(run)
-
-    @hookimpl
-    def build_model(self, run):
-        return TinyModel().build_model()
-
-    @hookimpl
-    def build_optimizer(self, run):
-        return TinyOptimizer().build_optimizer(run)
 
     @hookimpl
     def on_safe_point(self, run):

@@ -19,6 +19,7 @@ from fundamentallm.testing.tiny import TINY as TINY
 from fundamentallm.testing.tiny import TinyData as TinyData
 from fundamentallm.testing.tiny import TinyModel as TinyModel
 from fundamentallm.testing.tiny import TinyOptimizer as TinyOptimizer
+from fundamentallm.testing.tiny import TinyParts as TinyParts
 from fundamentallm.testing.tiny import TinyRun as TinyRun
 from fundamentallm.testing.tiny import TinySamples as TinySamples
 from fundamentallm.testing.tiny import Traced as Traced

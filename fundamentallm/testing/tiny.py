@@ -110,6 +110,23 @@ class TinyOptimizer:
         return torch.optim.AdamW(run.model.parameters(), lr=self.lr)
 
 
+@plugin
+class TinyParts:
+    """The tiny data, model and optimizer as one plugin, to subclass in a local file of plugins."""
+
+    @hookimpl
+    def build_data(self, run: Run) -> Data:
+        return TinyData().build_data(run)
+
+    @hookimpl
+    def build_model(self) -> nn.Module:
+        return TinyModel().build_model()
+
+    @hookimpl
+    def build_optimizer(self, run: Run) -> Optimizer:
+        return TinyOptimizer().build_optimizer(run)
+
+
 TINY: dict[str, Callable[[], object]] = {
     "build_data": TinyData,
     "build_model": TinyModel,

@@ -78,25 +78,14 @@ class Everything:
 TINY = '''
 """Data, model and optimizer of a run of milliseconds."""
 
-from fundamentallm import hookimpl, plugin
-from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+from fundamentallm import plugin
+from fundamentallm.testing import TinyParts
 
 
 @plugin
-class Tiny:
+class Tiny(TinyParts):
     """All that a run needs."""
 
-    @hookimpl
-    def build_data(self, run):
-        return TinyData().build_data(run)
-
-    @hookimpl
-    def build_model(self):
-        return TinyModel().build_model()
-
-    @hookimpl
-    def build_optimizer(self, run):
-        return TinyOptimizer().build_optimizer(run)
 '''
 
 

@@ -21,22 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PARTS = """
-from fundamentallm import hookimpl, plugin
-from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+from fundamentallm import plugin
+from fundamentallm.testing import TinyParts
 
 @plugin
-class Parts:
-    @hookimpl
-    def build_data(self, run):
-        return TinyData().build_data(run)
-
-    @hookimpl
-    def build_model(self, run):
-        return TinyModel().build_model()
-
-    @hookimpl
-    def build_optimizer(self, run):
-        return TinyOptimizer().build_optimizer(run)
+class Parts(TinyParts):
+    pass
 """
 
 

@@ -248,24 +248,12 @@ def test_a_file_that_cannot_be_written_is_an_error_that_names_it(
 STORE = '''
 import torch
 from fundamentallm import hookimpl, plugin
-from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+from fundamentallm.testing import TinyParts
 
 
 @plugin
-class Store:
+class Store(TinyParts):
     """A tiny run, and its checkpoint in one file."""
-
-    @hookimpl
-    def build_data(self, run):
-        return TinyData().build_data(run)
-
-    @hookimpl
-    def build_model(self):
-        return TinyModel().build_model()
-
-    @hookimpl
-    def build_optimizer(self, run):
-        return TinyOptimizer().build_optimizer(run)
 
     @hookimpl
     def on_safe_point(self, run):

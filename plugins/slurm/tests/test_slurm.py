@@ -82,22 +82,12 @@ def test_a_queue_that_refuses_is_a_warning(tiny_run, asked, monkeypatch, caplog,
 
 
 TINY = """
-from fundamentallm import hookimpl, plugin
-from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer
+from fundamentallm import plugin
+from fundamentallm.testing import TinyParts
 
 @plugin
-class Tiny:
-    @hookimpl
-    def build_data(self, run):
-        return TinyData().build_data(run)
-
-    @hookimpl
-    def build_model(self):
-        return TinyModel().build_model()
-
-    @hookimpl
-    def build_optimizer(self, run):
-        return TinyOptimizer().build_optimizer(run)
+class Tiny(TinyParts):
+    pass
 """
 
 SETTINGS = """
