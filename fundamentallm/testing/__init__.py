@@ -5,6 +5,8 @@ least this, which is some ten tests::
 
     class TestContract(PluginContract):
         plugin = EarlyStopping
+
+A logger's suite subclasses ``LoggerContract``, which reads the rows back.
 """
 
 from fundamentallm.testing.contracts import HEAVY as HEAVY
