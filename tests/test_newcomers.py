@@ -61,7 +61,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A plugin file of one's own, with settings beside it."""
+    """A plugin file of one's own, and settings in the same folder."""
     (tmp_path / "mine.toml").write_text(SETTINGS)
     (tmp_path / "mine.py").write_text(MINE.replace("WORKERS", "0"))
     return tmp_path / "mine.py"
