@@ -113,9 +113,9 @@ class Checks:
                 place = f"{where} {came(value)}"
                 if path:
                     place = f"the state field {'/'.join(path)!r} is {came(value)}"
-                raise self._error_of(
+                raise self._said(
                     name,
-                    type(plugin),
+                    inspect.getfile(type(plugin)),
                     f"{place}; expected JSON values and tensors, which a checkpoint can hold",
                 )
 
@@ -165,9 +165,6 @@ class Checks:
             return PluginError(f"{hook}: {what}")
         code = inspect.unwrap(impl.function).__code__
         return self._said(impl.plugin_name, f"{code.co_filename}:{code.co_firstlineno}", what)
-
-    def _error_of(self, plugin: str, cls: type, what: str) -> PluginError:
-        return self._said(plugin, inspect.getfile(cls), what)
 
     def _said(self, plugin: str, place: str, what: str) -> PluginError:
         brought = self.brought.get(plugin)

@@ -181,10 +181,7 @@ def rows(folder: Path) -> Iterator[Row]:
     if not path.exists():
         return
     with path.open("rb") as lines:
-        for line in lines:
-            row = parse_row(line)
-            if row is not None:
-                yield row
+        yield from filter(None, map(parse_row, lines))
 
 
 def parse_row(line: bytes | str) -> Row | None:

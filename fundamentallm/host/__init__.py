@@ -22,16 +22,15 @@ from fundamentallm.host.declare import (
     table,
 )
 from fundamentallm.host.discover import Found, find
-from fundamentallm.host.dispatch import Around, FirstCall, Shared, blame, freeze
+from fundamentallm.host.dispatch import FirstCall, Shared, blame, freeze
 from fundamentallm.host.environment import environment
 from fundamentallm.host.host import Host, Known, answering, class_problems, hook_methods, role_of
 from fundamentallm.host.mistakes import Key, Mistake, WrongForm, suggest, written
-from fundamentallm.host.sources import Origin, Provenance, Source, read
+from fundamentallm.host.sources import Provenance, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
 from fundamentallm.host.structure import build, flatten, plain, structure, walk
 
 __all__ = [
-    "Around",
     "Commands",
     "Composed",
     "Deprecated",
@@ -43,7 +42,6 @@ __all__ = [
     "Kind",
     "Known",
     "Mistake",
-    "Origin",
     "Provenance",
     "Shared",
     "Source",

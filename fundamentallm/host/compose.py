@@ -134,8 +134,7 @@ def _listed(
         listed[name] = str(folder / entry) if local else entry
     for name in remove:
         if listed.pop(name, None) is None:
-            text = f"{name!r} is not listed{suggest(name, listed)}"
-            source.blame(("plugins",), text, "plugin")
+            source.blame(("plugins",), f"{name!r} is not listed{suggest(name, listed)}", "plugin")
     return listed
 
 

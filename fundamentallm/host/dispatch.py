@@ -95,13 +95,9 @@ class _Freezing:
         caller = getattr(self.registry.hook, hook)
         spec, impls = caller.spec.argnames, caller.get_hookimpls()
         # pluggy calls the last one registered first.
-        calls = [
-            self.around(impl.plugin_name, hook, self.bound(impl, hook, spec))
-            for impl in reversed(impls)
-            if not impl.wrapper
-        ]
+        answering = [impl for impl in reversed(impls) if not impl.wrapper]
+        calls = [self.around(i.plugin_name, hook, self.bound(i, hook, spec)) for i in answering]
         if watch is not None:
-            answering = [impl for impl in reversed(impls) if not impl.wrapper]
             calls = list(map(watch, answering, calls))
         kind = self.host.kind(hook)
         if not calls:
