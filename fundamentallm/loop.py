@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from fundamentallm.epochs import end_epochs, start_epoch
-from fundamentallm.errors import DataError, SettingsError
+from fundamentallm.errors import DataError, FundamentalError, SettingsError
 from fundamentallm.metrics import log_row, report, validation
 
 if TYPE_CHECKING:
@@ -47,7 +47,14 @@ def train_steps(run: Run, validates: bool) -> None:
     while not run.ending:
         if hook.on_epoch_start:
             start_epoch(run)
-        train_step(run, started)
+        try:
+            train_step(run, started)
+        except Exception as error:
+            # Ctrl-C also ends the processes that a loader spawned, and no batch follows.
+            if run.signal is None or run.window or isinstance(error, FundamentalError):
+                raise
+            end_without_step(run, error)
+            return
         started = time.perf_counter()
         if hook.on_epoch_start or hook.on_epoch_end:
             end_epochs(run, run.progress.before[0])
@@ -55,6 +62,15 @@ def train_steps(run: Run, validates: bool) -> None:
             close_step(run, validates)
         else:
             run.go_back()
+
+
+def end_without_step(run: Run, error: Exception) -> None:
+    """End at the last safe point: the step at hand has no data, and has changed nothing yet."""
+    log.warning("no batch follows after the signal: %r", error)
+    run.forget_attempt()
+    run.in_step, run.ending = False, True
+    if run.hook.on_safe_point:
+        run.hook.on_safe_point(run=run)
 
 
 def train_step(run: Run, started: float) -> None:

@@ -681,16 +681,21 @@ import os, torch
 from fundamentallm import Batch, hookimpl, plugin
 from fundamentallm.testing import TinyModel, TinyOptimizer, TinySamples
 
+START = os.environ.get("START", "fork")
+
 class Numbers(torch.utils.data.Dataset):
     def __len__(self):
-        return 16
+        return 100_000 if START == "spawn" else 16
     def __getitem__(self, index):
         return TinySamples(1, "cpu").batch(range(index, index + 1)).data
 
 class Source(TinySamples):
     def batches(self, progress):
         while True:
-            for one, other in torch.utils.data.DataLoader(Numbers(), num_workers=2):
+            loader = torch.utils.data.DataLoader(
+                Numbers(), num_workers=2, multiprocessing_context=START
+            )
+            for one, other in loader:
                 yield Batch((one[:, 0], other[:, 0]), 1, 1, 1)
 
 @plugin
@@ -725,6 +730,38 @@ def test_a_signal_to_all_processes_of_a_run_with_loader_workers_prints_one_line(
     assert process.returncode == 128 + number, err
     assert err.count("stopping at the next safe point") == 1
     assert "Traceback" not in err
+
+
+def test_ctrl_c_that_also_ends_spawned_loader_workers_saves_the_last_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A spawned process has Python's own answer to Ctrl-C, and no batch follows from it."""
+    monkeypatch.setenv("START", "spawn")
+    Path("loader.py").write_text(LOADER)
+    Path("says.py").write_text("""
+from fundamentallm import hookimpl, plugin
+@plugin
+class Says:
+    "Says which step is over."
+    @hookimpl
+    def on_step_end(self, run):
+        print("step", run.progress.step, flush=True)
+""")
+    Path("loader.toml").write_text(
+        'plugins = ["./loader.py", "./says.py", "checkpoint"]\n'
+        '[run]\nlength = 1000000\ndevice = "cpu"\n[checkpoint]\nevery = 1000000\n'
+    )
+    process = spawn("train", "loader.toml", "--run-dir", "mine", start_new_session=True)
+    assert process.stdout is not None
+    for _ in range(20):
+        assert process.stdout.readline().startswith("step ")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.count("stopping at the next safe point") == 1
+    assert "Traceback" not in err
+    steps = int(out.splitlines()[-1].removeprefix("interrupted after ").split()[0])
+    assert [path.name for path in Path("mine/checkpoints").iterdir()] == [f"step-{steps:08}"]
 
 
 def test_a_start_says_what_is_trained_and_that_nothing_will_be_saved() -> None:
