@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fundamentallm import Period, field, ge, hookimpl, plugin
 
+# The other modules are imported in the methods that use them: ``fundamentallm show`` imports this
+# one, and some of the others import torch.
 if TYPE_CHECKING:
     from fundamentallm import Run, Snapshot
     from fundamentallm_checkpoint.save import SaveRequest, Writer
@@ -97,6 +99,7 @@ class Checkpoint:
         from fundamentallm_checkpoint import resume
 
         instances = resume.all_instances(run, type(self))
+        # A rewind reads, too: the newest checkpoint may be the one that is still being written.
         for instance in instances.values():
             instance.wait(run)
         return resume.read(instances, run, resumes=self._trains)
@@ -120,6 +123,7 @@ class Checkpoint:
             self._settings = run_id.settings_digest(run.folder), settings_diff.record(run)
             if not run.ending:
                 save.check_can_save(home, run, weights, self.contents)
+        # On every process: all take part in a snapshot, so all must decide alike whether to save.
         self._writer = self._new_writer(run)
 
     @hookimpl
@@ -140,6 +144,7 @@ class Checkpoint:
         # Most steps save nothing: for them this hook is four comparisons and touches no file.
         writer, progress, keep_every = self._writer, run.progress, self.keep_every
         if writer.pending is not None:
+            # At the end it waits here, where plugins still receive ``on_checkpoint_saved``.
             writer.collect(run, wait=run.ending)
         milestone = keep_every is not None and keep_every.due(progress)
         if self.every.due(progress) or milestone or run.ending or self._candidate:
@@ -168,6 +173,7 @@ class Checkpoint:
         from fundamentallm_checkpoint import resume
 
         if self._writer is not None:
+            # Before the advice, which can then name the checkpoint that was still being written.
             self._writer.close(run)
             self._writer = None
         resume.add_advice(run, self)
@@ -192,6 +198,7 @@ class Checkpoint:
             self._writer.collect(run, wait=True)
 
     def _record(self, run: Run, metrics: dict[str, float]) -> None:
+        # A step may be validated and logged: both events add to the metrics of its checkpoint.
         step, known = self._measured
         now = run.progress.step
         self._measured = now, (known if step == now else {}) | metrics
@@ -239,6 +246,8 @@ class Checkpoint:
         if self.every.due(run.progress) or milestone or best or final:
             tags = {
                 retention.MILESTONE: milestone,
+                # A run that a signal ended is expected to continue, so its last checkpoint is not
+                # final.
                 retention.FINAL: run.ending and run.signal is None,
                 retention.BEST: best,
             }
@@ -252,6 +261,8 @@ class Checkpoint:
             writer.collect(run, wait=True)
         snapshot = run.snapshot()  # on every process: a sharded model has to be gathered
         if run.rank:
+            # Only the first process writes. The others count the step as saved, so that all compare
+            # the next candidate for the best with the same checkpoints.
             writer.existing = (*writer.existing, draft)
         elif skips:
             pending = writer.pending.request.draft.step
@@ -267,7 +278,10 @@ class Checkpoint:
         from fundamentallm_checkpoint.storage.snapshot import pack
 
         home, (_, record) = self.home(run), self._settings
+        # Before each save: another program may have deleted the run folder since the last one.
         run_id.restore(run, self.run_id, home)
+        # With all names of tied weights: a name that is missing here would count as a buffer, and
+        # an infinity in it would be accepted.
         parameters = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
         return SaveRequest(
             home=home,

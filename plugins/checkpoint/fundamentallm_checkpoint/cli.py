@@ -109,7 +109,9 @@ def rows(run: Path, *, verify: bool) -> list[Row]:
 def _homes(run: Path, known: str) -> dict[Path, tuple[str, Rules]]:
     """Return the folders of all instances, listed or not, with their names and rules."""
     found = {run / folder.CHECKPOINTS: ("checkpoint", _DEFAULT_RULES)}
+    # Without the first one, which is the folder in the line above.
     found |= {home: (_name(run, home), _DEFAULT_RULES) for home in run_id.homes(run)[1:]}
+    # Last, so that the rules of listed instances replace the default ones.
     return found | _listed(run, known)
 
 

@@ -94,6 +94,7 @@ def load(homes: Iterable[Path], request: LoadRequest) -> Loaded | None:
         except UnsoundError as error:
             request.unsound.add(folder.absolute())
             problems.append(f"{folder}: {error}")
+            # One with the model only is no damage: another instance may save such ones on purpose.
             if request.any_will_do and not isinstance(error, NotResumableError):
                 log.warning("checkpoint %s; trying the next one", problems[-1])
     if not problems:
@@ -114,6 +115,7 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
     own = [one.home(run) for one in instances.values() if known or not one.folder]
     homes = {home.absolute(): home for home in [*own, *run_id.homes(run.folder)]}.values()
     first, *_ = instances.values()
+    # "best" is a matter of ``monitor`` and ``mode``: those of an instance that keeps the best.
     judge = next((one for one in instances.values() if one.keep_best), first)
     request = LoadRequest(
         name=run.wanted_checkpoint, rules=judge.rules(), run=known, resumes=resumes
@@ -126,7 +128,9 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
             _warn_of_other_runs(instance.folder, run, known)
         return None
     for instance in instances.values():
+        # If the run folder has lost its id, it gets that of its checkpoints.
         instance.run_id = loaded.manifest.run
+    # Added by this plugin when it saved; the core's snapshot has no such key.
     record = loaded.snapshot.pop("settings")
     if resumes:
         _compare(instances, run, loaded, record)
@@ -194,11 +198,13 @@ def _candidates(there: list[Path], request: LoadRequest) -> list[Path]:
         chosen = [f for f in there if best and known[f] == best[0]]
         missing = f"no checkpoint has the metric {request.rules.monitor}, so none is the best"
     else:
+        # No step has twenty digits, and ``int`` raises an error for some thousands of them.
         name = str(request.name).removeprefix("step-")
         step = int(name) if name.isdecimal() and len(name) < 20 else None
         chosen = [f for f in there if manifest.step_of(f.name) == step]
         missing = f"there is no checkpoint {request.name!r}"
     if not chosen:
+        # Two instances may have saved the same step.
         listed = ", ".join(dict.fromkeys(f.name for f in there)) or "none"
         raise StorageError(f"{missing} (checkpoints: {listed})")
     return chosen[:1]
@@ -213,6 +219,7 @@ def _load(folder: Path, request: LoadRequest) -> Loaded:
             "it holds NaN or infinity in its weights or moments; to load it all the same, name"
             f" {folder.name}"
         )
+    # Last: this reads and hashes every byte, and the checks above read only the manifest.
     found = snapshot.read(folder, facts)
     if not facts.finite:
         log.warning("checkpoint %s holds NaN or infinity in its weights or moments", folder)

@@ -56,6 +56,7 @@ def ensure_id(folder: Path, adopted: str) -> str:
     found = read_id(folder)
     if found:
         return found
+    # It comes from a manifest, and becomes part of a path.
     made = adopted if _FORM.fullmatch(adopted) else secrets.token_hex(6)
     try:
         for above in folder.absolute().parents:  # each may be as new as the run folder
@@ -117,6 +118,7 @@ def note_home(folder: Path, home: Path) -> None:
     home, known = home.absolute(), _noted(folder)
     if home.is_relative_to(folder.absolute()) or home in known:
         return
+    # Bytes, since a path need not be valid UTF-8.
     lines = b"".join(os.fsencode(path) + b"\n" for path in [*known, home])
     try:
         durable_files.replace(folder / FOLDERS, lines)

@@ -62,7 +62,9 @@ class Saved:
 def carry_out(request: SaveRequest, report: Report | None = None) -> Saved:
     """Publish the checkpoint, then delete what the rules do not keep."""
     written = publish.publish(request.home, request.packed, request.draft, report)
+    # A run may repeat the step that it resumed from; its checkpoint was replaced just now.
     others = [one for one in request.existing if one.step != written.step]
+    # Only now: until the new one is durable, a killed run resumes from the old ones.
     left = directory.prune(request.home, [*others, written], request.rules)
     return Saved(request.home / folder_name(written.step), tuple(left))
 
@@ -91,6 +93,7 @@ class PendingSave:
             self._thread.join(_REFRESH)
             if self.total > 0 and not self.finished:
                 reported = True
+                # Never complete before the thread has ended: it still renames and deletes folders.
                 report(min(self.done, self.total - 1), self.total)
         if reported:
             report(self.total, self.total)
@@ -109,6 +112,7 @@ class PendingSave:
             self._error = error
 
     def _count(self, done: int, total: int) -> None:
+        # Called in the writer's thread. No lock: the training thread only displays the numbers.
         self.done, self.total = done, total
 
 
@@ -140,6 +144,7 @@ class Writer:
                 self.pending = PendingSave(copied)
             except RuntimeError as error:  # the system has no thread to spare
                 log.warning("step %d waits for its save: %s", request.draft.step, error)
+        # There was no memory for a copy or no thread: a step that waits is better than no save.
         if self.pending is None:
             save = partial(carry_out, request, partial(run.report, "saving"))
             self._finish(run, save, last=run.ending)
@@ -150,6 +155,7 @@ class Writer:
         if pending is None or not (wait or pending.finished):
             return
         pending.wait(partial(run.report, "saving"))
+        # Before ``_finish``, which may raise: ``close`` must not raise the same error again.
         self.pending = None
         # The last save of a run is never pending, so this is not the last one.
         self._finish(run, pending.result, last=False)
@@ -181,6 +187,7 @@ class Writer:
     def _finish(self, run: Run, save: Callable[[], Saved], *, last: bool) -> None:
         saved = self._result(save, then="" if run.ending else " The run goes on.", last=last)
         if saved is not None:
+            # Not in the writer's thread: plugins are called in the main thread only.
             run.hook.on_checkpoint_saved(run=run, folder=saved.folder)
 
     def _result(self, save: Callable[[], Saved], *, then: str, last: bool = False) -> Saved | None:
@@ -209,6 +216,7 @@ def check_can_save(home: Path, run: Run, weights: dict[str, Any], contents: str)
     safetensors.check({n: value for n, value in weights.items() if isinstance(value, torch.Tensor)})
     size = _size_now(run, contents)
     try:
+        # A real write: the permission bits do not show a disk that is mounted read-only.
         publish.probe(home)
         publish.check_space(home, size)
     except OSError as error:

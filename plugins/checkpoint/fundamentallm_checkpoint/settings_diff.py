@@ -65,6 +65,7 @@ def between(before: Mapping[str, Any], run: Run) -> list[Change]:
     """Return what changed since ``before``, a ``record``: first plugins, then settings."""
     now = record(run)
     was, listed = set(before["tables"]["plugins"]), set(run.plugins)
+    # A plugin that was removed binds by the old record only, one that was added by the new one.
     binding = {key for key in before["binding"] if not _is_free(run, key)} | {*now["binding"]}
     found = [
         Change(
@@ -125,6 +126,7 @@ def _is_free(run: Run, key: str) -> bool:
     name, _, rest = key.partition(".")
     if name not in run.plugins:
         return False
+    # The key ``plugin`` only chooses the class, and ``record`` has the class itself.
     free = ("plugin", *getattr(type(run.plugins[name]), "free", ()))
     return matches(rest.partition(".")[0], free)
 

@@ -100,6 +100,7 @@ def prepare(home: Path) -> None:
     """Make the folder, and delete what dead processes left in it half written or half deleted."""
     try:
         durable_files.make_folder(home)
+        # ``recover`` came first: a checkpoint that is still named ``.old-`` has a successor.
         left = [path for path in home.glob(f"{TMP}*") if not durable_files.is_locked(path)]
         for path in [*left, *home.glob(f"{TRASH}*"), *home.glob(f"{OLD}*")]:
             remove_leftover(path)
@@ -148,6 +149,7 @@ def discard(folder: Path) -> None:
     """Delete a checkpoint, first its name: half of it must not be taken for a whole one."""
     trash = folder.with_name(f"{TRASH}{folder.name}-{secrets.token_hex(4)}")
     durable_files.rename(folder, trash)
+    # Else a power cut could bring the name back, with a part of the files.
     durable_files.sync_folder(folder.parent)
     remove_leftover(trash)
 
@@ -162,6 +164,7 @@ def remove_leftover(path: Path) -> None:
 
 def _move(home: Path, later: Iterable[Path]) -> Path:
     name = SUPERSEDED + time.strftime("%Y%m%d-%H%M%S")
+    # A run may go back twice within a second.
     count = sum(1 for _ in home.glob(f"{name}*"))
     aside = home / (f"{name}-{count + 1}" if count else name)
     durable_files.make_folder(aside)

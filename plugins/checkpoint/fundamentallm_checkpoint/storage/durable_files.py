@@ -157,6 +157,7 @@ def replace(path: Path, data: bytes) -> None:
     """Write a small file durably under ``path``, replacing what is there in one step."""
     part = path.with_name(f".{path.name}")
     part.unlink(missing_ok=True)  # left by a process that was killed here
+    # Synced before the rename: else a power cut could leave the name without the content.
     write(part, data)
     rename(part, path)
     sync_folder(path.parent)
@@ -240,6 +241,7 @@ def is_locked(path: Path) -> bool:
     try:
         file = os.open(path, _FOLDER)
     except OSError:
+        # If in doubt, it is locked: folders that are not locked are deleted.
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,7 @@ _REQUIRED = {
     MODEL: ("model.safetensors", "state.json"),
 }
 _LIMIT = 2**20  # bytes
+# Eight digits, so that names sort by step; eighteen always fit into 64 bits.
 _FOLDER = re.compile(r"step-(\d{8,18})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = b',\n "seal": "'
@@ -138,6 +139,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         path = folder / name
         try:
+            # Not ``stat``: a link could lead out of the checkpoint.
             found = path.lstat()
         except OSError as error:
             raise UnsoundError(f"{name} cannot be read: {error.strerror}") from error
@@ -207,6 +209,7 @@ def _parse(facts: dict[str, Any]) -> Manifest:
     missing += [] if _is_count(facts.get("step")) else ["step"]
     if missing:
         raise ValueError(f"has no valid {', '.join(missing)}")
+    # Other keys are ignored, so a newer version can add one without a new format.
     kept = {name: facts[name] for name in (*_TYPES, "step", "format")}
     kept["tags"] = tuple(str(tag) for tag in kept["tags"])
     kept["metrics"] = {name: _number(value) for name, value in kept["metrics"].items()}

@@ -105,6 +105,7 @@ def _name(work: Path, target: Path) -> None:
     replaced = None
     if target.exists():  # a folder cannot be renamed over one that is not empty
         replaced = target.with_name(f"{OLD}{target.name}-{secrets.token_hex(4)}")
+        # A kill before the next rename is undone by ``directory.recover`` at the next start.
         durable_files.rename(target, replaced)
     try:
         durable_files.rename(work, target)
@@ -114,4 +115,5 @@ def _name(work: Path, target: Path) -> None:
         raise
     durable_files.sync_folder(target.parent)
     if replaced is not None:
+        # After the sync: a power cut must leave the old checkpoint or the new one.
         remove_leftover(replaced)

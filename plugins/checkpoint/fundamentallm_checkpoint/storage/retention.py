@@ -35,6 +35,7 @@ def plan(existing: Iterable[Manifest], rules: Rules) -> set[int]:
     """
     ordered = sorted(existing, key=lambda m: m.step)
     stay = {m.step for m in ordered[-max(rules.keep_last, _ALWAYS) :]}
+    # If the last ones hold NaN, this is the one that a run resumes from or goes back to.
     stay |= {m.step for m in [m for m in ordered if m.finite][-1:]}
     stay |= {m.step for m in ranked(ordered, rules)[: rules.keep_best]}
     return {m.step for m in ordered if m.step not in stay and MILESTONE not in m.tags}
@@ -48,5 +49,6 @@ def ranked(existing: Iterable[Manifest], rules: Rules) -> list[Manifest]:
 
 def is_among_best(candidate: Manifest, existing: Iterable[Manifest], rules: Rules) -> bool:
     """Return whether ``candidate`` is one of the ``keep_best`` best of all."""
+    # A step that is repeated replaces its checkpoint, and does not compete with it.
     others = (m for m in existing if m.step != candidate.step)
     return candidate in ranked([*others, candidate], rules)[: rules.keep_best]

@@ -200,6 +200,7 @@ def _check_memory(size: int) -> None:
 def _identity(tensor: Tensor, name: str) -> object:
     if tensor.numel() == 0:  # has no memory to share
         return name
+    # Views of other shapes or strides are separate tensors: the format has no strides.
     place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
     return place, tensor.shape, tensor.stride()
 

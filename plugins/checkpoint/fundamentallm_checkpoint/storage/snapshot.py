@@ -132,6 +132,7 @@ def read(folder: Path, manifest: Manifest) -> Snapshot:
             elif name == _STATE:
                 state = _read_state(folder / name, digest)
             else:
+                # It is not used here, but a checkpoint is sound only as a whole.
                 _compare(durable_files.digest(folder / name), digest)
         except ValueError as error:
             raise UnsoundError(f"{name} {error}") from error
@@ -152,6 +153,7 @@ def _read_state(path: Path, digest: FileDigest) -> Any:
         if file.size > _STATE_LIMIT:
             raise ValueError(f"is larger than {_STATE_LIMIT:,} bytes")
         data = file.take(file.size)
+        # Before it is parsed: a damaged file must be reported as damaged, not as bad JSON.
         _compare(file.digest(), digest)
     return strict_json.parse(data)
 
@@ -192,6 +194,7 @@ def _split_optimizer(
                 found[f"{key}/{parameter}"] = value
             else:
                 plain[key] = value
+        # A parameter with tensors appears by their names; one without any state only here.
         if plain or not state:
             rest[parameter] = plain
     return found, rest

@@ -11,6 +11,7 @@ from typing import Any
 
 from fundamentallm import StorageError
 
+# Far below Python's recursion limit, so that what was written can be read back.
 DEPTH = 100
 """Levels of tables and lists that a tree may have."""
 
@@ -55,10 +56,12 @@ def float_from_json(content: Any) -> float:
 
 
 def _refuse_constant(text: str) -> float:
+    # Python's reader accepts NaN and Infinity; those of other languages do not.
     raise ValueError(f"holds {text}, which is not JSON")
 
 
 def _finite_float(text: str) -> float:
+    # ``float`` makes an infinity of 1e999, without an error.
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"holds {text}, which is too large for a float")
@@ -66,6 +69,7 @@ def _finite_float(text: str) -> float:
 
 
 def _table_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python's reader takes the last of two equal keys, others may take the first.
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("has a key twice")
