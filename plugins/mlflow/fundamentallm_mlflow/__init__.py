@@ -125,10 +125,12 @@ class Mlflow:
             return
         run.report("opening the MLflow store", 0)
         self._check(run, reply := worker.wait_open(lambda: run.signal is not None))
+        # Before the worker is asked to upload: it expects the start row in the journal.
         start = self._write_start(run)
         self._backpressure = Backpressure(self._folder(run), int(self.waiting_mb * 1e6))
         run.report("opening the MLflow store", 1, 1)
         if "error" in reply:
+            # Only with ``on_start_failure = "journal"``: the worker continues to try.
             worker.begin_upload()
             return
         self._check(run, reply := worker.attach(), start)
@@ -142,6 +144,7 @@ class Mlflow:
             return
         if backpressure.accepts(journal.size, validated=validated):
             self._append("metrics", step=run.progress.step, metrics=metrics)
+        # Each row is an occasion to look at the worker, so no thread has to watch it.
         worker.poll()
 
     @hookimpl
@@ -152,6 +155,7 @@ class Mlflow:
     @hookimpl
     def on_checkpoint_saved(self, run: Run, folder: Path) -> None:
         """Record a checkpoint, which becomes a logged model with the metrics of its step."""
+        # A save may be reported some steps later; the name has the step of its content.
         digits = folder.name.rpartition("-")[2]
         step = int(digits) if digits.isdecimal() else run.progress.step
         self._append("checkpoint", step=step, folder=str(folder.resolve()))
@@ -168,6 +172,8 @@ class Mlflow:
             self._drop_worker()
             return
         error = None if run.error is None else f"{type(run.error).__name__}: {run.error}"
+        # Before the wait: the worker reads the end state from the journal, also if this process
+        # dies.
         self._end_journal(outcome, error)
         problem = FinalWait(self._folder(run), self.end_seconds, run.report).wait(worker)
         if problem is not None:
@@ -207,6 +213,7 @@ class Mlflow:
         try:
             self._journal = Journal(path)
             facts = start_of(run, self, self._uri)
+            # By the id the worker finds the MLflow run again if the store's answer was lost.
             return self._journal.append("start", id=uuid.uuid4().hex, **facts)
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error

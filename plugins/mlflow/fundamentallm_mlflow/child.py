@@ -25,6 +25,7 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# MLflow's asynchronous mode can lose rows on errors, and no step waits for this process.
 _FIXED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
 LOG_FILE = "worker.log"
@@ -125,6 +126,7 @@ class Worker:
                 self.kill()
                 return "the store did not take the last rows in time"
             waiting()
+        # The pipe may contain news from just before the exit.
         if self._pipe >= 0:
             self._receive()
         return {0: None, 3: "the store did not take the last rows in time"}.get(
@@ -138,6 +140,7 @@ class Worker:
 
     def kill(self) -> None:
         """End the worker at once."""
+        # Not SIGTERM, which the worker ignores.
         self._process.kill()
         self._reap()
 

@@ -108,6 +108,7 @@ def upload_rest(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:
         raise SettingsError(f"{run}: is being trained, and the training uploads its rows")
     store = absolute(uri) if uri else store_of(settings.tracking_uri, folder)
     request = settings.request(run, store)
+    # Strict, since a person waits for the answer; no training runs that could be measured.
     worker = Worker(folder, request | {"strict": True, "system_seconds": 0.0})
     reply = worker.wait_open()
     reply = reply if "error" in reply else worker.attach()
@@ -122,6 +123,7 @@ def upload_rest(run: Path, name: str, settings: Mlflow, uri: str | None) -> str:
 
 def serve(store: str, port: int, where: str) -> None:
     """Run the server until it is interrupted; it takes this process and one more."""
+    # Before MLflow is imported, which takes seconds: a port in use is reported at once.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -153,6 +155,7 @@ def serve(store: str, port: int, where: str) -> None:
 
 def _announce(port: int, where: str) -> None:
     """Print the address of the charts as soon as the server answers."""
+    # The environment may name a proxy, which does not reach a server on this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         time.sleep(0.2)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fundamentallm import Run
     from fundamentallm_mlflow import Mlflow
 
+# Where a run is stored does not change its result.
 _FOLDERS = ("name", "folder")
 _LONGEST_DIGEST = 36  # MLflow's limit
 LINE = 88
@@ -107,6 +108,7 @@ def tags(run: Run, own: dict[str, str], settings: dict[str, str]) -> dict[str, s
     found |= {f"version.{k}": v for k, v in environment.get("versions", {}).items()}
     plugins = environment.get("plugins", {}).items()
     found |= {f"plugin.{name}": Provenance.from_json(facts) for name, facts in plugins}
+    # The user's tags come last and replace those of the plugin.
     return {key: _text(value) for key, value in found.items() if value not in (None, "")} | own
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+# As ``append`` writes them: the bytes are compared without parsing the row.
 _TURNS = (b'{"kind": "start"', b'{"kind": "rewind"')
 CHECKS = 64  # how often the backlog is measured while the journal grows by its limit
 
@@ -44,6 +45,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # O_APPEND: the next row follows the last one, also after ``drop`` has shortened the file.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o644)
         with contextlib.suppress(BlockingIOError):  # another process reads or still has it
@@ -106,6 +108,7 @@ class JournalReader:
             file.seek(self.offset)
             for line in file:
                 here = self.offset
+                # A line without an end is still being written; the next call reads it.
                 if not line.endswith(b"\n") or (self._stop is not None and here >= self._stop):
                     return
                 self.offset += len(line)
@@ -143,6 +146,7 @@ class Timeline:
         self._offsets = [offset for offset, _ in turns]
         self._steps: list[int] = []
         lowest = 1 << 62
+        # From the last one back: a row is void if any later turn goes back to an earlier step.
         for _, row in reversed(turns):
             lowest = min(lowest, int(row["step"]))
             self._steps.insert(0, lowest)
@@ -212,6 +216,7 @@ def is_open(journal: Path) -> bool:
     """Return whether a running process writes the journal."""
     with journal.open("rb") as file:
         try:
+            # Shared, so that two readers do not take each other for the training process.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True

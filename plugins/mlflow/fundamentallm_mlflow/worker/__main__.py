@@ -118,6 +118,7 @@ class UploadLoop:
                 self._ended_at, self._pause = time.monotonic(), 0.0
             elif self._ended_at is not None:
                 left = self._ended_at + self._end_seconds - time.monotonic()
+                # Not ``within``: after the last command it may return at once, without a pause.
                 time.sleep(max(0.0, min(self._pause, left)))
             if self._attempt() and self._ended_at is not None:
                 return 0
@@ -133,6 +134,7 @@ class UploadLoop:
 
     def _attempt(self) -> bool:
         try:
+            # Before the upload, so that an unreachable store costs no measurement.
             self._session.measure()
             self._session.upload()
             if self._ended_at is not None:
@@ -159,6 +161,7 @@ def main() -> int:
     request = commands.wait()
     if request is None:
         return 0
+    # Not ``os.getppid()``: the training process may have died before this one asks.
     commands.training_pid = request["training_pid"]
     with FolderLock(folder, request["training_pid"]) as lock:
         return _serve(Session(request, folder, lock), replies, commands, request)
@@ -178,6 +181,7 @@ def _serve(session: Session, replies: Replies, commands: Commands, request: dict
     is_attached = is_open and _replied(session.attach, replies)
     if request["strict"] and not is_attached:
         return 1
+    # Not earlier: until here the training process waits for this one.
     _lower_priority()
     gc.freeze()  # a fifth of the time went into collections that visit mlflow's modules
     loop = UploadLoop(session, replies, commands, request)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 # Key, value, milliseconds since 1970, step.
 Point: TypeAlias = tuple[str, float, int, int]
 
+# MLflow's limits: entries of a call, and characters. Only LONGEST_SOURCE_VALUE is our own.
 METRICS_PER_BATCH = 1000
 ENTRIES_PER_BATCH = 100
 LONGEST_NAME = 250
@@ -146,6 +147,7 @@ class Client:
         self._send(run_id, fresh, ENTRIES_PER_BATCH, "params")
         named = _named(tags, LONGEST_TAG)
         self._send(run_id, [RunTag(k, v) for k, v in named.items()], ENTRIES_PER_BATCH, "tags")
+        # They are from the end of an earlier process, and the run goes on now.
         for key in {"outcome", "error"} & set(run.data.tags):
             self.api.delete_tag(run_id, key)
         data = [DatasetInput(_dataset(start["dataset"]))]
@@ -184,6 +186,8 @@ class Client:
             call(*given, **named)
         except MlflowException as error:
             status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+            # Any other error may pass: the caller tries again later. 413 is a request that is too
+            # large, and a half of it may be accepted.
             if status not in (400, 413):
                 raise
             log.warning("refused: %s", _first_line(error))
@@ -197,6 +201,7 @@ class Client:
 
     def end(self, run_id: str, last: Mapping[str, Any]) -> None:
         """Set the end state from the last ``start`` or ``end`` row of the journal."""
+        # If the last row is a ``start``, no process was able to write an ``end``.
         outcome = last.get("outcome") or "killed"
         error = last.get("error")
         if outcome == "killed":

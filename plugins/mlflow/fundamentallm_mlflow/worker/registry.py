@@ -48,6 +48,7 @@ class Candidates:
         if row["kind"] == "start":
             wanted = Registration(**row["registry"]) if row.get("registry") else None
             if wanted != self.wanted:
+                # Values of another metric cannot be compared with those that follow.
                 self.wanted, self._values = wanted, {}
         elif self.wanted is None:
             return
@@ -97,6 +98,7 @@ def _version(
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         client.accepted(api.create_registered_model, wanted.name)  # another run may have created it
+    # An earlier call may have created it and lost the answer.
     for version in api.search_model_versions(f"name = '{wanted.name}'"):
         if version.tags.get("model_id") == model.model_id:
             return version

@@ -53,6 +53,7 @@ def previous_start(journal: Path, offset: int) -> dict[str, Any] | None:
 
 def newest_checkpoint(journal: Path, offset: int) -> int:
     """Return the step of the newest valid checkpoint before ``offset``; -1 if there is none."""
+    # Without the start at ``offset``, which may itself go back.
     before = Timeline(journal, offset - 1)
     steps = [
         row["step"]

@@ -37,6 +37,7 @@ class FolderLock:
     def __init__(self, folder: Path, training_pid: int) -> None:
         self._folder = folder.resolve()
         self._training_pid = training_pid
+        # Not "w": to open the file must not erase the pid of the owner.
         self._file = (folder / LOCK_FILE).open("a+")
 
     def __enter__(self) -> Self:
@@ -108,6 +109,7 @@ class Session:
         if self._lock is not None:
             # The other half of the time is for the store.
             self._lock.acquire(self._request["start_seconds"] / 2)
+            # The folder stays locked until the file is closed, at the end of the process.
             self._lock = None
 
     def open(self) -> None:
@@ -135,6 +137,7 @@ class Session:
         seconds = self._request["system_seconds"]
         if not seconds:
             return
+        # Two workers must not append to one ``system.jsonl``.
         self.acquire()
         try:
             if self._system is None:
@@ -159,6 +162,7 @@ class Session:
         assert self._client is not None
         if self.sync.is_complete:
             return
+        # Before the plot, which may fail: the MLflow run must not stay RUNNING.
         self.sync.close()
         if self._request["plot"]:
             from fundamentallm_mlflow.worker.plot import draw

@@ -38,6 +38,7 @@ class Sync:
         starts = [(offset, row) for offset, row in turns if row["kind"] == "start"]
         known = {offset for run in self._state.runs for offset in run.starts}
         new = [(offset, row) for offset, row in starts if offset not in known]
+        # Before the new starts, which continue the last run where this store has it.
         if self._state.runs and not self._is_here(self._state.runs[-1]):
             self._move(dict(starts), may_create=not new)
         for offset, row in new:
@@ -176,7 +177,9 @@ class RunUpload:
             self._points = []
             while self._others:
                 self._send(self._others[0])
+                # Only now: after an error the next call sends this row again.
                 self._others.pop(0)
+            # After the calls: a kill before this line sends rows twice, which changes nothing.
             self._run.uploaded = self._reader.offset
             self._state.save()
         self._upload_system()

@@ -136,6 +136,7 @@ def _device(line: str) -> list[tuple[str, float]]:
     if len(texts) != FIELDS.count(","):  # words on what is wrong
         return []
     numbers = [float(t) if t.replace(".", "", 1).isdigit() else None for t in texts]
+    # nvidia-smi reports MiB, and the metric is in MB.
     used, total = numbers[1], numbers[2]
     found = {
         "utilization_percentage": numbers[0],
