@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,21 @@ def test_neighbours_of_one_name_in_two_folders_are_distinguished(tmp_path: Path)
     assert (one.plugins["mine"].size, other.plugins["mine"].size) == (2, 4)
     for number, each in enumerate([one, other, composed(tmp_path / "a/run.toml")]):
         train(each, run_dir=tmp_path / f"run{number}")
+
+
+def test_an_unchanged_file_is_executed_once_and_a_changed_one_again(tmp_path: Path) -> None:
+    path = project(tmp_path / "a", 2)
+    first, other = composed(path), composed(project(tmp_path / "b", 4))
+    again = composed(path)
+    assert type(again.plugins["mine"]) is type(first.plugins["mine"])
+    assert type(other.plugins["mine"]) is not type(first.plugins["mine"])
+    # Pickle, as worker processes use it, refuses an object of a class that another one replaced.
+    assert pickle.loads(pickle.dumps(type(first.plugins["mine"]))) is type(again.plugins["mine"])
+    file = tmp_path / "a/mine.py"
+    before = file.stat()
+    file.write_text(file.read_text().replace("size: int = SIZE", "size: int = 9876"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert composed(path).plugins["mine"].size == 9876
 
 
 def test_no_neighbour_hides_an_installed_module(tmp_path: Path) -> None:

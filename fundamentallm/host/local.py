@@ -67,13 +67,26 @@ def use(folders: Iterable[Path]) -> None:
         _used[-1].put_in()
 
 
+_loaded: dict[Path, tuple[bytes, ModuleType]] = {}
+"""The content and the module of each local plugin file that was imported, by its path."""
+
+
 def load(path: Path) -> ModuleType:
-    """Import a local plugin file again, even if it is imported: the file may have changed."""
-    name = f"{__name__}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules[name] = module  # where attrs looks for the types that annotations name
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    """Import a local plugin file; one that was imported before only if its content has changed.
+
+    So each class exists once, however often settings are composed in a process.
+    """
+    name, content = f"{__name__}.{path.stem}", path.read_bytes()
+    known, module = _loaded.get(path.resolve(), (None, None))
+    if module is None or known != content:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[name] = module  # where attrs looks for the types that annotations name
+        # Not by the loader: its cached bytecode hides a change that keeps size and second.
+        exec(compile(content, path, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+        _loaded[path.resolve()] = content, module
+    # A file of the same name in another folder may have been imported since.
+    sys.modules[name] = module
     return module
 
 
