@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from fundamentallm.errors import (
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
 from fundamentallm.host import Shared, answering, blame, freeze, register
-from fundamentallm.local_code import code_changes
+from fundamentallm.local_code import code_changes, local_files
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
@@ -142,7 +143,12 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     has, device = _devices(), composed.run.device
     chosen: str = next(name for name, there in has.items() if there) if device == "auto" else device
     if not has.get(chosen):
-        raise SettingsError(f"run.device: there is no {chosen!r} device here")
+        known = ", ".join(name for name, there in has.items() if there)
+        text = f"there is no {chosen!r} device here (known: auto, {known})"
+        # Where it is an argument of ``load_run``, no file states it.
+        stated = composed.source.values.get(HOST.own, {}).get("device") == chosen
+        place = f"{composed.source.origin((HOST.own, 'device')).place}: " if stated else ""
+        raise SettingsError(f"{place}run.device: {text}")
     run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
     run.device = chosen
     registry = register(HOST, composed, defaults.answers())
@@ -295,7 +301,29 @@ def naming_the_plugin(registry: PluginManager, brought: Mapping[str, object]) ->
         allocator = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
         if allocator or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
-        blamed = blame(error, registry, brought)
+        blamed = blame(error, registry, brought) or _local_cause(error, registry, brought)
         if blamed is None:
             raise
         raise PluginError(blamed) from error
+
+
+def _local_cause(
+    error: Exception, registry: PluginManager, brought: Mapping[str, object]
+) -> str | None:
+    """Return which local plugin file raised an error outside of its hooks: in its model, say."""
+    files = {
+        file: name
+        for name, plugin in registry.list_name_plugin()
+        if getattr(brought.get(name), "kind", None) == "file"
+        for file in local_files([plugin])
+    }
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        name = files.get(Path(frame.filename).resolve())
+        if name is not None:
+            where = f"{frame.filename}:{frame.lineno}"
+            # The error of a loader's worker contains the worker's traceback.
+            text, what = str(error).strip(), f"{error!r}, at {where}"
+            if "\n" in text:
+                what = f"{type(error).__name__}, at {where}:\n{text}"
+            return f"plugin {name!r} ({brought[name]}) failed in {frame.name}: {what}"
+    return None

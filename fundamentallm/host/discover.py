@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
@@ -87,11 +88,21 @@ def _loaded(source: Source, name: str, load: Any, who: Provenance) -> tuple[Any,
     except NoPluginError as error:
         source.blame(("plugins",), f"{name} ({who}): {error}", "plugin")
     except Exception as error:  # noqa: BLE001 - a module of anyone may raise anything
-        text = f"{name} ({who}) cannot be loaded: {type(error).__name__}: {error}"
+        text = (
+            f"{name} ({who}) cannot be loaded: {_line(error, who)}{type(error).__name__}: {error}"
+        )
         source.blame(("plugins",), text, "plugin")
     else:
         return cls, who
     return None, who
+
+
+def _line(error: Exception, who: Provenance) -> str:
+    """Return the innermost line of a local file and its neighbours that raised an error."""
+    folder = Path(who.name).parent
+    frames = traceback.extract_tb(error.__traceback__) if who.kind == "file" else ()
+    lines = [f"{f.filename}:{f.lineno}: " for f in frames if Path(f.filename).parent == folder]
+    return lines[-1] if lines else ""
 
 
 def _load_file(host: Host, path: Path) -> type:
