@@ -59,6 +59,8 @@ class Checks:
         if not isinstance(splits, Mapping):
             raise self._of_data("validation() returned", came(splits), expected)
         for name, batches in splits.items():
+            # "train" names the phase between validations, and "/" ends the split in a metric's
+            # name.
             if not isinstance(name, str) or "/" in name or name == "train":
                 text = "a name without '/' that is not 'train'"
                 raise self._of_data("validation() has the split", repr(name), text)
@@ -132,6 +134,7 @@ class Checks:
         return check
 
     def _check_stream(self, given: dict[str, Any]) -> None:
+        # Only in this call: the later windows are taken from the plain stream, unchecked.
         given["stream"] = self._checked(given["stream"], given["run"])
 
     def _checked(self, stream: Iterator[Batch], run: Run) -> Iterator[Batch]:
@@ -163,6 +166,7 @@ class Checks:
     def _error(self, hook: str, impl: HookImpl | None, what: str) -> PluginError:
         if impl is None:
             return PluginError(f"{hook}: {what}")
+        # Behind decorators, whose file and line would not help.
         code = inspect.unwrap(impl.function).__code__
         return self._said(impl.plugin_name, f"{code.co_filename}:{code.co_firstlineno}", what)
 
@@ -268,6 +272,7 @@ def _factor(factor: Any, _: Given) -> Expected:
 
 def _microbatch(_: Any, given: Given) -> Expected:
     losses = given["run"].losses
+    # With its graph, the loss would keep the activations of its micro-batch in memory.
     if losses and isinstance(losses[-1], Tensor) and not losses[-1].requires_grad:
         return None
     return "the detached loss of the micro-batch: `run.losses.append(loss.detach())`"

@@ -130,6 +130,7 @@ class Progress:
         self.before = (self.samples, self.tokens, self.seconds)
         self.step += 1
         self.applied += applied
+        # Also of a rejected step: its data has been read, and a resumed run continues after it.
         self.microbatches += len(window)
         for batch in window:
             self.samples += batch.samples

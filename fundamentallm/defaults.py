@@ -73,6 +73,7 @@ def validate(run: Run) -> dict[str, float]:
     with run.evaluating(), closing(run.held_out()) as batches:
         for _, batch in batches:
             run.log_loss(run.hook.forward(run=run, batch=batch), batch.weight)
+        # After a signal, the means would be those of a part of the data.
         return {} if run.signal is not None else measured(run, run.take_logged())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 class FundamentalError(Exception):
     """An end of the run that its user can act on; ``str()`` of it is the whole message."""
 
+    # As that of Python for an error that nothing handles.
     exit_code = 1
 
 
@@ -16,6 +17,7 @@ class SettingsError(FundamentalError):
     them. ``problems`` are their texts.
     """
 
+    # As the exit code of a wrong command line.
     exit_code = 2
 
     def __init__(self, mistakes: str | Sequence[object]) -> None:

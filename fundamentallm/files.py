@@ -24,6 +24,7 @@ def durable_file(path: Path, draft: Path | None = None) -> Iterator[BinaryIO]:
     part = draft or path.with_name(f".{path.name}.part")
     try:
         try:
+            # A draft that a killed process has left is overwritten.
             with part.open("wb") as file:
                 yield file
                 file.flush()

@@ -36,6 +36,7 @@ LOCK = ".lock"
 State: TypeAlias = Literal["running", "finished", "stopped", "interrupted", "failed", "killed"]
 """``killed``: the process ended without writing how, as after kill -9 or a power cut."""
 _ENDS = set(get_args(State)) - {"running", "killed"}
+# The name of a published checkpoint; while it is written or deleted, it has another one.
 _STEP = re.compile(r"step-(\d{8,18})")
 
 
@@ -207,6 +208,7 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
     own = folder / CHECKPOINTS
     elsewhere = [Path(os.fsdecode(line)) for line in _lines(folder / ELSEWHERE)]
     homes = [home for top in (own, *elsewhere) for home in (top, *_instances(top))]
+    # Read as a plain file, since the core imports no plugin.
     run = b"".join(_lines(folder / "run-id")[:1]).decode("ascii", "replace")
     paths = dict.fromkeys(path for home in homes for path in home.glob("step-*/manifest.json"))
     found = [_checkpoint(path) for path in paths if _STEP.fullmatch(path.parent.name)]

@@ -60,6 +60,7 @@ def train(
         settings = compose(settings, overrides=overrides, plugins=plugins)
     run, registry = prepare(settings, run_dir)
     run.wanted_checkpoint = at
+    # The lock comes first: all that follows reads or writes the folder of the run.
     with locked(run.folder), signals(run), computing_threads(run):
         _announce(run, settings)
         try:
@@ -73,11 +74,13 @@ def train(
             done = run.progress.closed and run.settings.length.reached(run.progress)
             run.outcome = "finished" if done else "interrupted" if run.signal else "stopped"
         except KeyboardInterrupt:
+            # Not raised: a run that a signal ended is no failure, and the caller gets it.
             run.signal, run.outcome = run.signal or signal.SIGINT, "interrupted"
         except BaseException as error:
             run.error = error
             raise
         finally:
+            # Within the lock: no other process may continue the run before its end is written.
             _end(run, registry, settings)
     return run
 
@@ -166,6 +169,7 @@ def build(run: Run) -> None:
     hook = run.hook
     run.data = _built_data(run)
     run.tokenizer = hook.build_tokenizer(run=run)
+    # What the data source drew must not change the initial weights.
     run.generators.seed(run.seed_for("model"))
     run.model = run.module = hook.build_model(run=run).to(run.device)
     hook.adapt_model(run=run)
@@ -184,7 +188,9 @@ def build(run: Run) -> None:
 
 def _build_optimizer(run: Run) -> None:
     run.optimizer = run.hook.build_optimizer(run=run)
+    # Kept, since ``lr_factor`` replaces the rates of the groups in every step.
     run.base_lrs = [group["lr"] for group in run.optimizer.param_groups]
+    # A checkpoint stores the optimizer's state by the names that parameters have in the model.
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     if not held <= {id(parameter) for parameter in run.parameters}:
         raise SettingsError("the optimizer has parameters that are not in run.model")
@@ -241,6 +247,7 @@ def _devices() -> dict[str, bool]:
 def _missing_observers(folder: Path) -> list[str]:
     """Return the listed plugins that only observe and cannot be found here; log each."""
     tables, installed = recorded_settings(folder), find_plugins()
+    # From the record: the class of a plugin that is missing cannot be asked.
     roles = environment(folder).get("roles")
     names = []
     for entry in tables.get("plugins", []):

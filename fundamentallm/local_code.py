@@ -61,11 +61,13 @@ def keep_code(folder: Path, files: dict[Path, Path], step: int) -> dict[str, Any
     try:
         for path, home in sorted(files.items()):
             if home not in homes:
+                # Two folders of plugins may have one name.
                 taken = sum(known.name == home.name for known in homes)
                 homes[home] = (home.name or "root") + (f"-{taken + 1}" if taken else "")
             content = path.read_bytes()
             copy = Path(CODE, homes[home], path.relative_to(home))
             kept[str(path)] = {"sha256": hashlib.sha256(content).hexdigest(), "copy": str(copy)}
+        # First: the copy of a file that has changed would be overwritten below.
         _set_aside(folder, kept, f"until-step-{step:08}")
         for known, facts in kept.items():
             target = folder / facts["copy"]
@@ -132,6 +134,7 @@ def _imported(path: Path, home: Path) -> Iterator[Path]:
             for alias in node.names:
                 yield from _places(home, alias.name.split("."))
         elif isinstance(node, ast.ImportFrom):
+            # The first ".." leads from the file to its folder, which one dot means.
             base = Path(path, *[".."] * node.level).resolve() if node.level else home
             words = node.module.split(".") if node.module else []
             for alias in node.names:  # each may be a module of a package

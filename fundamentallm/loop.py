@@ -28,11 +28,13 @@ def train(run: Run) -> None:
     run.splits = tuple(splits)
     if run.settings.validate_every is not None and not splits:
         raise SettingsError("run.validate_every is set, but the data has no held-out split")
+    # If a signal prevented the last validation, the resumed run begins with it.
     run.ending = run.progress.closed and run.settings.length.reached(run.progress)
     if run.ending:
         log.info("nothing to do: the run is at step %d already", run.progress.step)
     run.model.train()
     run.hook.on_train_start(run=run)
+    # After the plugins: it seeds the generators, and what a plugin drew must not change the data.
     run.reopen_data()
     if run.settings.validate_first and splits and not run.progress.step:
         log_row(run, validation(run))
@@ -55,9 +57,12 @@ def train_steps(run: Run, validates: bool) -> None:
                 raise
             end_without_step(run, error)
             return
+        # The clock of the next step starts here: validations and saves are part of the training
+        # time.
         started = time.perf_counter()
         if hook.on_epoch_start or hook.on_epoch_end:
             end_epochs(run, run.progress.before[0])
+        # A step that is undone gets no validation, no row and no checkpoint.
         if run.rewind_to is None:
             close_step(run, validates)
         else:
@@ -87,6 +92,7 @@ def train_step(run: Run, started: float) -> None:
     train_window(run, window)
     if hook.finish_gradients:
         hook.finish_gradients(run=run)
+    # After the last hook that may change the gradients before they are judged.
     run.known_norm = []
     verdicts: Any = hook.judge_step(run=run) if hook.judge_step else ()
     run.rejected = list(filter(None, verdicts))
@@ -131,15 +137,18 @@ def train_window(run: Run, window: list[Batch]) -> None:
 def update(run: Run) -> None:
     """Log the losses, edit the gradients, set the learning rates and make the update."""
     hook = run.hook
+    # Here, and not in the window: the loss of a rejected step must not enter the mean.
     for batch, loss in zip(run.window, run.losses, strict=True):
         run.log_loss(loss, batch.weight)
     if hook.edit_gradients:
+        # Of several editors, the later ones need the norm of what the earlier ones left.
         if not run.edits_once:
             run.known_norm = None
         hook.edit_gradients(run=run)
     run.known_norm = None
     groups = run.optimizer.param_groups
     if hook.lr_factor:
+        # From the base rates: the factors of successive steps must not multiply.
         factors: Any = hook.lr_factor(run=run)
         factor = math.prod(factors)
         for group, base in zip(groups, run.base_lrs, strict=True):

@@ -15,6 +15,7 @@ def report(run: Run, validates: bool) -> bool:
     """Validate and log as far as it is due; False if a signal left no time for what was due."""
     settings, progress = run.settings, run.progress
     every = settings.validate_every
+    # A run that stops early is validated at its last step; a signal leaves no time for that.
     over = settings.length.reached(progress) or (run.ending and run.signal is None)
     validating = validates and (over or (every is not None and every.due(progress)))
     logs = validating or over or settings.log_every.due(progress)
@@ -25,6 +26,7 @@ def report(run: Run, validates: bool) -> bool:
         validated = validation(run)
         if run.signal is not None:
             return False
+        # A plugin may have asked for the end because of this validation.
         run.ending = run.ending or run.stop_reason is not None
     if logs or run.ending:
         log_row(run, validated)
@@ -60,6 +62,7 @@ def log_row(run: Run, validated: dict[str, float]) -> None:
     del run.history[:-5000]  # a long run must not fill the memory; loggers have all rows
     # Before the error below, so that the loggers have the row that explains it.
     run.hook.on_log(run=run, metrics=metrics, validated=bool(validated))
+    # Without an applied step in the period there is no training loss, which is no error.
     for name in ("train/loss", *validated):
         if not math.isfinite(metrics.get(name, 0.0)):
             step = run.progress.step

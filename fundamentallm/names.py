@@ -64,6 +64,7 @@ def find_blocks(
     if problems := unmatched(setting, patterns, list(modules), "module"):
         raise SettingsError(problems)
     matched = [name for name in modules if matches(name, patterns)]
+    # A pattern such as ``layers.*`` also matches every module inside of a layer.
     outer = [name for name in matched if not _is_inside(name, matched)]
     for name in outer:
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):

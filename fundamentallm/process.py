@@ -59,14 +59,17 @@ def signals(run: Run) -> Iterator[None]:
         log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
 
     # Explicitly, since a shell's background job inherits SIGINT as ignored.
+    # Python lets only the main thread install handlers.
     main, limit = threading.current_thread() is threading.main_thread(), run.settings.max_time
     for number in ASKS if main else ():
         before[number] = signal.signal(number, ask)  # type: ignore[assignment]
+    # After the handlers: without one, SIGALRM ends the process.
     if main and limit:
         signal.setitimer(signal.ITIMER_REAL, limit.seconds or 0)
     try:
         yield
     finally:
+        # Before the handlers are restored, for the same reason.
         if main and limit:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for known, old in before.items():

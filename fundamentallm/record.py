@@ -50,6 +50,7 @@ def new_folder(composed: Composed) -> Path:
         while True:
             folder = run.folder / (name if count == 1 else f"{name}-{count}")
             with contextlib.suppress(FileExistsError):
+                # Of two processes that start at once, only one can make it.
                 folder.mkdir()
                 return folder
             if _taken_over(folder):

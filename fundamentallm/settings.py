@@ -23,6 +23,7 @@ from fundamentallm.periods import Period
 
 Role: TypeAlias = Literal["data", "model", "optimizer", "training", "control", "saver", "observer"]
 # A plugin that answers one of these hooks changes the data or the weights of a run.
+# The order matters: a plugin that answers hooks of several roles has the first one.
 ROLES: dict[str, tuple[str, ...]] = {
     "data": ("build_data", "build_tokenizer"),
     "model": ("build_model",),

@@ -54,6 +54,7 @@ def computing_threads(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        # A program may compute something else with torch afterwards, or train another run.
         torch.set_num_threads(before)
 
 
@@ -78,6 +79,7 @@ class Reading:
             ticks = os.sysconf("SC_CLK_TCK")
         except (AttributeError, OSError, ValueError):
             return None
+        # The last one is that of all threads of this process; its child processes count as others.
         return cls(time.monotonic(), busy / ticks, time.process_time())
 
     def used_by_others(self, earlier: Reading) -> float:
@@ -142,6 +144,7 @@ class Idle:
 
     def start(self, threads: int, cores: int) -> None:
         """Make so many of them that there are more threads than cores."""
+        # Each of them gets a team of ``threads`` OpenMP threads, as the main thread has one.
         self.count, self._over = cores // threads, threading.Event()
         for _ in range(self.count):
             one = threading.Thread(target=self._exist, args=(self._over,), daemon=True)

@@ -29,6 +29,7 @@ class Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Return a command, loaded if it is another distribution's."""
         own, entry = super().get_command(context, name), self._entries().get(name)
+        # No distribution can replace a command of the application itself.
         return entry.load() if own is None and entry else own
 
     def resolve_command(
@@ -68,6 +69,7 @@ class Commands(click.Group):
 
 def choice_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that change what a settings file says."""
+    # click shows the option that is added last before the others.
     for option in (
         click.option("--no-plugin", "remove", multiple=True, help="Leave a plugin out."),
         click.option("--plugin", "add", multiple=True, help="Add a plugin to the list."),

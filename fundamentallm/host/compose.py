@@ -39,6 +39,7 @@ class Composed:
         for name, instance in self.plugins.items():
             renamed = self.source.values.get(name, {}).get("plugin")
             if renamed and renamed.endswith(".py"):
+                # Absolute, since the recorded settings lie in another folder.
                 renamed = str(self.source.origin((name, "plugin")).folder / renamed)
             tables[name] = ({"plugin": renamed} if renamed else {}) | plain(instance)
         return tables
@@ -62,6 +63,7 @@ def compose(
         raise host.error(source.mistakes)
     own: Any = build(host.table, source.values.get(host.own, {}), source, (host.own,))
     listed, found = _listed(host, source, add, remove), find(host.name)
+    # Before any file is loaded: it may import modules of its folder.
     _use_folders(source, listed)
     built, brought = dict[str, Any](), dict[str, Provenance]()
     for name, entry in listed.items():
@@ -80,7 +82,9 @@ def compose(
     host.check(source, built | {host.own: own})
     if source.mistakes:
         raise host.error(source.mistakes)
+    # Only to raise an error for a circle now, before anything is started.
     order(host, built)
+    # With the absolute paths of local files, so that the record composes from any folder.
     source.values["plugins"] = list(listed.values())
     return Composed(host, own, built, source, brought)
 
@@ -89,10 +93,12 @@ def register(host: Host, composed: Composed, defaults: Mapping[str, Any]) -> plu
     """Register the plugins, so that they are called in list order, and the defaults they need."""
     files = [Path(who.name) for who in composed.brought.values() if who.kind == "file"]
     if files:
+        # Again: another composition may have taken these folders out in between.
         local.use(file.parent for file in files)
     registry = pluggy.PluginManager(host.name)
     registry.add_hookspecs(host.hooks)
     answers = answering(host, composed.plugins)
+    # Where a plugin answers, a default would be a second answer.
     core = {hook: staticmethod(answer) for hook, answer in defaults.items() if hook not in answers}
     registry.register(type("Defaults", (), core), "core")
     for name in reversed(order(host, composed.plugins)):  # pluggy calls the last one first
@@ -110,6 +116,7 @@ def order(host: Host, plugins: Mapping[str, object]) -> list[str]:
         if not ready:
             circle = f"before/after of these plugins run in a circle: {', '.join(left)}"
             raise host.error([Mistake((), "hook", circle)])
+        # One at a time, and the first in the list: so no plugin moves without need.
         done.append(ready[0])
     return done
 
@@ -125,6 +132,7 @@ def _listed(
         source.note(Mistake(("plugins",), "type", "a list of plugin names", stated))
     listed: dict[str, str] = {}
     here = source.origin(("plugins",)).folder
+    # A path in a file is relative to that file, one on the command line to the working directory.
     for entry, folder in [*((e, here) for e in entries), *((e, Path.cwd()) for e in add)]:
         local = entry.endswith(".py")
         name = Path(entry).stem if local else entry

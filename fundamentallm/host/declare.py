@@ -76,6 +76,7 @@ def state_fields(cls: type) -> list[str]:
 
 def attribute_docs(cls: type) -> dict[str, str]:
     """Return the docstrings under the fields of a class, in one line each; {} without source."""
+    # From the source code: Python does not keep the texts under fields.
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except (OSError, TypeError, SyntaxError):
@@ -126,5 +127,6 @@ def set_state(instance: object, kept: dict[str, Any]) -> None:
     if own is not None:
         own(kept)
         return
+    # Another version may have saved more fields or fewer.
     for name in set(state_fields(type(instance))) & set(kept):
         setattr(instance, name, kept[name])

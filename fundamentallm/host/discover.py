@@ -64,6 +64,7 @@ def plugin_class(
     if offers:
         text = f"plugin {wanted!r} is offered by {' and '.join(o.distribution for o in offers)}"
     elif (had := source.recorded.get(name)) is not None and had.kind == "distribution":
+        # The version that the run was recorded with, since the run is to be continued.
         text += f": pip install {had.name}=={had.version}, or leave it out: --no-plugin {name}"
     elif wanted in host.known:
         text += f": pip install {host.known[wanted].distribution}"
@@ -107,6 +108,7 @@ def _line(error: Exception, who: Provenance) -> str:
 
 def _load_file(host: Host, path: Path) -> type:
     module = local.load(path)
+    # Only the classes of the file itself, and none that it imports.
     own = [
         c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
     ]

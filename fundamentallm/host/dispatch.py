@@ -102,6 +102,7 @@ class _Freezing:
         kind = self.host.kind(hook)
         if not calls:
             return cast("Call", Nothing())
+        # A single event or edit needs no list, since its answer is ignored.
         if kind != "exclusive" and (len(calls) > 1 or kind == "vote"):
             return _each(calls, to_the_end=hook in self.host.to_the_end)
         call = calls[0]
@@ -212,6 +213,7 @@ def _surrounded(call: Call, impl: HookImpl, spec: tuple[str, ...]) -> Call:
     function, unwanted = cast("Call", impl.function), [n for n in spec if n not in impl.argnames]
 
     def surround(**given: Any) -> Any:
+        # A copy: the wrapped call needs all arguments.
         wanted = dict(given)
         for name in unwanted:
             del wanted[name]

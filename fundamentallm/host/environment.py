@@ -55,6 +55,7 @@ def _processor() -> str:
 def _git(*words: str) -> str | None:
     try:
         command = ["git", *words]
+        # A git that hangs must not keep the run from its start.
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -140,6 +140,7 @@ def class_problems(host: Host, cls: type) -> Iterator[str]:
     methods = {name: method for name, *method in hook_methods(host, cls)}
     if not methods:
         yield f"class {cls.__name__} has no method that is marked with @hookimpl"
+    # pluggy ignores a method without the marker, and gives no warning.
     for name in (hook for hook in hooks if hasattr(cls, hook) and hook not in methods):
         yield f"method {name} is named like a hook but lacks @hookimpl"
     for name, (options, function) in methods.items():
@@ -178,5 +179,6 @@ def _argument_problems(name: str, function: Any, known: list[str]) -> Iterator[s
     for word, parameter in inspect.signature(function).parameters.items():
         if word not in known:
             yield f"{name} has no argument {word!r}; known: {', '.join(known[1:])}"
+        # pluggy passes only what can be given by position and has no default.
         elif parameter.default is not parameter.empty or parameter.kind.name == "KEYWORD_ONLY":
             yield f"{name} would never get {word!r}: take it by position and without default"

@@ -124,6 +124,7 @@ def _read_file(source: Source, path: Path, above: tuple[Path, ...] = (), asked: 
     lines, chain = statement_lines(text), (*above, path.resolve())
     base = values.pop("extends", None)
     asked = f"{path}:{lines.get(('extends',))}: extends"
+    # By their resolved paths, since one file has many: through links, and through "..".
     if isinstance(base, str) and (path.parent / base).resolve() not in chain:
         _read_file(source, path.parent / base, chain, asked)
     elif base is not None:

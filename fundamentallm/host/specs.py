@@ -111,6 +111,7 @@ class Marker:
                 warn_on_impl=deprecated.warning(f"hook {hook!r}") if deprecated else None,
                 warn_on_impl_args=warnings or None,
             )
+            # On the function itself, since pluggy's marker has no place for them.
             function.hook_facts = facts  # type: ignore[attr-defined]
             return specify(function)
 

@@ -135,6 +135,7 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
 
 def _structure_plain(value: Any, cls: Any) -> Any:
     accepted = {float: (float, int), Path: (str, Path)}.get(cls, cls)
+    # True is an int in Python, but no number in TOML.
     if not isinstance(value, accepted) or (isinstance(value, bool) and cls is not bool):
         raise Mistakes(Mistake((), "type", _PLAIN[cls], value))
     return Path(str(value)).expanduser() if cls is Path else cls(value)
@@ -142,6 +143,7 @@ def _structure_plain(value: Any, cls: Any) -> Any:
 
 def _structure_literal(value: Any, cls: Any) -> Any:
     allowed = get_args(cls)
+    # With the types, since 1 equals True in Python.
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return value
     text = f"unknown value {written(value)}{suggest(str(value), map(str, allowed))}"
@@ -216,6 +218,7 @@ def _anchored(value: Any, stated: Any, source: Source, key: Key) -> Any:
     return parts if isinstance(value, dict) else attrs.evolve(value, **parts) if parts else value
 
 
+# Not cattrs' own groups of errors: ``Mistakes`` have the keys that lead to each value.
 converter = cattrs.Converter(detailed_validation=False)
 for _cls in _PLAIN:
     converter.register_structure_hook(_cls, _structure_plain)
@@ -226,5 +229,6 @@ for _hook, *_origins in (
 ):
     _is_one = partial(lambda origins, cls: get_origin(cls) in origins, _origins)
     converter.register_structure_hook_func(_is_one, _hook)
+# cattrs asks the last one first: a class that parses its values is not read as a table.
 converter.register_structure_hook_func(attrs.has, structure)
 converter.register_structure_hook_func(_is_parsed, _structure_parsed)
