@@ -202,7 +202,7 @@ class Worker:
         while b"\n" not in self._read:
             left = deadline - time.monotonic()
             ready, _, _ = select.select([self._pipe], [], [], max(0.0, min(left, SIGNAL_SECONDS)))
-            if not ready and self._is_cancelled():
+            if self._is_cancelled():
                 return {"error": "the wait was interrupted by a signal"}
             if not ready and left <= 0:
                 error = f"it did not open within {self._start_seconds:g} seconds"
