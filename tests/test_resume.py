@@ -68,11 +68,25 @@ def rows(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "time"} for row in found]
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Return the folder of a run that was never killed, by how its data is sampled."""
+    made: dict[str, Path] = {}
+
+    def make(sampling: str) -> Path:
+        if sampling not in made:
+            place = tmp_path_factory.mktemp(sampling)
+            done = run_to_end(command(place / "run", place / "cache", sampling))
+            assert done.returncode == 0, done.stderr
+            made[sampling] = place / "run"
+        return made[sampling]
+
+    return make
+
+
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(sampling, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run_to_end(command(whole, tmp_path / "cache", sampling))
-    assert done.returncode == 0, done.stderr
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(sampling, whole_run, tmp_path):
+    whole, killed = whole_run(sampling), tmp_path / "killed"
     moments = random.Random(sampling)
     words = command(killed, tmp_path / "cache", sampling)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,9 +115,8 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> int | N
     return None
 
 
-def test_a_run_stopped_by_sigterm_loses_no_step_and_says_how_to_go_on(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_to_end(command(whole, tmp_path / "cache", "random")).returncode == 0
+def test_a_run_stopped_by_sigterm_loses_no_step_and_says_how_to_go_on(whole_run, tmp_path):
+    whole, stopped = whole_run("random"), tmp_path / "stopped"
     words = command(stopped, tmp_path / "cache", "random")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
