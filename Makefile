@@ -48,9 +48,11 @@ test: setup
 	@echo "cuda are skipped where there is no NVIDIA GPU."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not ui"
 
-# Every Python that pyproject.toml names and this machine has; see .github/workflows/test.yml.
+# Every Python that pyproject.toml names and this machine has, from pyenv or on the PATH; see
+# .github/workflows/test.yml. make PYTHONS="/opt/a/python3.12 python3.13" test-all-pythons: these.
+PYTHONS ?= $(or $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3.1[123]),python3.11 python3.12 python3.13)
 test-all-pythons:
-	@for python in python3.11 python3.12 python3.13; do \
+	@for python in $(PYTHONS); do \
 		$$python -c '' 2>/dev/null || { echo "no $$python here: skipped"; continue; }; \
 		$(MAKE) test PYTHON=$$python || exit 1; done
 
