@@ -16,6 +16,7 @@ import grimp
 import pytest
 import tomli
 
+import fundamentallm
 from fundamentallm import HOOKS, find_plugins, role_of, setting_fields
 
 ROOT = Path(__file__).parent.parent
@@ -30,9 +31,9 @@ MODULES = sorted(
 PACKAGES = {path.name for path in ROOT.glob("plugins/*/fundamentallm_*")}
 
 
-def imports(path: Path) -> list[str]:
+def imports(of: Path | ast.Module) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(of if isinstance(of, ast.Module) else ast.parse(of.read_text())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -54,10 +55,34 @@ def test_no_module_is_over_400_lines_and_the_loop_is_at_most_200():
     assert sizes["fundamentallm/loop.py"] <= 200
 
 
+FEATURES = re.compile(r"fundamentallm_|(mlflow|torch\.distributed|torch\.amp)(\.|$)")
+
+
+def feature_uses(text: str) -> list[str]:
+    """Return the features and plugins that a module imports, or reads as an attribute of torch."""
+    tree = ast.parse(text)
+    read = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = imports(tree) + [name for name in read if re.fullmatch(r"torch\.\w+", name)]
+    return [name for name in names if FEATURES.match(name)]
+
+
 def test_the_core_imports_no_plugin_and_no_feature():
-    forbidden = re.compile(r"fundamentallm_|mlflow|torch\.distributed|torch\.amp")
     for path in [*CORE, *TESTING]:
-        assert [name for name in imports(path) if forbidden.match(name)] == [], path.name
+        assert feature_uses(path.read_text()) == [], path.name
+
+
+@pytest.mark.parametrize(
+    ("text", "uses"),
+    [
+        ("import mlflow, torch.distributed", ["mlflow", "torch.distributed"]),
+        ("def f():\n    from torch import amp, nn", ["torch.amp"]),
+        ("import torch\ntorch.distributed.is_initialized()", ["torch.distributed"]),
+        ("import fundamentallm_text", ["fundamentallm_text"]),
+        ("import torch\nfrom torch.distributions import Normal\ntorch.amplify", []),
+    ],
+)
+def test_a_feature_is_found_in_imports_and_attributes(text, uses):
+    assert feature_uses(text) == uses
 
 
 def test_the_host_knows_neither_training_nor_torch():
@@ -68,18 +93,55 @@ def test_the_host_knows_neither_training_nor_torch():
         assert found == [], path.name
 
 
+def foreign_imports(text: str, own: str) -> list[str]:
+    """Return what a module of the distribution ``own`` imports from another one of this project,
+    except names of the core's face."""
+    return [
+        name
+        for name in imports(ast.parse(text))
+        if re.match(r"fundamentallm(_|\.|$)", name)
+        and name.split(".")[0] != own
+        and name not in {f"fundamentallm.{face}" for face in fundamentallm.__all__}
+    ]
+
+
 def test_plugins_import_from_the_core_its_face_alone_and_never_each_other():
-    modules = {path.name for path in (ROOT / "fundamentallm").glob("*.py")} | {
-        "host.py",
-        "testing.py",
-    }
     for path in MODULES:
         own = path.relative_to(ROOT / "plugins").parts[1]
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "fundamentallm":
-                assert f"{parts[1]}.py" not in modules if len(parts) > 2 else True, (path, name)
-            assert not parts[0].startswith("fundamentallm_") or parts[0] == own, (path, name)
+        assert foreign_imports(path.read_text(), own) == [], path
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from fundamentallm import Run, loop, rng", ["fundamentallm.loop", "fundamentallm.rng"]),
+        ("import fundamentallm.run", ["fundamentallm.run"]),
+        ("import fundamentallm", ["fundamentallm"]),
+        ("from fundamentallm.periods import Period", ["fundamentallm.periods.Period"]),
+        ("def f():\n    from fundamentallm_b import B", ["fundamentallm_b.B"]),
+        ("from fundamentallm import Run, folder, train\nfrom fundamentallm_a.x import y", []),
+        ("import fundamentallm_a.x", []),
+    ],
+)
+def test_an_import_from_outside_of_the_face_is_found(text, found):
+    assert foreign_imports(text, "fundamentallm_a") == found
+
+
+def test_the_import_contracts_list_every_package_and_every_module_of_the_core():
+    linter = tomli.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contracts = {contract["name"]: contract for contract in linter["contracts"]}
+    face = contracts["plugins import from the core its face alone"]
+    no_plugin = contracts["the core imports no plugin and no mlflow"]["forbidden_modules"]
+    no_training = contracts["the host knows nothing of training, and imports no torch"]
+    assert set(linter["root_packages"]) == PACKAGES | {"fundamentallm"}
+    assert set(contracts["plugins never import each other"]["modules"]) == PACKAGES
+    assert set(face["source_modules"]) == PACKAGES
+    assert set(no_plugin) == PACKAGES | {"mlflow"}
+    core = {f"fundamentallm.{path.stem}" for path in CORE} - {"fundamentallm.__init__"}
+    core |= {"fundamentallm.testing"}
+    public = {f"fundamentallm.{name}" for name in fundamentallm.__all__}
+    assert set(face["forbidden_modules"]) == (core | {"fundamentallm.host"}) - public
+    assert set(no_training["forbidden_modules"]) == core | {"torch", "mlflow"}
 
 
 def test_the_storage_of_checkpoints_knows_no_run_and_nothing_above_it():
@@ -151,7 +213,7 @@ def underscore_uses(text: str) -> list[str]:
 
 
 # torch documents this class and has no public path to it. Only the test kit may use it: a change of
-# torch would break the tests of its users, never a run.
+# torch would break the tests of its users, never a run. See docs/decisions/0012.
 UNDERSCORES_OF_TESTS = ["torch.utils._python_dispatch.TorchDispatchMode"]
 
 
