@@ -239,8 +239,11 @@ class Hooks(Protocol):
         """Receive the metrics of a validation as plain floats, such as ``val/loss``."""
 
     @exclusive(since="0.1")
-    def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
-        """Combine the metrics of all processes. Default: unchanged."""
+    def reduce_metrics(
+        self, run: Run, metrics: dict[str, float], scope: Literal["step", "row", "validation"]
+    ) -> dict[str, float]:
+        """Combine the metrics of all processes. ``scope`` is what they describe; a plugin that
+        compares processes within a step calls this with ``"step"``. Default: unchanged."""
 
     @event(since="0.1")
     def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:

@@ -35,7 +35,8 @@ def report(run: Run, validates: bool) -> bool:
 
 def validation(run: Run) -> dict[str, float]:
     """Validate, and call ``on_validation_end`` unless a signal interrupted the validation."""
-    metrics = run.hook.reduce_metrics(run=run, metrics=run.hook.validate(run=run))
+    found = run.hook.validate(run=run)
+    metrics = run.hook.reduce_metrics(run=run, metrics=found, scope="validation")
     if run.signal is None:
         run.hook.on_validation_end(run=run, metrics=metrics)
     return metrics
@@ -54,7 +55,7 @@ def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
 
 def log_row(run: Run, validated: dict[str, float]) -> None:
     """Turn what was logged into numbers, and hand the row to the loggers."""
-    means = run.hook.reduce_metrics(run=run, metrics=run.take_logged())
+    means = run.hook.reduce_metrics(run=run, metrics=run.take_logged(), scope="row")
     means["optim/lr"] = run.progress.lr
     means["train/tokens"] = float(run.progress.tokens)
     metrics = means | validated

@@ -172,7 +172,7 @@ ANSWERS = {
     "evaluation_weights": (lambda run: nullcontext(), None),
     "validate": (own_validation, lambda run: run.history[-1]["val/loss"] == 7.0),
     "reduce_metrics": (
-        lambda run, metrics: dict.fromkeys(metrics, 3.0),
+        lambda run, metrics, scope: dict.fromkeys(metrics, 3.0),
         lambda run: run.history[-1]["train/loss"] == 3.0,
     ),
     "stop_agreed": (

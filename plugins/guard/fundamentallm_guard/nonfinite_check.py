@@ -49,7 +49,7 @@ def loss_and_gradient(run: Run, parameters: list[nn.Parameter]) -> tuple[float, 
     if run.world_size == 1:
         return loss, gradient
     metrics = {"guard/loss": loss, "guard/gradient": gradient}
-    agreed = run.hook.reduce_metrics(run=run, metrics=metrics)
+    agreed = run.hook.reduce_metrics(run=run, metrics=metrics, scope="step")
     return agreed["guard/loss"], agreed["guard/gradient"]
 
 

@@ -48,7 +48,7 @@ class Throughput:
         # Not settings, not state: what lives as long as the process.
         self._timer: StepTimer | None = None
         self._peak: float | None = None
-        self._validating = self._off = False
+        self._off = False
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
@@ -84,18 +84,12 @@ class Throughput:
             self._timer.step_ended(run)
 
     @hookimpl(wrapper=True)
-    def validate(self) -> Generator[None, dict[str, float], dict[str, float]]:
-        """Mark the next reduced metrics as those of a validation, not of a row."""
-        # reduce_metrics is called for validations and rows, and is not given which of them it is.
-        self._validating = True
-        return (yield)
-
-    @hookimpl(wrapper=True)
-    def reduce_metrics(self, run: Run) -> Generator[None, dict[str, float], dict[str, float]]:
+    def reduce_metrics(
+        self, run: Run, scope: str
+    ) -> Generator[None, dict[str, float], dict[str, float]]:
         """Add the speed to a row of metrics, whose values have just been read from the device."""
         metrics = yield
-        if self._validating or self._off:
-            self._validating = False
+        if scope != "row" or self._off:
             return metrics
         try:
             return metrics | self._measured(run)

@@ -97,6 +97,11 @@ class Clock:
         """Seconds of the calls between steps by phase and plugin, without nested calls."""
         return {key: taken[0] for key, taken in self._taken.items()}
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a timed call is under way."""
+        return bool(self._phase)
+
     def in_steps(self) -> float:
         """Return the seconds until now, from any origin, without the calls between steps."""
         return (self._since if self._phase in BETWEEN else self.now()) - self.between
