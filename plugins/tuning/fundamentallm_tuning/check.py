@@ -22,7 +22,7 @@ from fundamentallm_tuning.digests import restored_from_memory
 from fundamentallm_tuning.estimate import Plan
 from fundamentallm_tuning.extrapolate import StepSample, may_change, total_of
 from fundamentallm_tuning.probe import Comparison, Probe
-from fundamentallm_tuning.trial import ended, follows, reduced, saves, scratch
+from fundamentallm_tuning.trial import ended, follows, reduced, saves, scratch, setting
 
 
 @attrs.frozen
@@ -73,9 +73,9 @@ def _divert(composed: Composed, folder: Path, steps: int) -> None:
         composed.run.validate_every = Period(max(steps - 1, 1))
     for name, one in composed.plugins.items():
         if saves(one):
-            if isinstance(getattr(one, "folder", None), Path):
+            if setting(one, "folder", Path) is not None:
                 one.folder = folder / f"elsewhere-{name}"
-            if isinstance(getattr(one, "every", None), Period):
+            if setting(one, "every", Period) is not None:
                 one.every = Period(steps)
 
 
@@ -151,7 +151,7 @@ def _trained(composed: Composed, probe: Probe, folder: Path) -> Restored | None:
     """Train; where no checkpoint can be resumed from, restore from memory at once."""
     run = ended(train(reduced(composed, _takes_part, probe), run_dir=folder / "run"))
     savers = [one for one in run.plugins.values() if saves(one)]
-    if probe.saved and any(getattr(one, "contents", "all") == "all" for one in savers):
+    if probe.saved and any(setting(one, "contents", str) in (None, "all") for one in savers):
         return None
     return Restored(None, restored_from_memory(run))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fundamentallm import Composed, Period, round_up
 from fundamentallm_tuning.extrapolate import StepSample, Total, total_of
-from fundamentallm_tuning.trial import saves
+from fundamentallm_tuning.trial import saves, setting
 from fundamentallm_tuning.units import counted, duration, in_step, line
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Plan(NamedTuple):
         """Read it from the settings, before a trial changes them."""
         run = composed.run
         savers = [one for one in composed.plugins.values() if saves(one)]
-        periods = [getattr(one, "every", None) for one in savers]
-        found = [every for every in periods if isinstance(every, Period)]
+        periods = [setting(one, "every", Period) for one in savers]
+        found = [every for every in periods if every is not None]
         return cls(run.length, run.validate_every, run.validate_first, found)
 
 

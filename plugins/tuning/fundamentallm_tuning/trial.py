@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fundamentallm import (
     Composed,
@@ -20,11 +20,13 @@ from fundamentallm import (
     kind,
     plugin,
     role_of,
+    setting_fields,
 )
 
 if TYPE_CHECKING:
     from fundamentallm import Run
 
+T = TypeVar("T")
 OWN = "fundamentallm-tuning"
 """Instance name of the plugin that a trial adds to those of the settings."""
 SHAPING_ROLES = {"data", "model", "optimizer", "training"}
@@ -55,6 +57,15 @@ def answering(composed: Composed, hook: str) -> str | None:
 def saves(instance: object) -> bool:
     """Return whether a plugin saves checkpoints."""
     return role_of(instance) == "saver"
+
+
+def setting(instance: object, name: str, kind: type[T]) -> T | None:
+    """Return the value of a plugin's setting; None if its class declares none of this name, or if
+    the value is not of this kind."""
+    if name not in setting_fields(type(instance)):
+        return None
+    value = getattr(instance, name)
+    return value if isinstance(value, kind) else None
 
 
 def follows(instance: object) -> bool:

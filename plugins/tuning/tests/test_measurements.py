@@ -10,7 +10,8 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fundamentallm import Period
+from fundamentallm import Period, field, hookimpl, plugin
+from fundamentallm.testing import compose_tiny
 from fundamentallm_tuning.batch_size_finder import StepSettings, fastest_of, largest_that_fits
 from fundamentallm_tuning.estimate import Plan, estimated
 from fundamentallm_tuning.extrapolate import StepSample, total_of
@@ -27,6 +28,36 @@ def bathtub(fall: int, rise: int) -> list[float]:
     drops = [3 / (1 + math.exp(-(k - fall) / 4)) for k in range(100)]
     rises = [9 / (1 + math.exp(-(k - rise) / 2)) for k in range(100)]
     return [5 - drop + up for drop, up in zip(drops, rises, strict=True)]
+
+
+def test_the_plan_has_the_periods_that_savers_declare_as_settings() -> None:
+    @plugin
+    class Saves:
+        """Saves with a period that settings state."""
+
+        role = "saver"
+        every: Period = Period(3)
+
+        @hookimpl
+        def on_safe_point(self) -> None: ...
+
+    @plugin
+    class Counts(Saves):
+        """Has a period of its own, which is no setting."""
+
+        every: Period = field(init=False, default=Period(5))
+
+    @plugin
+    class Watches:
+        """Has a setting of that name, and saves nothing."""
+
+        role = "observer"
+        every: Period = Period(7)
+
+        @hookimpl
+        def on_log(self) -> None: ...
+
+    assert Plan.of(compose_tiny(Saves(), Counts(), Watches(), length=4)).saves == [Period(3)]
 
 
 @pytest.mark.parametrize("fall", [30, 50, 64])
