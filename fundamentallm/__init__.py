@@ -26,7 +26,7 @@ from fundamentallm.host import (
 from fundamentallm import folder
 from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
-from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.errors import PluginError, SettingsError, StorageError, ran_out_of_memory
 from fundamentallm.files import durable_file, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.local_code import code_changes
@@ -97,6 +97,7 @@ __all__ = [
     "parameter_names",
     "plugin",
     "plugin_name",
+    "ran_out_of_memory",
     "recorded",
     "role_of",
     "round_up",

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+_ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory")
+
 
 class FundamentalError(Exception):
     """An end of the run that its user can act on; ``str()`` of it is the whole message."""
@@ -48,6 +50,16 @@ class OutOfMemoryError(FundamentalError):
     """The host's or the device's memory does not hold the run."""
 
     exit_code = 6
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python or one of torch's allocators raised this because memory ran out."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The allocators of CPUs and of Apple's GPUs raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATORS)
 
 
 class PluginError(FundamentalError):

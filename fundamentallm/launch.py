@@ -22,6 +22,7 @@ from fundamentallm.errors import (
     PluginError,
     SettingsError,
     StorageError,
+    ran_out_of_memory,
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
@@ -304,9 +305,7 @@ def naming_the_plugin(registry: PluginManager, brought: Mapping[str, object]) ->
     except FundamentalError:
         raise
     except Exception as error:
-        # The CPU's and MPS's allocators raise a plain RuntimeError.
-        allocator = any(text in str(error) for text in ("can't allocate memory", "out of memory"))
-        if allocator or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if ran_out_of_memory(error):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
         blamed = blame(error, registry, brought) or _local_cause(error, registry, brought)
         if blamed is None:

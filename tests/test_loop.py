@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from fundamentallm import (
     Batch,
     NotFiniteError,
+    OutOfMemoryError,
     Period,
     PluginError,
     Rejection,
     SettingsError,
     hookimpl,
     plugin,
+    ran_out_of_memory,
 )
 from fundamentallm.testing import Recorder, TinyData, TinySamples, assert_same_weights, weights
 
@@ -622,3 +624,29 @@ def test_time_is_counted_as_training_time(tiny_run):
     assert run.progress.seconds < 0.2
     assert run.progress.seconds >= 0.05
     assert Period(0.05, "seconds").reached(run.progress)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA: no room"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), OutOfMemoryError),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: 8 bytes"), OutOfMemoryError),
+        (RuntimeError("MPS backend out of memory"), OutOfMemoryError),
+        (RuntimeError("the memory of a past run"), PluginError),
+    ],
+    ids=str,
+)
+def test_a_run_that_no_memory_is_left_for_ends_with_an_error_of_its_own(tiny_run, error, kind):
+    @plugin
+    class Hoards:
+        """Has no room for the optimizer's state."""
+
+        @hookimpl
+        def optimizer_step(self):
+            raise error
+
+    with pytest.raises(kind):
+        tiny_run(Hoards())
+    assert ran_out_of_memory(error) == (kind is OutOfMemoryError)

@@ -17,6 +17,7 @@ from fundamentallm import (
     gt,
     hookimpl,
     plugin,
+    ran_out_of_memory,
     state,
     state_fields,
 )
@@ -129,7 +130,7 @@ class Guard:
         except Exception as error:
             from fundamentallm_guard import memory, split_batch
 
-            if not memory.ran_out(error):
+            if not ran_out_of_memory(error):
                 raise
             self._memory_text = text = memory.described(run, batch, error)
             if self.oom == "split" and split_batch.count_rows(batch) < 2:

@@ -1,4 +1,4 @@
-"""Out of memory: recognize the error, report memory use, release memory."""
+"""Out of memory: report memory use, release memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ import torch
 if TYPE_CHECKING:
     from fundamentallm import Batch, Run
 
-# Texts of torch's errors on CPUs and on Apple's GPUs, which have no type of their own.
-_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 _MIB = 2**20
-
-
-def ran_out(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
 
 
 def described(run: Run, batch: Batch, error: BaseException) -> str:
