@@ -1,13 +1,15 @@
 """Measure the training time with busy processes, for each way in which torch's threads may wait.
 
-``python tests/benchmarks/threads.py [REPEATS]`` trains two models in processes of their own: that of
+``python tests/benchmarks/threads.py`` trains two models in processes of their own: that of
 ``settings/tiny.toml`` and that of ``settings/quickstart.toml``, each on idle cores, with one busy
 process for every core but one, with one for every core, and with one that comes and goes. For each
-it prints the median seconds of training with each choice. Nothing else should run on the machine.
+it prints the median seconds of training with each choice. ``--repeats N`` trains so often (3),
+``--choices`` and ``--loads`` name some of them. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -88,15 +90,22 @@ def seconds(model: str, choice: dict[str, str], folder: Path) -> float:
 
 def main() -> None:
     """Print a table for each model."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    chosen = parser.parse_args()
     for model, length in MODELS.items():
-        print(f"\n{model}, {length} steps, {CORES} cores: median seconds of {repeats}")
-        print(f"{'':26}" + "".join(f"{name:>16}" for name in LOADS))
-        for name, choice in CHOICES.items():
+        print(f"\n{model}, {length} steps, {CORES} cores: median seconds of {chosen.repeats}")
+        print(f"{'':26}" + "".join(f"{name:>16}" for name in chosen.loads))
+        for name in chosen.choices:
             row = []
-            for processes in LOADS.values():
-                with tempfile.TemporaryDirectory() as folder, load(processes):
-                    times = [seconds(model, choice, Path(folder) / str(n)) for n in range(repeats)]
+            for at in chosen.loads:
+                with tempfile.TemporaryDirectory() as folder, load(LOADS[at]):
+                    times = [
+                        seconds(model, CHOICES[name], Path(folder) / str(n))
+                        for n in range(chosen.repeats)
+                    ]
                 row.append(median(times))
             print(f"{name:26}" + "".join(f"{value:16.1f}" for value in row), flush=True)
 
