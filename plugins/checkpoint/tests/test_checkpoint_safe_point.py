@@ -1,7 +1,9 @@
-"""What a safe point asks of the file system: nothing, if it does not save; and never a manifest."""
+"""What a safe point asks of the file system: nothing, if it does not save; and never a manifest.
+How many functions of the package it calls."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from fundamentallm_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     from fundamentallm import Run
     from fundamentallm.testing import TinyRun
@@ -35,21 +38,37 @@ sys.addaudithook(_audit)  # stays until the process ends; without a list it does
 
 
 @contextmanager
-def calls_of_the_file_system() -> Iterator[list[str]]:
-    """Collect the names of the system calls that this thread makes."""
-    found: list[str] = []
+def calls() -> Iterator[tuple[list[str], list[str]]]:
+    """Collect the system calls that this thread makes on files, and its calls of functions that
+    the package defines."""
+    system: list[str] = []
+    functions: list[str] = []
 
-    def profile(_: Any, event: str, called: Any) -> None:
+    def profile(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
             module, name = getattr(called, "__module__", ""), called.__name__
             if (module in ("posix", "fcntl") and name not in HARMLESS) or module == "_io":
-                found.append(f"{module}.{name}")
+                system.append(f"{module}.{name}")
+        elif event == "call" and is_function_of_the_package(frame):
+            functions.append(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
 
     sys.setprofile(profile)
     try:
-        yield found
+        yield system, functions
     finally:
         sys.setprofile(None)
+
+
+def is_function_of_the_package(frame: FrameType) -> bool:
+    """Not comprehensions and lambdas, which later versions of Python inline, nor generators, which
+    are entered again for every item, nor the code that attrs writes."""
+    code = frame.f_code
+    return (
+        str(frame.f_globals.get("__name__")).startswith("fundamentallm_checkpoint")
+        and not code.co_name.startswith(("<", "__attrs"))
+        and not code.co_filename.startswith("<")
+        and not code.co_flags & inspect.CO_GENERATOR
+    )
 
 
 @plugin
@@ -57,6 +76,7 @@ class Watches:
     """Collects what every safe point asks of the file system, by step."""
 
     calls: dict[int, list[str]] = field(init=False, factory=dict)
+    functions: dict[int, list[str]] = field(init=False, factory=dict)
     opened: dict[int, list[str]] = field(init=False, factory=dict)
     watched: Any = field(init=False, default=None)
 
@@ -70,9 +90,10 @@ class Watches:
         def watched(*, run: Run) -> Any:
             LISTS.append([])
             try:
-                with calls_of_the_file_system() as calls:
+                with calls() as (system, functions):
                     answer = safe_point(run=run)
-                self.calls[run.progress.step] = calls
+                self.calls[run.progress.step] = system
+                self.functions[run.progress.step] = functions
                 for thread in threading.enumerate():
                     if thread.name == "checkpoint":
                         thread.join()
@@ -104,3 +125,22 @@ def test_a_safe_point_that_saves_reads_no_manifest(asynchronous: bool, tiny_run:
     assert [path for path in read if "step-" in path] == []
     kept_ = sorted(path.name for path in (run.folder / "checkpoints").glob("step-*"))
     assert len(kept_) < 8, "the test needs a run that deletes checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "first", "later", "after"), [(True, 33, 30, 7), (False, 58, 58, 1)]
+)
+def test_a_safe_point_uses_no_more_functions_of_the_package_than_were_measured(
+    asynchronous: bool, first: int, later: int, after: int, tiny_run: TinyRun
+) -> None:
+    watches = Watches()
+    kept = Checkpoint(every=Period(4), keep_best=2, asynchronous=asynchronous)
+    tiny_run(kept, watches, length=11, log_every=3)
+    idle = [watches.functions[step] for step in (2, 3, 6, 7, 10)]
+    assert idle == [["fundamentallm_checkpoint.Checkpoint.on_safe_point"]] * 5
+    # Different functions: how often each is called depends on the tensors and values of the state.
+    used = {step: sorted(set(watches.functions[step])) for step in (4, 5, 8)}
+    assert len(used[4]) <= first, used[4]
+    assert len(used[8]) <= later, used[8]
+    # An asynchronous save is reported at the safe point after the one that began it.
+    assert len(used[5]) <= after, used[5]
