@@ -158,6 +158,26 @@ def test_the_storage_of_checkpoints_knows_no_run_and_nothing_above_it():
         assert "Run" not in names, path.name
 
 
+BOTH_PROCESSES = {"journal", "sync_state", "tracking_uri"}
+"""Modules of mlflow that the training process and the upload worker use."""
+
+
+def test_the_upload_worker_and_the_training_process_share_only_the_modules_for_both():
+    package = "fundamentallm_mlflow"
+    graph = grimp.build_graph(package, exclude_type_checking_imports=True, cache_dir=None)
+    worker = {f"{package}.worker", *graph.find_descendants(f"{package}.worker")}
+    shared = {f"{package}.{name}" for name in BOTH_PROCESSES}
+    used = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    training = graph.modules - worker - shared - {f"{package}.cli"}
+    assert shared < graph.modules
+    # The commands run in a process of their own, so they may use both rooms.
+    assert {name: found for name in training | shared if (found := used[name] & worker)} == {}
+    assert {name: found for name in worker if (found := used[name] - worker - shared)} == {}
+    assert {name: found for name in shared if (found := used[name] - shared)} == {}
+    for name in BOTH_PROCESSES:
+        assert f"`{name}`" in (ROOT / "docs" / "architecture.md").read_text(), name
+
+
 def test_no_modules_import_each_other_in_a_circle_at_run_time():
     packages = ["fundamentallm", *PACKAGES]
     graph = grimp.build_graph(*packages, exclude_type_checking_imports=True, cache_dir=None)
@@ -392,6 +412,79 @@ def test_code_and_documents_use_plain_words():
 )
 def test_listed_words_are_found_in_names_and_sentences_and_not_in_other_words(text, words):
     assert listed_words(text) == words
+
+
+PHRASES = {
+    "a word in a reason": (
+        r"""["'] (not )?in \S*(why|reason|rejection)\b|(why|reason)\.(starts|ends)with\(""",
+        "",
+        """theirs = [why for why in run.rejected if "gradient" not in why]""",
+    ),
+    "how a plugin's origin is printed": (
+        r"given as an object",
+        "fundamentallm/host/sources.py",
+        """if "given as an object" in facts["plugins"][name]:""",
+    ),
+    "the prefix of a hook's name": (
+        r"""startswith\(\(?["'](on|build|edit)_""",
+        "",
+        """events = [hook for hook in HOOKS if hook.startswith("on_")]""",
+    ),
+    "an attribute that a saver may have": (
+        r"""(get|has)attr\([^()]+, ["'](every|folder|contents)["']""",
+        "",
+        """if getattr(one, "every", None) is not None:""",
+    ),
+    "a method's name in place of an event": (
+        r"take_histogram",
+        "",
+        """if hasattr(one, "take_histogram"):""",
+    ),
+    "the last logged step, computed again": (
+        r"- \(?not (\w+\.)*closed\b",
+        "fundamentallm/data.py",
+        """known = progress.step - (not progress.closed)""",
+    ),
+    "a flag that one hook sets for the next": (
+        r"self\._(is_)?(validating|after_validation|in_validation)\b",
+        "",
+        """self._validating = self._off = False""",
+    ),
+    "a counter whose parity means something": (
+        r"\bmoment\s*(\+=|%|&|= 0$|= 0\s)",
+        "",
+        """moment = 0  # twice the step; odd while one is attempted""",
+    ),
+    "a plural that is corrected afterwards": (
+        r"batchs",
+        "",
+        """return f"{name}s".replace("batchs", "batches")""",
+    ),
+    "rounding up, written out again": (
+        r"\b1e-12\b",
+        "fundamentallm/periods.py",
+        """return -(-a * b * (1 - 1e-12) // 1)""",
+    ),
+    "a private operation of mixed precision": (
+        r"_amp_foreach",
+        "",
+        """torch._amp_foreach_non_finite_check_and_unscale_(grads, found, scale)""",
+    ),
+}
+"""What code must not decide by: a pattern, the one file that may have it, and code that was wrong."""
+
+
+@pytest.mark.parametrize(("pattern", "home", "wrong"), PHRASES.values(), ids=PHRASES)
+def test_data_decides_in_place_of_phrases(pattern, home, wrong):
+    assert re.search(pattern, wrong), "the pattern has to find the code that was wrong"
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for path in [*CORE, *OUR_HOST, *TESTING, *MODULES]
+        if (name := str(path.relative_to(ROOT))) != home
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert found == []
 
 
 def test_no_furniture_words_name_a_class_or_a_file():
