@@ -2,7 +2,8 @@
 
 These are the files of plugins that no installed distribution brings, and the modules in the same
 folder that they import, directly or through each other. What a file imports is read from its text,
-so that it does not depend on what a process has imported already.
+so that imports in hooks that have not run yet are included. The modules that the process has
+imported from the folder are added, since a text does not show ``importlib.import_module(name)``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import site
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -27,8 +29,13 @@ def local_files(plugins: Iterable[object]) -> dict[Path, Path]:
     found: dict[Path, Path] = {}
     entries = metadata.entry_points(group="fundamentallm")
     packages = {"fundamentallm", *(entry.module.partition(".")[0] for entry in entries)}
-    for path in filter(None, (_file_of(type(plugin), packages) for plugin in plugins)):
+    for cls in map(type, plugins):
+        path = _file_of(cls, packages)
+        if path is None:
+            continue
         left, home = [path], path.parent
+        if _is_listed_file(cls):
+            left += _in_memory(home, packages)
         # Modules may import each other in a circle: each file is followed once.
         while left:
             one = left.pop()
@@ -112,8 +119,7 @@ def _digest(path: Path) -> str | None:
 
 def _file_of(cls: type, packages: set[str]) -> Path | None:
     """Return the file of a class; None if it has none or an installed package brings it."""
-    module = cls.__module__
-    if not module.startswith(f"{local.__name__}.") and module.partition(".")[0] in packages:
+    if not _is_listed_file(cls) and cls.__module__.partition(".")[0] in packages:
         return None  # the package may be installed as editable, and so lie anywhere
     try:
         path = Path(inspect.getfile(cls)).resolve()
@@ -121,6 +127,22 @@ def _file_of(cls: type, packages: set[str]) -> Path | None:
         return None
     installed = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
     return None if any(map(path.is_relative_to, installed)) or not path.is_file() else path
+
+
+def _is_listed_file(cls: type) -> bool:
+    """Return whether a plugin came from a file that the settings list, not as an object."""
+    return cls.__module__.startswith(f"{local.__name__}.")
+
+
+def _in_memory(home: Path, packages: set[str]) -> Iterator[Path]:
+    """Yield the files of the modules that the process has imported from a folder."""
+    tops = {name.partition(".")[0] for name in sys.modules} - packages
+    # First the names: to resolve the file of each of thousands of modules would take long.
+    near = {top for top in tops if (home / top).is_dir() or (home / f"{top}.py").is_file()}
+    for name, module in sys.modules.copy().items():
+        words, file = name.split("."), getattr(module, "__file__", None)
+        if words[0] in near and file and (path := Path(file).resolve()) in _places(home, words):
+            yield path
 
 
 def _imported(path: Path, home: Path) -> Iterator[Path]:

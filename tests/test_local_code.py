@@ -111,6 +111,19 @@ def test_a_change_between_start_and_resume_is_reported_and_both_texts_are_kept(
     assert code_changes(again.folder) == []
 
 
+def test_a_module_that_is_imported_by_a_computed_name_is_recorded_with_what_it_imports(
+    place, tmp_path
+):
+    computed = 'import importlib\nimportlib.import_module("computed.inner")\n'
+    (place / "parts.py").write_text(computed + PARTS)
+    (place / "computed").mkdir()  # a namespace package
+    (place / "computed" / "inner.py").write_text("if False:\n    import unused\n")
+    run = train(place / "my.toml", run_dir=tmp_path / "run")
+    expected = {*USED, "computed/inner.py", "unused.py"}
+    assert set(code(run)) == {str(place / name) for name in expected}
+    assert (run.folder / "code" / "mine" / "computed" / "inner.py").is_file()
+
+
 def test_plugins_of_distributions_are_not_copied(tiny_run):
     run = tiny_run("jsonl", length=1)
     assert code(run) == {}
