@@ -155,7 +155,18 @@ def history(before: Record) -> list[str]:
             f"the run did not come to its end ({before.state}): it is compared up to "
             f"step {before.last_row}"
         )
-    return lines
+    return [*lines, *replaced_code(before)]
+
+
+def replaced_code(before: Record) -> list[str]:
+    """Return a line for each local file that the run used only until one of its resumes."""
+    return [
+        f"{path.relative_to(parent)}: was changed or removed at step {int(parent.name[-8:])} of "
+        f"the run; the version until then is {path}"
+        for parent in sorted((before.folder / folder.CODE).glob("until-step-" + "[0-9]" * 8))
+        for path in sorted(parent.rglob("*"))
+        if path.is_file()
+    ]
 
 
 def environments(before: Record, after: Record) -> list[str]:

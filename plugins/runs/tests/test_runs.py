@@ -38,7 +38,6 @@ from fundamentallm_runs.metrics_file import Columns, Row, gathered, parsed, read
 from fundamentallm_runs.rerun import (
     Comparison,
     Saved,
-    changed_code,
     data_change,
     different_weights,
     newest_saved,
@@ -95,6 +94,7 @@ class Fails:
 
 def trained(folder: Path, lr: float = 0.1, plugins=(), **more):
     """Train a tiny run into a folder."""
+    folder.parent.mkdir(exist_ok=True)
     (folder.parent / "parts.py").write_text(LOCAL)
     settings = {
         "plugins": [str(folder.parent / "parts.py"), "jsonl", "checkpoint", *plugins],
@@ -857,7 +857,7 @@ def test_other_versions_are_named(copies, tmp_path):
     assert f"\nthreads: was {kept['threads']}, is {kept['threads'] - 3}\n" in shown
 
 
-def test_a_changed_local_file_is_reported(copies, tmp_path):
+def test_a_local_file_that_only_one_of_the_runs_uses_is_reported(copies, tmp_path):
     path = copies[0] / "environment.json"
     kept = json.loads(path.read_text())
     old = {"/a/parts.py": {"sha256": "1", "copy": "code/a/parts.py"}}
@@ -868,19 +868,31 @@ def test_a_changed_local_file_is_reported(copies, tmp_path):
         path.write_text(json.dumps(kept | {"code": kept.get("code", {}) | changed}))
         shown = said(rerun, copies[0], "--run-dir", tmp_path / f"x{len(changed)}")
         assert (line in shown) if line else ("/a/parts.py" not in shown)
-    before, after = (
-        Record(
-            copies[0],
-            {},
-            {"code": {"/a/parts.py": {"sha256": sha, "copy": "code/a/parts.py"}}},
-            Columns(),
-        )
-        for sha in "12"
-    )
-    copy = copies[0] / "code/a/parts.py"
-    assert changed_code(before, after) == [
-        f"/a/parts.py: has changed since the run; the old version is {copy}"
-    ]
+
+
+def test_a_local_file_that_was_edited_since_the_run_is_reported_with_its_copy(tmp_path):
+    first = trained(tmp_path / "mine" / "first")
+    file = tmp_path / "mine" / "parts.py"
+    file.write_text(LOCAL.replace("lr=self.lr", "lr=self.lr * 2"))
+    shown = said(rerun, first, "--run-dir", tmp_path / "again")
+    copy = first / "code" / "mine" / "parts.py"
+    assert f"{file}: has changed since the run; the old version is {copy}\n" in shown
+    assert copy.read_text() == LOCAL
+    assert "optim/lr first differs at step 2: was 0.1, is 0.2" in shown
+    assert "was changed or removed" not in shown
+
+
+def test_a_local_file_that_was_edited_between_start_and_resume_is_reported_with_its_copy(tmp_path):
+    first = trained(tmp_path / "mine" / "first")
+    file = tmp_path / "mine" / "parts.py"
+    file.write_text(LOCAL + "# edited\n")
+    train(first / "settings.toml", overrides=["run.length=12"], run_dir=first)
+    shown = said(rerun, first, "--run-dir", tmp_path / "again")
+    copy = first / "code" / "until-step-00000008" / "mine" / "parts.py"
+    expected = "was changed or removed at step 8 of the run; the version until then is"
+    assert f"mine/parts.py: {expected} {copy}\n" in shown
+    assert copy.read_text() == LOCAL
+    assert "has changed since the run" not in shown
 
 
 def test_a_folder_with_files_is_not_trained_into(two, tmp_path):
