@@ -1,8 +1,10 @@
 """Log parameters, metrics and settings of a run to MLflow.
 
 The training process appends rows to ``mlflow/journal.jsonl`` in the run folder and never imports
-mlflow. A child process (``worker/``) opens the store and uploads the rows. The modules of this
-folder run in the training process; ``journal`` and ``sync_state`` are used by both processes.
+mlflow. A child process (``worker/``) opens the store and uploads the rows. ``child`` and
+``description`` run in the training process, and ``journal``, ``sync_state`` and ``tracking_uri`` in
+both. The commands of ``cli`` run in a process of their own: ``mlflow sync`` starts a worker through
+``child``, and ``ui`` opens the store itself.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ import socket
 import sys
 import threading
 import time
-import tomllib
 import urllib.request
 from pathlib import Path
 
 import click
 
 from fundamentallm import PluginError, SettingsError
+from fundamentallm import folder as run_folder
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.tracking_uri import (
     PORT,
@@ -82,16 +82,14 @@ def ui(run: Path | None, uri: str | None, experiment: str | None, port: int) -> 
 
 def recorded(run: Path) -> dict[str, Mlflow]:
     """Return the mlflow plugins in the settings of a run folder, by instance name."""
-    path = run / "settings.toml"
-    if not path.is_file():
-        raise SettingsError(f"{run}: is not a run folder: it has no settings.toml")
     # Not composed: the run's other plugins may not be installed here.
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = run_folder.settings(run)
     listed = {name: dict(tables.get(name, {})) for name in tables.get("plugins", [])}
     wanted = {name: one for name, one in listed.items() if one.pop("plugin", name) == "mlflow"}
     try:
         return {name: Mlflow(**settings) for name, settings in wanted.items()}
     except TypeError as error:
+        path = run / run_folder.SETTINGS
         raise SettingsError(f"{path}: {', '.join(wanted)}: {error}") from error
 
 

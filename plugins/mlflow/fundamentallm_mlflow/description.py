@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Provenance, flatten, hook_methods, role_of
+from fundamentallm import Provenance, flatten, folder, role_of
 from fundamentallm_mlflow.tracking_uri import recorded_uri
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def parameters(run: Run, own: object) -> dict[str, str]:
     tables: dict[str, Any] = {"run": run.settings} | {
         name: instance
         for name, instance in run.plugins.items()
-        if instance is not own and role_of(instance) != "observer" and not _saves(instance)
+        if instance is not own and role_of(instance) not in ("observer", "saver")
     }
     flat = {key: _text(value) for key, value in flatten(tables).items() if value is not None}
     flat["model.parameters"] = str(sum(parameter.numel() for parameter in run.parameters))
@@ -86,8 +86,7 @@ def dataset(run: Run) -> dict[str, Any]:
 
 def tags(run: Run, own: dict[str, str], settings: dict[str, str]) -> dict[str, str]:
     """Return the user's tags, and tags for the origin of the run."""
-    record = run.folder / "environment.json"
-    environment = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    environment = folder.environment(run.folder)
     git, command = environment.get("git") or {}, environment.get("command") or []
     found = {
         "mlflow.source.type": "LOCAL",
@@ -114,13 +113,13 @@ def tags(run: Run, own: dict[str, str], settings: dict[str, str]) -> dict[str, s
 
 def records(run: Run) -> list[str]:
     """Return the files of the run folder that are uploaded at the start."""
-    names = ("settings.toml", "environment.json")
+    names = (folder.SETTINGS, folder.ENVIRONMENT)
     return [str(run.folder.resolve() / n) for n in names if (run.folder / n).is_file()]
 
 
 def description(run: Run, settings: dict[str, str], environment: dict[str, Any]) -> str:
     """Return Markdown with model size, plugins, command, commit, and the command to resume."""
-    folder = run.folder.resolve()
+    place = run.folder.resolve()
     tables = dict.fromkeys(key.partition(".")[0] for key in settings)
     names = ", ".join(f"`{name}`" for name in run.plugins if name in tables)
     weights = int(settings["model.parameters"])
@@ -132,7 +131,7 @@ def description(run: Run, settings: dict[str, str], environment: dict[str, Any])
         changes = ", with changes that were not committed" if git.get("dirty") else ""
         parts += [f"Code: commit `{commit[:12]}`{changes}."]
     parts += ["Resume it:"]
-    parts += [_fenced(wrapped(["fundamentallm", "resume", str(folder)]))]
+    parts += [_fenced(wrapped(["fundamentallm", "resume", str(place)]))]
     return "\n\n".join(parts)
 
 
@@ -156,10 +155,6 @@ def wrapped(words: list[str]) -> str:
         else:
             lines.append(f"    {group}")
     return " \\\n".join(lines)
-
-
-def _saves(instance: object) -> bool:
-    return any(hook == "read_checkpoint" for hook, _, _ in hook_methods(type(instance)))
 
 
 def _text(value: Any) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fundamentallm import Run, hookimpl, plugin
 from fundamentallm.testing import TinyRun
-from fundamentallm_mlflow import Mlflow
+from fundamentallm_mlflow import Mlflow, description
 from fundamentallm_mlflow.description import LINE, program, wrapped
 from fundamentallm_mlflow.worker.client import Client
 
@@ -60,6 +61,29 @@ def test_a_description_has_model_code_command_and_how_to_resume(tiny_run: TinyRu
     record = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     assert rest[0].split()[1] == program(record["command"]) == tags["mlflow.source.name"]
     assert shlex.split(tags["command"])[1:] == record["command"][1:]
+
+
+@plugin
+class Keeper:
+    """Saves the run in a way of its own, which nothing reads back."""
+
+    role = "saver"
+
+    place: str = "here"
+
+    @hookimpl
+    def on_safe_point(self, run: Run) -> None:
+        (run.folder / "environment.json").write_text("[damaged", encoding="utf-8")
+
+
+def test_the_settings_of_what_declares_itself_a_saver_are_no_parameters(tiny_run: TinyRun) -> None:
+    part = Mlflow(tracking_uri="nonsense://x", on_start_failure="journal", end_seconds=0.01)
+    run = tiny_run(part, Keeper(), length=1)
+    with (run.folder / "mlflow" / "journal.jsonl").open(encoding="utf-8") as rows:
+        found = json.loads(next(rows))["parameters"]
+    assert "tiny_optimizer.lr" in found
+    assert "keeper.place" not in found
+    assert description.tags(run, {}, found)["run_folder"] == str(run.folder), "despite the damage"
 
 
 def test_an_edited_description_stays_when_the_run_is_resumed(look: Any) -> None:

@@ -464,6 +464,8 @@ def test_sync_refuses_a_run_that_it_cannot_upload(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "is not a run folder" in error()
+    (tmp_path / "settings.toml").write_text("[run\n")
+    assert f"{tmp_path}/settings.toml: cannot be read: " in error()
     (tmp_path / "settings.toml").write_text('plugins = ["mlflow"]\n')
     assert "has no journal" in error()
     journal = Journal(tmp_path / "mlflow" / "journal.jsonl")

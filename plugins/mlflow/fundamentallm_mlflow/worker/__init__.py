@@ -1,1 +1,1 @@
-"""The upload worker: a child process, the only one that imports mlflow."""
+"""The upload worker: a child process that imports mlflow. The command ``ui`` uses ``client``."""
