@@ -32,6 +32,8 @@ CODE = "code"
 ELSEWHERE = "checkpoint-folders"
 """A file that lists folders outside of the run folder that hold checkpoints of the run."""
 LOCK = ".lock"
+LATEST = 1e12
+"""Unix time in seconds: no row can have a later one."""
 
 State: TypeAlias = Literal["running", "finished", "stopped", "interrupted", "failed", "killed"]
 """``killed``: the process ended without writing how, as after kill -9 or a power cut."""
@@ -191,10 +193,12 @@ def parse_row(line: bytes | str) -> Row | None:
         facts = json.loads(line)
         step, tokens, when = facts["step"], facts["tokens"], float(facts["time"])
         # Not isinstance: JSON's true would be step 1.
-        if type(step) is not int or type(tokens) is not int or not math.isfinite(when):
+        if type(step) is not int or type(tokens) is not int or not abs(when) < LATEST:
             return None
-        # JSON has no NaN: it is the string "NaN", which float() understands.
-        return Row(step, tokens, when, {n: float(v) for n, v in facts["metrics"].items()})
+        # JSON has no NaN: it is the string "NaN", which float() understands. Other programs write
+        # null for it.
+        metrics = {n: float("nan" if v is None else v) for n, v in facts["metrics"].items()}
+        return Row(step, tokens, when, metrics)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None
 

@@ -331,8 +331,10 @@ def test_rows_are_read_as_written_and_damaged_lines_are_skipped(tiny_run):
     ]
     bad += ['{"step": 1, "tokens": 1, "time": "nan", "metrics": {}}', "[" * 100_000]
     good = '{"step": 9, "tokens": 1, "time": 1, "metrics": {"val/loss": "NaN", "x": "-Infinity"}}'
-    path.write_text(path.read_text() + "\n".join([*bad, good]))
-    *same, last = folder.rows(run.folder)
+    foreign = good.replace('"NaN"', "null").replace('"-Infinity"', "NaN").replace("9", "8")
+    path.write_text(path.read_text() + "\n".join([*bad, foreign, good]))
+    *same, other, last = folder.rows(run.folder)
+    assert repr(other.metrics) == "{'val/loss': nan, 'x': nan}"
     assert same == whole
     assert repr(last.metrics) == "{'val/loss': nan, 'x': -inf}"
 

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 
 from fundamentallm import FundamentalError, StorageError, folder
-from fundamentallm_runs.metrics_file import Row
 from fundamentallm_runs.run_record import Record, read
 from fundamentallm_runs.tail import Tail
 
@@ -106,7 +105,7 @@ def _shown(value: object) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _line(row: Row, metrics: tuple[str, ...]) -> str | None:
+def _line(row: folder.Row, metrics: tuple[str, ...]) -> str | None:
     chosen = {n: v for n, v in row.metrics.items() if not metrics or n in metrics}
     text = ", ".join(f"{name} {value:,.5g}" for name, value in chosen.items())
     return f"step {row.step}: {text}" if text else None

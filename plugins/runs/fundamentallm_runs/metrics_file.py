@@ -7,24 +7,15 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import attrs
 import orjson
 
+from fundamentallm import folder
+
 PART = 1 << 16  # bytes that are parsed at once
-LATEST = 1e12  # Unix time in seconds: no row can have a later one
 _STEP, _TOKENS, _TIME, _METRICS = map(itemgetter, ("step", "tokens", "time", "metrics"))
-
-
-class Row(NamedTuple):
-    """A row of metrics, as a logger wrote it."""
-
-    step: int
-    tokens: int
-    time: float
-    """Unix time, in seconds."""
-    metrics: dict[str, float]
 
 
 @attrs.frozen
@@ -44,7 +35,7 @@ class Columns:
     times: array[float] = attrs.field(factory=lambda: array("d"))
     _blocks: dict[tuple[str, ...], Block] = attrs.field(factory=dict)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: folder.Row) -> None:
         """Append a row."""
         block = self._block(tuple(row.metrics))
         block.places.append(len(self.steps))
@@ -60,7 +51,7 @@ class Columns:
         times = array("d", map(_TIME, rows))
         if {*map(type, steps), *map(type, tokens)} != {int}:
             raise TypeError("a step or a count is no integer")
-        if not -LATEST < min(times) <= max(times) < LATEST:
+        if not -folder.LATEST < min(times) <= max(times) < folder.LATEST:
             raise ValueError("a time is out of range")
         stretches = []  # consecutive rows with the same metrics
         for names, following in groupby(map(_METRICS, rows), tuple):
@@ -115,7 +106,7 @@ def gathered(path: Path) -> Columns:
             try:
                 columns.add_all(_together(lines))
             except (ArithmeticError, LookupError, TypeError, ValueError):  # then parse line by line
-                for row in filter(None, map(parsed, lines)):
+                for row in filter(None, map(folder.parse_row, lines)):
                     columns.add(row)
     return columns
 
@@ -129,27 +120,9 @@ def _together(lines: list[bytes]) -> list[Any]:
     return values
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[folder.Row]:
     """Yield the rows of a metrics file; skip lines that are no whole rows."""
     if not path.exists():
         return
     with path.open("rb") as lines:
-        for line in lines:
-            row = parsed(line)
-            if row is not None:
-                yield row
-
-
-def parsed(line: bytes) -> Row | None:
-    """Return the row of a line, or None if it is not a whole one."""
-    try:
-        kept = orjson.loads(line)
-        numbers = kept["metrics"]
-        if {*map(type, numbers.values())} != {float}:  # integers, NaN and infinity
-            numbers = {n: float("nan" if v is None else v) for n, v in numbers.items()}
-        step, tokens, time = kept["step"], kept["tokens"], kept["time"]
-        if {type(step), type(tokens)} != {int} or not abs(time) < LATEST:
-            return None
-        return Row(step, tokens, float(time), numbers)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None
+        yield from filter(None, map(folder.parse_row, lines))

@@ -6,7 +6,7 @@ import os
 from array import array
 from pathlib import Path
 
-from fundamentallm_runs.metrics_file import Row, parsed
+from fundamentallm import folder
 
 
 class Tail:
@@ -22,9 +22,9 @@ class Tail:
         self._seen: array[int] = array("q")
         self._place = 0
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[folder.Row]:
         """Return the rows since the last call; none if there is no file yet."""
-        found = ((line, parsed(line)) for line in self._lines())
+        found = ((line, folder.parse_row(line)) for line in self._lines())
         return [row for line, row in found if row is not None and self._is_new(line)]
 
     def _lines(self) -> list[bytes]:

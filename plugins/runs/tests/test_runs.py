@@ -30,11 +30,12 @@ from fundamentallm import (
     StorageError,
     train,
 )
+from fundamentallm import folder as run_folder
 from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer, TinySamples
 from fundamentallm_runs.cli import compare, rerun, runs, watch
 from fundamentallm_runs.compare import differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
-from fundamentallm_runs.metrics_file import Columns, Row, gathered, parsed, read_rows
+from fundamentallm_runs.metrics_file import Columns, gathered, read_rows
 from fundamentallm_runs.rerun import (
     Comparison,
     Saved,
@@ -44,6 +45,8 @@ from fundamentallm_runs.rerun import (
 )
 from fundamentallm_runs.run_record import Record, read
 from fundamentallm_runs.tail import Tail
+
+Row, parse_row = run_folder.Row, run_folder.parse_row
 
 LOCAL = '''
 from torch import nn
@@ -270,7 +273,7 @@ def test_a_run_without_a_row_is_shown(copies):
 
 @given(st.binary(max_size=80))
 def test_no_line_of_a_metrics_file_raises_an_error(line):
-    assert parsed(line) is None or isinstance(parsed(line), Row)
+    assert parse_row(line) is None or isinstance(parse_row(line), Row)
 
 
 def test_a_damaged_line_is_skipped_and_null_is_nan(tmp_path):
@@ -589,7 +592,23 @@ WHOLE = st.fixed_dictionaries(
         "metrics": st.dictionaries(st.sampled_from("abc"), NUMBERS),
     }
 )
-ODD = st.sampled_from([None, "NaN", "x", True, 1.5, [1], {"a": 1}, 10**30])
+ODD = st.sampled_from(
+    [
+        None,
+        "NaN",
+        "x",
+        "\ud800",
+        True,
+        1.5,
+        1e13,
+        [1],
+        {"a": 1},
+        10**30,
+        10**400,
+        math.nan,
+        -math.inf,
+    ]
+)
 LINES = st.lists(
     st.one_of(
         WHOLE.map(json.dumps),
@@ -604,6 +623,7 @@ LINES = st.lists(
         ),
         WHOLE.map(lambda row: f"{json.dumps(row)}, {json.dumps(row)}"),
         st.builds(lambda row, end: json.dumps(row)[:end], WHOLE, st.integers(0, 60)),
+        WHOLE.map(lambda row: json.dumps(row).replace('"time": ', '"time": 1e400, "x": ')),
         st.sampled_from(["", "[1", "2]", "{}", "1,2", '"', "\x00"]),
     ),
     max_size=12,
@@ -611,7 +631,7 @@ LINES = st.lists(
 
 
 @given(LINES, st.booleans(), st.sampled_from([1, 100, 1000]))
-def test_the_rows_of_many_lines_are_those_of_each_line_whatever_the_lines_are(lines, ends, part):
+def test_the_rows_of_many_lines_are_those_of_the_face_whatever_the_lines_are(lines, ends, part):
     from fundamentallm_runs import metrics_file as rows
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -619,8 +639,9 @@ def test_the_rows_of_many_lines_are_those_of_each_line_whatever_the_lines_are(li
         path = Path(folder) / "metrics.jsonl"
         path.write_text("\n".join(lines) + "\n" * ends)
         columns = Columns()
-        for row in read_rows(path):
+        for row in run_folder.rows(Path(folder)):
             columns.add(row)
+        assert repr(list(read_rows(path))) == repr(list(run_folder.rows(Path(folder))))
         assert repr(gathered(path)) == repr(columns)
 
 
@@ -750,7 +771,7 @@ def test_every_row_of_the_last_file_was_shown_in_its_order(looks):
             content = lines if is_new_file else content + lines
             replaced(path, content)
             shown += [row.metrics["train/loss"] for row in tail.rows()]
-        last = [row.metrics["train/loss"] for row in map(parsed, content.encode().splitlines())]
+        last = [row.metrics["train/loss"] for row in map(parse_row, content.encode().splitlines())]
         left = iter(shown)
         assert all(value in left for value in last)
 
