@@ -55,6 +55,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
         "guard",
         "validation",
         "jsonl",
+        "console",
+        "progress",
         "early_stopping",
         "activation_checkpointing",
     ],
