@@ -2,7 +2,7 @@
 
 Everything a plugin or a program may use is imported from here. To read the code, begin with
 ``settings/quickstart.toml`` and go on to ``hookspecs`` (the contract), ``loop``, ``run``,
-one plugin, ``defaults``, ``plugins``, ``settings`` and ``cli``.
+one plugin, ``defaults``, ``settings``, ``host``, ``launch``, ``folder`` and ``cli``.
 """
 
 # isort: off
@@ -27,7 +27,7 @@ from fundamentallm import folder
 from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
 from fundamentallm.errors import PluginError, SettingsError, StorageError, ran_out_of_memory
-from fundamentallm.files import durable_file, sync_folder, write_durably
+from fundamentallm.files import durable_file, set_aside, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.local_code import code_changes
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
@@ -101,6 +101,7 @@ __all__ = [
     "recorded",
     "role_of",
     "round_up",
+    "set_aside",
     "setting_fields",
     "settings_options",
     "state",

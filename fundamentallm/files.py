@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +43,20 @@ def write_durably(path: Path, content: str | bytes, draft: Path | None = None) -
     """Write a whole file durably (see ``durable_file``); a text is written as UTF-8."""
     with durable_file(path, draft) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def set_aside(path: Path, suffix: str = "") -> Path:
+    """Rename a file or folder to ``<name>.before-<Unix time>``; return the new path.
+
+    A ``suffix`` that the name ends in stays its end. No file that exists is replaced.
+    """
+    when = int(time.time())
+    name = path.name.removesuffix(suffix)
+    while (renamed := path.with_name(f"{name}.before-{when}{suffix}")).exists():
+        when += 1
+    path.rename(renamed)
+    sync_folder(path.parent)
+    return renamed
 
 
 def sync_folder(folder: Path) -> None:

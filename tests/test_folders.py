@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from fundamentallm import (
     folder,
     hookimpl,
     plugin,
+    set_aside,
     train,
 )
 from fundamentallm.testing import Memory, compose_tiny
@@ -337,6 +339,18 @@ def test_rows_are_read_as_written_and_damaged_lines_are_skipped(tiny_run):
     assert repr(other.metrics) == "{'val/loss': nan, 'x': nan}"
     assert same == whole
     assert repr(last.metrics) == "{'val/loss': nan, 'x': -inf}"
+
+
+def test_what_is_set_aside_gets_a_free_name_with_its_suffix(tmp_path):
+    made = []
+    for _ in range(3):
+        (tmp_path / "a.b.csv").write_text(str(len(made)))
+        made.append(set_aside(tmp_path / "a.b.csv", ".csv"))
+    assert [path.read_text() for path in made] == ["0", "1", "2"]
+    assert all(re.fullmatch(r"a\.b\.before-\d+\.csv", path.name) for path in made)
+    (tmp_path / "events").mkdir()
+    assert re.fullmatch(r"events\.before-\d+", set_aside(tmp_path / "events").name)
+    assert sorted(tmp_path.iterdir()) == sorted([*made, *tmp_path.glob("events.before-*")])
 
 
 def test_checkpoints_are_listed_with_what_their_manifests_say(tiny_run):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import filecmp
 import io
 import logging
 import math
 import os
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
+
+from fundamentallm import durable_file, set_aside
 
 FACTS = ("time", "step", "tokens")
 """The columns before the metrics."""
@@ -63,26 +63,25 @@ class Table:
         self._file = os.open(self.path, flags, 0o666)
 
     def _rewrite(self, step: float, new: Iterable[str] = ()) -> None:
-        """Replace the table by one with the rows up to ``step`` and the ``new`` columns."""
-        # Always the same name, so that the file of a killed process is overwritten.
-        temporary = self.path.with_name(f".{self.path.name}.new")
-        try:
-            with reading(self.path) as old, temporary.open("wb") as file:
-                found = header(old) or []
-                self.names = [*found, *new]
-                padding = "," * (len(self.names) - len(found))
-                file.write(line_of([*FACTS, *self.names]) if self.names else b"")
-                for row in rows(old, len(FACTS) + len(found), step):
-                    file.write(f"{row}{padding}\n".encode())
-                file.flush()
-                os.fsync(file.fileno())
-            if not filecmp.cmp(temporary, self.path, shallow=False):
-                temporary.replace(self.path)
-                # The old descriptor would append to the deleted file.
-                self.close()
-                self._open()
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Drop the rows after ``step`` and add the ``new`` columns, if that changes the table."""
+        with self.path.open("rb") as old:
+            parts = self._content(step, new)
+            if all(old.read(len(part)) == part for part in parts) and not old.read(1):
+                return
+        with durable_file(self.path) as file:
+            file.writelines(self._content(step, new))
+        # The old descriptor would append to the deleted file.
+        self.close()
+        self._open()
+
+    def _content(self, step: float, new: Iterable[str]) -> Iterator[bytes]:
+        with reading(self.path) as old:
+            found = header(old) or []
+            self.names = [*found, *new]
+            padding = "," * (len(self.names) - len(found))
+            yield line_of([*FACTS, *self.names]) if self.names else b""
+            for row in rows(old, len(FACTS) + len(found), step):
+                yield f"{row}{padding}\n".encode()
 
 
 def reading(path: Path) -> TextIO:
@@ -132,11 +131,8 @@ def move_old(path: Path) -> None:
 
 
 def rename_old(path: Path) -> None:
-    """Rename a file to ``<name>.before-<unix time>``, and warn."""
-    when = int(time.time())
-    while (renamed := path.with_name(f"{path.stem}.before-{when}{path.suffix}")).exists():
-        when += 1
-    path.rename(renamed)
+    """Set a file aside, and warn."""
+    renamed = set_aside(path, path.suffix)
     log.warning("%s existed already; it was renamed to %s", path, renamed.name)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING
 
 import pytest
@@ -135,6 +136,18 @@ def test_a_file_of_another_program_is_kept_under_another_name(
     assert steps(run.folder) == ([3, 4] if resumed else [1, 2, 3, 4])
     (kept,) = run.folder.glob("metrics.before-*.csv")
     assert kept.read_bytes() == foreign
+
+
+def test_the_folder_is_synced_after_a_column_was_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(tmp_path / "metrics.csv", 0)
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(S_ISDIR(os.fstat(file).st_mode)))
+    table.append(["1.0", "1", "4"], {"a": 1.0})
+    table.append(["2.0", "2", "8"], {"a": 1.0})
+    table.close()
+    assert synced == [False, True]
 
 
 def test_a_kill_while_a_column_is_added_leaves_the_old_table(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import field, hookimpl, plugin
+from fundamentallm import durable_file, field, hookimpl, plugin, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,30 +122,21 @@ def move_old(path: Path) -> None:
     with path.open("rb") as old:
         if not any(_belongs(line, math.inf) for line in old):
             return
-    when = int(time.time())
-    while (renamed := path.with_name(f"{path.name}.before-{when}")).exists():
-        when += 1
-    path.rename(renamed)
+    renamed = set_aside(path)
     log.warning("the run starts at step 0: the rows that %s held are now in %s", path, renamed.name)
 
 
 def drop_rows_after(step: int, path: Path) -> None:
     """Drop the rows of later steps and lines that are not rows, such as incomplete ones."""
-    # Always the same name, so that the file of a killed process is overwritten.
-    temporary = path.with_name(f".{path.name}.new")
-    changed = False
-    try:
-        with path.open("rb") as old, temporary.open("wb") as new:
-            for line in old:
-                whole = line.removesuffix(b"\n") + b"\n" if _belongs(line, step) else b""
-                new.write(whole)
-                changed |= whole != line
-            new.flush()
-            os.fsync(new.fileno())
-        if changed:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with path.open("rb") as old:
+        if all(_kept(line, step) == line for line in old):
+            return
+    with path.open("rb") as old, durable_file(path) as new:
+        new.writelines(_kept(line, step) for line in old)
+
+
+def _kept(line: bytes, step: float) -> bytes:
+    return line.removesuffix(b"\n") + b"\n" if _belongs(line, step) else b""
 
 
 def _belongs(line: bytes, step: float) -> bool:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -81,6 +82,20 @@ def test_a_row_without_its_line_end_is_kept(tiny_run: TinyRun) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     tiny_run(Jsonl(), memory, length=6, log_every=1)
     assert [row["step"] for row in rows(run.folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_folder_is_synced_after_rows_were_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(S_ISDIR(os.fstat(file).st_mode)))
+    drop_rows_after(2, path)
+    assert synced == []
+    drop_rows_after(1, path)
+    assert synced == [False, True]
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_temporary_file_of_a_killed_process_with_the_same_number_is_no_error(

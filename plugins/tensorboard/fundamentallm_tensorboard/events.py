@@ -23,7 +23,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from fundamentallm import flatten
+from fundamentallm import flatten, set_aside
 
 log = logging.getLogger("fundamentallm")
 
@@ -93,10 +93,7 @@ def move_old(folder: Path) -> None:
     """Rename a folder that has events: they cannot be repeated without their checkpoints."""
     if not folder.is_dir() or not any("tfevents" in path.name for path in folder.iterdir()):
         return
-    when = int(time.time())
-    while (renamed := folder.with_name(f"{folder.name}.before-{when}")).exists():
-        when += 1
-    folder.rename(renamed)
+    renamed = set_aside(folder)
     log.warning(
         "the run starts at step 0: the points that %s held are now in %s", folder, renamed.name
     )
