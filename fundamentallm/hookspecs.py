@@ -232,7 +232,7 @@ class Hooks(Protocol):
     ) -> dict[str, float] | None:
         """Return metrics of a whole held-out split, such as ``val/f1``. ``collected`` holds what
         was given to ``run.collect`` for the split, by name: one tensor on the CPU, all pieces
-        joined along their first dimension."""
+        joined along their first dimension. These are the pieces of this process alone."""
 
     @event(since="0.1")
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:

@@ -165,7 +165,7 @@ class Run:
 
         Its first dimension counts what the split is made of (samples, tokens); pieces with the same
         name differ in that dimension alone. They stay on the device, without a wait, until the end
-        of the split. In training nothing is kept.
+        of the split, and in this process: no other one gets them. In training nothing is kept.
         """
         if self.phase != "train":
             pieces = self._collected.setdefault(self.phase, {}).setdefault(name, [])
