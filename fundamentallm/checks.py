@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fundamentallm.data import Batch, Rejection
 from fundamentallm.errors import PluginError
-from fundamentallm.host import FirstCall, Provenance, get_state
+from fundamentallm.host import FirstCall, Provenance, Shared, get_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,6 +43,9 @@ class Checks:
 
     registry: PluginManager
     brought: Mapping[str, Provenance]
+    shared: Shared = attrs.field(factory=Shared)
+    phases: set[str] = attrs.field(factory=set)
+    """Where a loss was checked: in training, and in the splits."""
 
     def first_calls(self) -> dict[str, FirstCall]:
         """Return what ``freeze`` has to do at the first call of each hook."""
@@ -91,6 +95,12 @@ class Checks:
             text = f"{source} yielded a Batch whose data is"
             raise self._of_data(text, came(batch.data), expected)
 
+    def first_of_split(self, batch: Any, run: Run) -> None:
+        """Check the first micro-batch of the split at hand and, once, the loss of it."""
+        self.batch(batch, run.device, f"validation()[{run.phase!r}]")
+        if run.phase not in self.phases:
+            self.shared.check_next("forward", FirstCall(after=self._after("forward", _loss)))
+
     def ended(self, microbatches: int) -> PluginError:
         """Return the error for data that ended although the run has not."""
         text = f"the data source ended after {microbatches} micro-batches; `batches` must go on,"
@@ -99,12 +109,21 @@ class Checks:
 
     def rejections(self, verdicts: list[Any]) -> list[Rejection]:
         """Return the rejections among what the plugins answered to ``judge_step``."""
-        # pluggy calls the last one registered first, and the answers are in the order of calls.
-        impls = [i for i in reversed(self._impls("judge_step")) if not i.wrapper]
-        for impl, verdict in zip(impls, verdicts, strict=True):
+        for impl, verdict in self._answered("judge_step", verdicts):
             if (expected := _verdict(verdict, {})) is not None:
                 raise self._wrong_answer("judge_step", impl, verdict, expected)
         return [verdict for verdict in verdicts if verdict is not None]
+
+    def measures(self, answers: list[Any], metrics: dict[str, float]) -> None:
+        """Add to a split's metrics what the plugins answered to ``measure_split``."""
+        for impl, found in self._answered("measure_split", answers):
+            plain = dict(_to_floats(found)) if isinstance(found, Mapping) else found
+            if plain is not None and (expected := _metrics(plain, {})) is not None:
+                raise self._wrong_answer("measure_split", impl, found, expected)
+            if twice := sorted(metrics.keys() & (plain or ())):
+                what = f"measure_split: {twice[0]} is there already; take another name"
+                raise self._error("measure_split", impl, what)
+            metrics |= plain or {}
 
     def states(self, run: Run) -> None:
         """Check that a checkpoint can hold the state of every plugin."""
@@ -126,10 +145,15 @@ class Checks:
             # A wrapper may drop the losses of a step that it rejects.
             skipped = impl.wrapper and hook == "train_microbatch"
             expected = None if skipped else wrong(answer, given)
+            if hook == "forward":
+                phase = given["run"].phase
+                self.phases.add(phase)
+                if expected and phase != "train":
+                    expected = f"in the validation of {phase!r} {expected}"
             if expected is not None:
                 raise self._wrong_answer(hook, impl, answer, expected)
             # A validation's loss has no graph, so the check stays until the loss of a step.
-            return hook != "forward" or given["run"].phase == "train"
+            return hook != "forward" or "train" in self.phases
 
         return check
 
@@ -180,6 +204,11 @@ class Checks:
         """Return the plugin's implementation that answers an exclusive hook, if one does."""
         found = [i for i in self._impls(hook) if not i.wrapper and i.plugin_name != "core"]
         return found[-1] if found else None
+
+    def _answered(self, hook: str, answers: list[Any]) -> Iterator[tuple[HookImpl, Any]]:
+        # pluggy calls the last one registered first, and the answers are in the order of calls.
+        impls = [i for i in reversed(self._impls(hook)) if not i.wrapper]
+        return zip(impls, answers, strict=True)
 
     def _impls(self, hook: str) -> list[HookImpl]:
         impls: list[HookImpl] = getattr(self.registry.hook, hook).get_hookimpls()
@@ -290,8 +319,15 @@ def _metrics(metrics: Any, _: Given) -> Expected:
         return "a dict of metrics, such as {'val/loss': 2.5}"
     for name, value in metrics.items():
         if not isinstance(name, str) or not _is_number(value):
-            return f"a dict of names and plain numbers; {name!r} is {came(value)}"
+            wrong = came(value if isinstance(name, str) else name)
+            return f"a dict of names and plain numbers; {name!r} is {wrong}"
     return None
+
+
+def _to_floats(found: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    for name, value in found.items():
+        is_one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        yield name, float(value) if is_one else value
 
 
 def _verdict(verdict: Any, _: Given) -> Expected:

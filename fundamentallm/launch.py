@@ -26,7 +26,7 @@ from fundamentallm.errors import (
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
-from fundamentallm.host import Shared, answering, blame, freeze, register
+from fundamentallm.host import answering, blame, freeze, register
 from fundamentallm.local_code import code_changes, local_files
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
@@ -158,8 +158,8 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
     registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
     run.checks = Checks(registry, composed.brought)
-    shared = Shared(unchecked=run.checks.first_calls())
-    run.bind = partial(freeze, HOST, registry, shared=shared)
+    run.checks.shared.unchecked.update(run.checks.first_calls())
+    run.bind = partial(freeze, HOST, registry, shared=run.checks.shared)
     run.hook = run.bind()
     run.edits_once = len(registry.hook.edit_gradients.get_hookimpls()) == 1
     return run, registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import NotFiniteError, PluginError
+from fundamentallm.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from fundamentallm.run import Run
@@ -46,10 +46,7 @@ def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
     """Return a validation's metrics with those that plugins measure over whole splits."""
     for split, collected in run.take_collected().items():
         answers: Any = run.hook.measure_split(run=run, split=split, collected=collected)
-        for found in filter(None, answers):
-            if twice := sorted(metrics.keys() & found):
-                raise PluginError(f"measure_split: {twice[0]} is there already; take another name")
-            metrics |= {name: float(value) for name, value in found.items()}
+        run.checks.measures(answers, metrics)
     return metrics
 
 

@@ -280,7 +280,7 @@ class Run:
                 if self.signal is not None:
                     return
                 if index == 0:
-                    self.checks.batch(batch, self.device, f"validation()[{split!r}]")
+                    self.checks.first_of_split(batch, self)
                 if batch.weight:  # a mean over no target would not be a number
                     self.weight = batch.weight
                     yield split, batch

@@ -22,6 +22,7 @@ TENSOR = "a tensor of shape {}, float32, {} a graph"
 LOSS = "expected the mean loss of the batch as a 0-d tensor"
 WRAPPED = ": `answer = yield`, then `return answer`"
 A_MODULE = "expected a torch.nn.Module"
+IN_VAL = "expected in the validation of 'val' "
 PLAIN = "expected a dict of names and plain numbers"
 AGAIN = (
     "expected batches that can be read at every validation: a list, or an object whose __iter__"
@@ -82,6 +83,41 @@ MISTAKES = {
         (
             "forward returned a tensor of shape (), int64, without a graph; expected a floating-point"
             " tensor"
+        ),
+    ),
+    "a forward that returns nothing in a validation": (
+        body(
+            "forward(run, batch): return run.module(*batch.data) if run.phase == 'train' else None"
+        ),
+        f"forward returned None; {IN_VAL}the mean loss of the batch as a 0-d tensor",
+    ),
+    "a forward that returns a float in a validation": (
+        body(
+            "forward(run, batch): return run.module(*batch.data) if run.phase == 'train' else 1.5"
+        ),
+        (
+            f"forward returned the float 1.5; {IN_VAL}the mean loss of the batch as a 0-d tensor:"
+            " leave out `.item()`"
+        ),
+    ),
+    "a forward that returns a vector in a validation": (
+        body(
+            "forward(run, batch):"
+            " return run.module(*batch.data).repeat(1 if run.phase == 'train' else 2).squeeze()"
+        ),
+        (
+            f"forward returned {TENSOR.format((2,), 'without')}; {IN_VAL}a 0-d tensor: take the mean,"
+            " `loss.mean()`"
+        ),
+    ),
+    "a wrapper of forward that forgets to return in a validation": (
+        body(
+            "forward(run): loss = yield; return loss if run.phase == 'train' else None",
+            wrapper=True,
+        ),
+        (
+            "its wrapper of forward returned None;"
+            f" {IN_VAL}the mean loss of the batch as a 0-d tensor{WRAPPED}"
         ),
     ),
     "a model that returns several values": (
@@ -283,6 +319,33 @@ MISTAKES = {
         body("validate(run): return {'val/loss': torch.tensor(1.0)}"),
         f"validate returned a dict; {PLAIN}; 'val/loss' is {TENSOR.format((), 'without')}",
     ),
+    "a measure of a split that is a number": (
+        body("measure_split(split): return 0.5"),
+        (
+            "measure_split returned the float 0.5; expected a dict of metrics, such as"
+            " {'val/loss': 2.5}"
+        ),
+    ),
+    "a measure of a split that is a list of pairs": (
+        body("measure_split(split): return [('val/f1', 0.5)]"),
+        "measure_split returned a list; expected a dict of metrics, such as {'val/loss': 2.5}",
+    ),
+    "a measure of a split without a value": (
+        body("measure_split(split): return {'val/f1': None}"),
+        f"measure_split returned a dict; {PLAIN}; 'val/f1' is None",
+    ),
+    "a measure of a split that is two values": (
+        body("measure_split(split): return {'val/f1': torch.zeros(2)}"),
+        (f"measure_split returned a dict; {PLAIN}; 'val/f1' is {TENSOR.format((2,), 'without')}"),
+    ),
+    "a measure of a split whose name is no text": (
+        body("measure_split(split): return {1: 0.5}"),
+        f"measure_split returned a dict; {PLAIN}; 1 is the int 1",
+    ),
+    "a measure of a split that is there already": (
+        body("measure_split(split): return {'val/loss': 0.5}"),
+        "measure_split: val/loss is there already; take another name",
+    ),
     "evaluation weights without contextmanager": (
         body("evaluation_weights(run): return (n for n in [1])"),
         (
@@ -416,3 +479,44 @@ def test_data_that_ends_in_a_later_step_is_blamed_on_the_data_source(tiny_run):
 class FiveBatches(TinySamples):
     def batches(self, progress):
         yield from (batch for _, batch in zip(range(5), super().batches(progress), strict=False))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_loss_of_every_split_is_checked_once(tiny_run, first):
+    checked = []
+
+    @plugin
+    class Splits:
+        @hookimpl
+        def build_data(self, run):
+            data = TinySamples(4, run.device)
+            data.__class__ = TwoSplits
+            return data
+
+        @hookimpl
+        def on_step_start(self, run):
+            checked.append("forward" not in run.checks.shared.unchecked)
+
+    @plugin
+    class WrongLater:
+        phases: set = state(factory=set)
+
+        @hookimpl
+        def forward(self, run, batch):
+            again = run.phase in self.phases
+            self.phases.add(run.phase)
+            loss = run.module(*batch.data)
+            return loss if again or run.phase != "second" else loss.item()
+
+        def get_state(self):
+            return {}
+
+    with pytest.raises(PluginError, match="'wrong_later' .*in the validation of 'second' the mean"):
+        tiny_run(Splits(), WrongLater(), length=3, validate_first=first, validate_every=2)
+    assert checked == ([] if first else [False, True])
+
+
+class TwoSplits(TinySamples):
+    def validation(self):
+        (batches,) = super().validation().values()
+        return {"val": batches, "second": batches}

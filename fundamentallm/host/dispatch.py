@@ -46,6 +46,13 @@ class Shared:
     """Observers that failed."""
     unchecked: dict[str, FirstCall] = attrs.field(factory=dict)
     """What to check of the hooks whose first call is not over."""
+    frozen: list[_Freezing] = attrs.field(factory=list)
+
+    def check_next(self, hook: str, first: FirstCall) -> None:
+        """Check the next call of a hook, too, in whatever namespace it is made."""
+        self.unchecked[hook] = first
+        for one in self.frozen:
+            setattr(one.hooks, hook, one.caller(hook))
 
 
 class Nothing(tuple[()]):
@@ -75,6 +82,7 @@ def freeze(
     """
     around = around or (lambda _plugin, _hook, call: call)
     frozen = _Freezing(host, registry, around, shared or Shared())
+    frozen.shared.frozen.append(frozen)
     for hook in host.hook_names:
         setattr(frozen.hooks, hook, frozen.caller(hook))
     return frozen.hooks
