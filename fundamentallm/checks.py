@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
@@ -131,14 +131,10 @@ class Checks:
             state = get_state(plugin)
             where = "get_state() returned" if hasattr(plugin, "get_state") else "the state is"
             for path, value in _not_saved(state, ()):
-                place = f"{where} {came(value)}"
-                if path:
-                    place = f"the state field {'/'.join(path)!r} is {came(value)}"
-                raise self._said(
-                    name,
-                    inspect.getfile(type(plugin)),
-                    f"{place}; expected JSON values and tensors, which a checkpoint can hold",
-                )
+                place = f"the state field {'/'.join(path)!r} is" if path else where
+                expected = "JSON values and tensors, which a checkpoint can hold"
+                what = f"{place} {came(value)}; expected {expected}"
+                raise self._said(name, inspect.getfile(type(plugin)), what)
 
     def _after(self, hook: str, wrong: Callable[[Any, Given], Expected]) -> Any:
         def check(impl: HookImpl, answer: Any, given: Given) -> bool:
@@ -225,6 +221,9 @@ def came(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, bool | int | float | str):
         return f"the {kind} {repr(value)[:NAMES_SHOWN]}"
+    if isinstance(value, Real):  # a number of numpy, say, which JSON cannot hold
+        convert = "int" if isinstance(value, Integral) else "float"
+        return f"the {kind} {value} (write `{convert}(...)`)"
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
@@ -363,7 +362,7 @@ def _batch_problems(batch: Batch, device: str) -> Iterator[tuple[str, str, str]]
     """Yield the name of a field, what came, and what was expected."""
     weight, want = batch.weight, torch.device(device)
     if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
-        yield "weight", came(weight), "the number of its targets: more than 0, 0 if it has none"
+        yield "weight", came(weight), "the number of its targets, a finite number from 0 on"
     for name in ("samples", "tokens", "first"):
         value = getattr(batch, name)
         if not isinstance(value, int) or value < 0:

@@ -62,6 +62,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATORS)
 
 
+class ReservedNameError(ValueError):
+    """A plugin logged under a name of the core's own; from an observer, too, it ends the run."""
+
+
 class PluginError(FundamentalError):
     """A plugin that the run needs failed; the message names plugin, hook and distribution."""
 

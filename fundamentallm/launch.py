@@ -218,7 +218,8 @@ class MissingData:
         self._error = error
 
     def __getattr__(self, name: str) -> Any:
-        raise MissingDataError(f"run.data.{name} is needed: {self._error}")
+        text = str(self._error) if isinstance(self._error, DataError) else repr(self._error)
+        raise MissingDataError(f"run.data.{name} is needed: {text}") from self._error
 
 
 class MissingDataError(DataError, AttributeError):
@@ -228,7 +229,7 @@ class MissingDataError(DataError, AttributeError):
 def _built_data(run: Run) -> Data:
     try:
         data = run.hook.build_data(run=run)
-    except (DataError, OSError) as error:
+    except Exception as error:
         if run.training:
             raise
         return cast("Data", MissingData(error))
@@ -250,12 +251,13 @@ def _missing_observers(folder: Path) -> list[str]:
     tables, installed = recorded_settings(folder), find_plugins()
     # From the record: the class of a plugin that is missing cannot be asked.
     roles = environment(folder).get("roles")
-    names = []
+    roles, names = roles if isinstance(roles, dict) else {}, []
     for entry in tables.get("plugins", []):
         name = Path(entry).stem if entry.endswith(".py") else entry
         wanted = str(tables.get(name, {}).get("plugin", entry))
         there = Path(wanted).is_file() if wanted.endswith(".py") else wanted in installed
-        if not there and isinstance(roles, dict) and roles.get(name) == "observer":
+        known = HOST.known.get(wanted)
+        if not there and roles.get(name, known and known.role) == "observer":
             log.warning("plugin %r is not installed; it only observes and is left out", name)
             names.append(name)
     return names

@@ -120,7 +120,12 @@ def train_window(run: Run, window: list[Batch]) -> None:
     hook = run.hook
     # After the window was collected: what the data source drew must not change the step.
     run.generators.seed(run.step_seed, run.progress.applied)
-    run.losses, run.window = [], list(filter(WEIGHT, window))
+    try:
+        run.losses, run.window = [], list(filter(WEIGHT, window))
+    except AttributeError:
+        for batch in window:  # only now, so that a right window costs nothing
+            run.checks.batch(batch, run.device, "batches()")
+        raise
     if not window:
         raise run.checks.ended(run.progress.microbatches)
     if not run.window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import NotFiniteError
+from fundamentallm.errors import DataError, NotFiniteError
 
 if TYPE_CHECKING:
     from fundamentallm.run import Run
@@ -45,6 +45,8 @@ def validation(run: Run) -> dict[str, float]:
 def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
     """Return a validation's metrics with those that plugins measure over whole splits."""
     for split, collected in run.take_collected().items():
+        if f"{split}/loss" not in metrics:
+            raise DataError(f"validation()[{split!r}]: no batch has a target (a weight above 0)")
         answers: Any = run.hook.measure_split(run=run, split=split, collected=collected)
         run.checks.measures(answers, metrics)
     return metrics

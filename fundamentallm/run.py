@@ -15,7 +15,7 @@ import attrs
 
 from fundamentallm.data import Batch, Progress
 from fundamentallm.epochs import begins_epoch, end_epochs
-from fundamentallm.errors import PluginError, SettingsError, StorageError
+from fundamentallm.errors import PluginError, ReservedNameError, SettingsError, StorageError
 from fundamentallm.gradients import total_norm
 from fundamentallm.host import get_state, renew, set_state
 from fundamentallm.rng import Generators
@@ -134,7 +134,7 @@ class Run:
         section, _, last = name.rpartition("/")
         losses = last == "loss" and section in ("train", self.phase, *self.splits)
         if losses or name in ("train/tokens", "optim/lr"):
-            raise ValueError(f"run.log({name!r}): the core logs {name}; take another name")
+            raise ReservedNameError(f"run.log({name!r}): the core logs {name}; take another name")
         if not isinstance(value, _NUMBER) and getattr(value, "ndim", 1) != 0:
             shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
             raise ValueError(f"run.log({name!r}): expected a number or a 0-d tensor, got {shape}")
@@ -183,16 +183,17 @@ class Run:
                 shapes = {tuple(piece.shape[1:]) if piece.ndim else None for piece in pieces}
                 if len(shapes) > 1 or None in shapes:
                     found = ", ".join(sorted({str(list(piece.shape)) for piece in pieces}))
-                    raise PluginError(
-                        f"run.collect({name!r}): expected tensors that differ in their first "
-                        f"dimension alone, got the shapes {found}"
-                    )
+                    text = "expected tensors that differ in their first dimension alone, got the"
+                    raise PluginError(f"run.collect({name!r}): {text} shapes {found}")
                 whole[split][name] = torch.cat(pieces).cpu()
         return whole
 
     def name_of(self, plugin: object) -> str:
         """Return the instance name of a listed plugin: the name of its TOML table."""
-        return next(name for name, listed in self.plugins.items() if listed is plugin)
+        for name, listed in self.plugins.items():
+            if listed is plugin:
+                return name
+        raise ValueError(f"run.name_of(): no listed plugin is this {type(plugin).__name__}")
 
     def stop(self, reason: str) -> None:
         """Ask for the end: the run stops at the next safe point, validated and saved."""

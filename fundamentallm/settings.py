@@ -15,7 +15,7 @@ import tomli
 from attrs.validators import ge, matches_re, optional
 
 from fundamentallm import host
-from fundamentallm.errors import FundamentalError, SettingsError
+from fundamentallm.errors import FundamentalError, ReservedNameError, SettingsError
 from fundamentallm.folder import environment
 from fundamentallm.hookspecs import REQUIRED, Hooks
 from fundamentallm.host import Found, Host, Known, Provenance, Source, field, plugin, suggest, walk
@@ -145,10 +145,10 @@ def role_of(plugin: object) -> Role:
 
 
 def ends_the_run(hook: str, error: Exception) -> bool:
-    """Return whether an error of an observer ends the run: wrong settings always do, and before
-    the first step also every other error that its user can act on."""
+    """Return whether an error of an observer ends the run: wrong settings and reserved names always
+    do, and before the first step also every other error that its user can act on."""
     kinds = FundamentalError if hook in ("on_run_start", "on_train_start") else SettingsError
-    return isinstance(error, kinds)
+    return isinstance(error, kinds | ReservedNameError)
 
 
 def check_values(source: Source, built: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fundamentallm import DataError, SettingsError, hookimpl, load_run, plugin, train
+from fundamentallm import (
+    DataError,
+    PluginError,
+    SettingsError,
+    find_plugins,
+    hookimpl,
+    load_run,
+    plugin,
+    train,
+)
 from fundamentallm.testing import weights
 
 PARTS = '''
@@ -113,6 +123,20 @@ def test_a_run_is_loaded_without_its_training_data_and_without_an_optimizer(trai
         train(tmp_path / "my.toml", run_dir=trained.folder)
 
 
+@pytest.mark.parametrize("error", ["ValueError('bad')", "ModuleNotFoundError('No absent')"])
+def test_a_run_is_loaded_without_data_whatever_error_their_source_raises(trained, tmp_path, error):
+    code = (tmp_path / "parts.py").read_text()
+    (tmp_path / "parts.py").write_text(code.replace('DataError(f"{self.corpus}: no', f"{error} #"))
+    (tmp_path / "corpus.txt").unlink()
+    loaded = load_run(trained.folder)
+    assert weights(loaded).keys() == weights(trained).keys()
+    with pytest.raises(DataError, match="run.data.batches is needed: ") as caught:
+        loaded.data.batches(loaded.progress)
+    assert str(caught.value).endswith(error)
+    with pytest.raises(PluginError, match="'parts'"):
+        load_run(trained.folder, train=True)
+
+
 def test_the_error_for_missing_data_names_what_the_model_needs_and_the_reason(trained, tmp_path):
     change(trained, "asks = false", "asks = true")
     (tmp_path / "corpus.txt").unlink()
@@ -165,6 +189,20 @@ def test_a_plugin_that_only_observes_and_is_gone_is_left_out_with_a_warning(
     assert said == "plugin 'watches' is not installed; it only observes and is left out"
     with pytest.raises(SettingsError, match="watches"):
         load_run(trained.folder, train=True)
+
+
+def test_without_recorded_roles_a_first_party_plugin_that_only_observes_is_left_out(
+    trained, tmp_path, monkeypatch, caplog
+):
+    change(trained, f'"{tmp_path}/watches.py"', '"tensorboard"')
+    change(trained, "[watches]", "[tensorboard]")
+    record = trained.folder / "environment.json"
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({name: fact for name, fact in facts.items() if name != "roles"}))
+    found = {name: one for name, one in find_plugins().items() if name != "tensorboard"}
+    monkeypatch.setattr("fundamentallm.launch.find_plugins", lambda: found)
+    assert list(load_run(trained.folder).plugins) == ["parts"]
+    assert "plugin 'tensorboard' is not installed; it only observes and is left out" in caplog.text
 
 
 def test_another_plugin_that_is_gone_is_an_error(trained, tmp_path):

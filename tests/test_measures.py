@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
 
-from fundamentallm import PluginError, Run, field, hookimpl, plugin
+from fundamentallm import DataError, PluginError, Run, field, hookimpl, plugin
 from fundamentallm.testing import TinyData, TinySamples, assert_same_weights
 
 
@@ -85,11 +86,12 @@ def test_a_metric_that_is_there_already_is_an_error(tiny_run):
 
 @pytest.mark.parametrize("name", ["train/loss", "val/loss", "train/tokens", "optim/lr"])
 @pytest.mark.parametrize("hook", ["on_step_end", "on_train_start", "on_safe_point"])
-def test_a_plugin_that_logs_under_a_name_of_the_core_is_refused_by_name(tiny_run, name, hook):
+@pytest.mark.parametrize("role", ["training", "control", "saver", "observer"])
+def test_a_plugin_that_logs_under_a_name_of_the_core_is_refused_by_name(tiny_run, name, hook, role):
     def log(self, run):
         run.log(name, 1.0)
 
-    intruder = plugin(type("Intruder", (), {"log": hookimpl(log, specname=hook)}))()
+    intruder = plugin(type("Intruder", (), {"role": role, "log": hookimpl(log, specname=hook)}))()
     with pytest.raises(PluginError, match=rf"(?s)'intruder'.*{hook}.*core logs {name}"):
         tiny_run(intruder, length=3)
 
@@ -163,6 +165,28 @@ def test_every_evaluation_of_a_split_draws_the_same_random_numbers(tiny_run):
     tiny_run(evaluates, length=3)
     assert len(evaluates.drawn) == 3
     assert evaluates.drawn[0] == evaluates.drawn[1] == evaluates.drawn[2]
+
+
+def test_a_split_without_a_batch_that_has_a_target_is_an_error_that_names_it(tiny_run):
+    class Empty(TinySamples):
+        def validation(self):
+            batches = super().validation()
+            return batches | {"late": [attrs.evolve(one, weight=0) for one in batches["val"]]}
+
+    @plugin
+    class Source:
+        @hookimpl
+        def build_data(self, run):
+            return Empty(4, run.device)
+
+    with pytest.raises(DataError, match=r"validation\(\)\['late'\]: no batch has a target"):
+        tiny_run(Source(), length=1)
+
+
+def test_the_name_of_an_object_that_is_not_listed_is_an_error_that_names_its_class(tiny_run):
+    run = tiny_run(Uneven(), length=1)
+    with pytest.raises(ValueError, match=r"run.name_of\(\): no listed plugin is this Uneven"):
+        run.name_of(Uneven())
 
 
 class Closing:

@@ -201,16 +201,34 @@ MISTAKES = {
     "a weight below 0": (
         batches("batch.weight = -4"),
         (
-            "batches() yielded a Batch whose weight is the int -4; expected the number of its targets:"
-            " more than 0, 0 if it has none"
+            "batches() yielded a Batch whose weight is the int -4; expected the number of its targets,"
+            " a finite number from 0 on"
         ),
     ),
     "a weight that is a tensor": (
         batches("batch.weight = torch.tensor(4.0)"),
         (
             "batches() yielded a Batch whose weight is a tensor of shape (), float32, without a graph;"
-            " expected the number of its targets: more than 0, 0 if it has none"
+            " expected the number of its targets, a finite number from 0 on"
         ),
+    ),
+    "a weight of numpy": (
+        batches("import numpy; batch.weight = numpy.int64(4)"),
+        (
+            "batches() yielded a Batch whose weight is the int64 4 (write `int(...)`); expected the"
+            " number of its targets, a finite number from 0 on"
+        ),
+    ),
+    "samples of numpy": (
+        batches("import numpy; batch.samples = numpy.int64(4)"),
+        (
+            "batches() yielded a Batch whose samples is the int64 4 (write `int(...)`); expected an int"
+            " from 0 on"
+        ),
+    ),
+    "a stream whose second item is no Batch": (
+        batches("batch = batch.data if progress.step else batch"),
+        "batches() yielded a tuple; expected a Batch(data=..., weight=..., samples=..., tokens=...)",
     ),
     "a stream that ends": (
         data(
@@ -278,6 +296,10 @@ MISTAKES = {
     "a factor that is a tensor": (
         body("lr_factor(run): return torch.tensor(0.5)"),
         f"lr_factor returned {TENSOR.format((), 'without')}; expected a finite number",
+    ),
+    "a factor of numpy": (
+        body("lr_factor(run): import numpy; return numpy.float32(0.5)"),
+        "lr_factor returned the float32 0.5 (write `float(...)`); expected a finite number",
     ),
     "a factor without a return": (
         body("lr_factor(run): 0.5"),
