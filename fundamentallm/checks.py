@@ -44,8 +44,7 @@ class Checks:
     registry: PluginManager
     brought: Mapping[str, Provenance]
     shared: Shared = attrs.field(factory=Shared)
-    phases: set[str] = attrs.field(factory=set)
-    """Where a loss was checked: in training, and in the splits."""
+    phases: set[str] = attrs.field(factory=set)  # of which a loss was checked
 
     def first_calls(self) -> dict[str, FirstCall]:
         """Return what ``freeze`` has to do at the first call of each hook."""
@@ -117,13 +116,15 @@ class Checks:
     def measures(self, answers: list[Any], metrics: dict[str, float]) -> None:
         """Add to a split's metrics what the plugins answered to ``measure_split``."""
         for impl, found in self._answered("measure_split", answers):
-            plain = dict(_to_floats(found)) if isinstance(found, Mapping) else found
+            plain = found
+            if isinstance(found, Mapping):  # 0-d tensors and the numbers of numpy have `item`
+                plain = {n: v.item() if getattr(v, "ndim", 1) == 0 else v for n, v in found.items()}
             if plain is not None and (expected := _metrics(plain, {})) is not None:
                 raise self._wrong_answer("measure_split", impl, found, expected)
             if twice := sorted(metrics.keys() & (plain or ())):
                 what = f"measure_split: {twice[0]} is there already; take another name"
                 raise self._error("measure_split", impl, what)
-            metrics |= plain or {}
+            metrics |= {name: float(value) for name, value in (plain or {}).items()}
 
     def states(self, run: Run) -> None:
         """Check that a checkpoint can hold the state of every plugin."""
@@ -142,10 +143,7 @@ class Checks:
             skipped = impl.wrapper and hook == "train_microbatch"
             expected = None if skipped else wrong(answer, given)
             if hook == "forward":
-                phase = given["run"].phase
-                self.phases.add(phase)
-                if expected and phase != "train":
-                    expected = f"in the validation of {phase!r} {expected}"
+                self.phases.add(given["run"].phase)
             if expected is not None:
                 raise self._wrong_answer(hook, impl, answer, expected)
             # A validation's loss has no graph, so the check stays until the loss of a step.
@@ -228,14 +226,16 @@ def came(value: Any) -> str:
 
 
 def _loss(loss: Any, given: Given) -> Expected:
+    phase = given["run"].phase
+    where = "" if phase == "train" else f"in the validation of {phase!r} "
     if not isinstance(loss, Tensor):
         hint = ": leave out `.item()`" if isinstance(loss, float) else ""
-        return f"the mean loss of the batch as a 0-d tensor{hint}"
+        return f"{where}the mean loss of the batch as a 0-d tensor{hint}"
     if loss.dim():
-        return "a 0-d tensor: take the mean, `loss.mean()`"
+        return f"{where}a 0-d tensor: take the mean, `loss.mean()`"
     if not loss.is_floating_point():
-        return "a floating-point tensor"
-    if given["run"].phase == "train" and not loss.requires_grad:
+        return f"{where}a floating-point tensor"
+    if not where and not loss.requires_grad:
         return "a loss with a graph: leave out `.detach()`, `.data` and `torch.no_grad()`"
     return None
 
@@ -321,12 +321,6 @@ def _metrics(metrics: Any, _: Given) -> Expected:
             wrong = came(value if isinstance(name, str) else name)
             return f"a dict of names and plain numbers; {name!r} is {wrong}"
     return None
-
-
-def _to_floats(found: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    for name, value in found.items():
-        is_one = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        yield name, float(value) if is_one else value
 
 
 def _verdict(verdict: Any, _: Given) -> Expected:
