@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm.errors import DataError, NotFiniteError
+from fundamentallm.errors import NotFiniteError, PluginError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fundamentallm.run import Run
 
 
@@ -44,12 +46,25 @@ def validation(run: Run) -> dict[str, float]:
 
 def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
     """Return a validation's metrics with those that plugins measure over whole splits."""
-    for split, collected in run.take_collected().items():
-        if f"{split}/loss" not in metrics:
-            raise DataError(f"validation()[{split!r}]: no batch has a target (a weight above 0)")
+    for split, named in run.take_collected().items():
+        collected = {name: _joined(name, pieces) for name, pieces in named.items()}
         answers: Any = run.hook.measure_split(run=run, split=split, collected=collected)
         run.checks.measures(answers, metrics)
     return metrics
+
+
+def _joined(name: str, pieces: list[Tensor]) -> Tensor:
+    """Join what ``run.collect`` kept under a name, on the CPU."""
+    import torch
+
+    shapes = {tuple(piece.shape[1:]) if piece.ndim else None for piece in pieces}
+    if len(shapes) > 1 or None in shapes:
+        found = ", ".join(sorted({str(list(piece.shape)) for piece in pieces}))
+        raise PluginError(
+            f"run.collect({name!r}): expected tensors that differ in their first dimension alone, "
+            f"got the shapes {found}"
+        )
+    return torch.cat(pieces).cpu()
 
 
 def log_row(run: Run, validated: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ import attrs
 
 from fundamentallm.data import Batch, Progress
 from fundamentallm.epochs import begins_epoch, end_epochs
-from fundamentallm.errors import PluginError, ReservedNameError, SettingsError, StorageError
+from fundamentallm.errors import DataError, ReservedNameError, SettingsError, StorageError
 from fundamentallm.gradients import total_norm
 from fundamentallm.host import get_state, renew, set_state
 from fundamentallm.rng import Generators
@@ -171,22 +171,10 @@ class Run:
             pieces = self._collected.setdefault(self.phase, {}).setdefault(name, [])
             pieces.append(tensor.detach())
 
-    def take_collected(self) -> dict[str, dict[str, Tensor]]:
-        """Return what was collected, by split and name, each whole and on the CPU; forget it."""
-        import torch
-
+    def take_collected(self) -> Collected:
+        """Return what was collected, by split and name, in the order of the batches; forget it."""
         collected, self._collected = self._collected, {}
-        whole: dict[str, dict[str, Tensor]] = {}
-        for split, named in collected.items():
-            whole[split] = {}
-            for name, pieces in named.items():
-                shapes = {tuple(piece.shape[1:]) if piece.ndim else None for piece in pieces}
-                if len(shapes) > 1 or None in shapes:
-                    found = ", ".join(sorted({str(list(piece.shape)) for piece in pieces}))
-                    text = "expected tensors that differ in their first dimension alone, got the"
-                    raise PluginError(f"run.collect({name!r}): {text} shapes {found}")
-                whole[split][name] = torch.cat(pieces).cpu()
-        return whole
+        return collected
 
     def name_of(self, plugin: object) -> str:
         """Return the instance name of a listed plugin: the name of its TOML table."""
@@ -277,15 +265,20 @@ class Run:
             self._collected.setdefault(split, {})
             self.generators.seed(self.seed_for(f"evaluation/{split}/{self.rank}"))
             total = len(batches) if isinstance(batches, Sized) else None
+            has_target = False
             for index, batch in enumerate(batches):
                 if self.signal is not None:
                     return
                 if index == 0:
                     self.checks.first_of_split(batch, self)
                 if batch.weight:  # a mean over no target would not be a number
-                    self.weight = batch.weight
+                    has_target, self.weight = True, batch.weight
                     yield split, batch
                 self.report(task, index + 1, total)
+            if not has_target:
+                raise DataError(
+                    f"validation()[{split!r}]: no batch has a target (a weight above 0)"
+                )
 
     def report(self, task: str, done: int, total: int | None = None) -> None:
         """Report the progress of a long task to the plugins that show it."""
