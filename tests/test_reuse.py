@@ -109,3 +109,24 @@ def test_attributes_set_on_an_object_before_its_first_run_are_kept(tiny_run):
     counts.steps = 5
     tiny_run(counts, length=1)
     assert counts.starts == [(5, [], 0, [7])]
+
+
+@plugin
+class Doubles:
+    """Changes a setting when it is made."""
+
+    rate: float = 1.0
+
+    def __attrs_post_init__(self) -> None:
+        self.rate *= 2
+
+    @hookimpl
+    def on_train_start(self) -> None:
+        pass
+
+
+def test_a_setting_that_the_class_derives_is_not_derived_twice(tiny_run):
+    doubles = Doubles()
+    for _ in range(2):
+        tiny_run(doubles, length=1)
+        assert doubles.rate == 2.0

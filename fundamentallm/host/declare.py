@@ -109,7 +109,9 @@ def renew(instance: Any) -> None:
     """
     if not attrs.has(type(instance)):
         return
-    for field in attrs.fields(type(instance)):
+    fields = attrs.fields(type(instance))
+    given = {field.name: getattr(instance, field.name) for field in fields if field.init}
+    for field in fields:
         default: Any = field.default
         if field.init or default is attrs.NOTHING or field.metadata.get("lasting"):
             continue
@@ -119,6 +121,9 @@ def renew(instance: Any) -> None:
     derive = getattr(instance, "__attrs_post_init__", None)
     if derive is not None:
         derive()
+        # It may change settings (`self.lr *= 2`), and had done so before the first run.
+        for name, value in given.items():
+            setattr(instance, name, value)
 
 
 def set_state(instance: object, kept: dict[str, Any]) -> None:
