@@ -943,7 +943,7 @@ def test_all_mistakes_of_a_file_are_reported_each_with_line_and_suggestion() -> 
             'run.toml:8: run.seed: expected a whole number, got "1337"',
             "run.toml:9: run.device: unknown value \"gpu\" (did you mean 'cpu'?)",
             "run.toml:3: plugins: no installed plugin is named 'zzz'",
-            f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: ModuleNotFoundError: No module named 'fundamentalm'",
+            f"run.toml:3: plugins: typo ({here}/typo.py) cannot be loaded: {here}/typo.py:1: ModuleNotFoundError: No module named 'fundamentalm'",
             'run.toml:12: text.path: expected a path, got ["a.txt"]',
             "run.toml:15: text.batch_size: must be >= 1: 0",
             (
