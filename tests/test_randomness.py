@@ -267,7 +267,7 @@ every = 3
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_whose_source_draws_at_random_ends_with_the_same_bits_after_kill_9(workers, tmp_path):
     (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "run.toml").write_text(f"{SETTINGS}\n[parts]\nworkers = {workers}\n")

@@ -84,7 +84,7 @@ def whole_run(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("sampling", ["random", "epochs"])
+@pytest.mark.parametrize("sampling", [pytest.param("epochs", marks=pytest.mark.slow), "random"])
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(sampling, whole_run, tmp_path):
     whole, killed = whole_run(sampling), tmp_path / "killed"
     moments = random.Random(sampling)

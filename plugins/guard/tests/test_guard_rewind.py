@@ -320,7 +320,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     ("hook", "when"),
     [
         ("on_rewind", "True"),
-        ("on_step_start", "run.progress.step == 13 and run.progress.samples > 52"),
+        pytest.param(
+            "on_step_start",
+            "run.progress.step == 13 and run.progress.samples > 52",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_killed_after_a_rewind_and_resumed_ends_with_the_same_bits(

@@ -86,10 +86,22 @@ class EndsIn:
 
 
 WAYS = [("finished", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
+# Each way with one kind of workers, and each kind in one way; the rest with the slow tests.
+QUICK = {("finished", 4, "fork"), ("failed", 1, "fork"), ("interrupted", 1, "spawn")}
+ENDS = [
+    pytest.param(
+        workers,
+        context,
+        *way,
+        marks=[] if (way[0], workers, context) in QUICK else [pytest.mark.slow],
+        id=f"{way[0]}-{workers}-{context}",
+    )
+    for workers, context in [(1, "fork"), (4, "fork"), (1, "spawn")]
+    for way in WAYS
+]
 
 
-@pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (4, "fork"), (1, "spawn")])
-@pytest.mark.parametrize(("way", "status"), WAYS)
+@pytest.mark.parametrize(("workers", "context", "way", "status"), ENDS)
 def test_a_run_with_loader_workers_has_its_end_state_in_the_store(
     look: Any,
     tiny_run: TinyRun,
