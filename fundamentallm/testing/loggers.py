@@ -69,7 +69,8 @@ class LoggerContract(PluginContract):
 
     def rows(self, folder: Path) -> list[Row]:
         """Read the rows of the last run in a run folder, as ``run.history`` has them."""
-        raise NotImplementedError
+        what = "read the rows that the logger wrote in this run folder, as a list of `Row`"
+        raise NotImplementedError(f"{type(self).__name__}.rows(folder): {what}")
 
     def stored(self, value: float) -> float:
         """Return what the logger's format makes of a value: by default the value."""
