@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "tests" / "support"))  # modules for all tests
 
 
 def pytest_configure() -> None:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import pytest
 import tomli
 
@@ -531,9 +532,9 @@ def test_a_folder_that_cannot_hold_a_run_ends_with_5(call: Call) -> None:
         assert "cannot be written: " in ended.err
 
 
-def spawn(*words: str, **options: Any) -> subprocess.Popen[str]:
+def spawn(*words: str, **options: Any) -> forked.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-m", "fundamentallm", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from fundamentallm import compose, train
@@ -149,7 +149,7 @@ def test_spawned_workers_find_a_local_plugin_s_classes_and_neighbours(tmp_path: 
         "plugins = ['./spawned.py', './parts.py']\n[run]\nlength = 3\ndevice = 'cpu'\n"
     )
     words = ["-m", "fundamentallm", "train", folder / "run.toml", "--run-dir", tmp_path / "run"]
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, *words],
         cwd=tmp_path,
         capture_output=True,

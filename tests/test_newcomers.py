@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 
 MINE = '''
@@ -72,7 +73,7 @@ def call(tmp_path: Path) -> Call:
     """Return what calls the command line in a folder of one's own."""
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return forked.run(
             [sys.executable, "-m", "fundamentallm", *words],
             cwd=tmp_path,
             capture_output=True,

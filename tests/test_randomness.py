@@ -13,6 +13,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -272,16 +273,16 @@ def test_a_run_whose_source_draws_at_random_ends_with_the_same_bits_after_kill_9
     (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "run.toml").write_text(f"{SETTINGS}\n[parts]\nworkers = {workers}\n")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(start(tmp_path, whole), **options(), timeout=240)
+    done = forked.run(start(tmp_path, whole), **options(), timeout=240)
     assert done.returncode == 0, done.stderr
     moments, words = random.Random(workers), start(tmp_path, killed)
     for step in (moments.randrange(3, 15), moments.randrange(18, 33)):
-        process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = forked.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         wait_for_step(killed, process, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
         words = [sys.executable, "-m", "fundamentallm", "resume", str(killed)]
-    done = subprocess.run(words, **options(), timeout=240)
+    done = forked.run(words, **options(), timeout=240)
     assert done.returncode == 0, done.stderr
     assert final(killed) == final(whole)
     assert rows(killed) == rows(whole)
@@ -296,7 +297,7 @@ def options() -> dict[str, Any]:
     return {"env": ENVIRONMENT, "capture_output": True, "text": True}
 
 
-def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(folder: Path, process: forked.Popen, step: int) -> None:
     while process.poll() is None:
         if any(int(path.name[5:]) >= step for path in folder.glob("checkpoints/step-*")):
             return

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -23,14 +24,14 @@ RECIPES = {section.partition("\n")[0]: section for section in SECTIONS}
 
 def run(line: str, folder: Path) -> str:
     """Run a printed command with the Python of the tests; ``pip install`` goes to a folder."""
-    words = shlex.split(line)
+    words, start = shlex.split(line), subprocess.run
     if words[:2] == ["pip", "install"]:
         options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "--target", "installed"]
         words = [sys.executable, "-m", *words[:2], *options, *words[2:]]
     elif words[0] == "fundamentallm":
-        words = [sys.executable, "-m", *words]
+        words, start = [sys.executable, "-m", *words], forked.run
     known = {**os.environ, "PYTHONPATH": str(folder / "installed"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=known)
+    done = start(words, cwd=folder, capture_output=True, text=True, env=known)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 
 from fundamentallm import SettingsError, recorded, train
@@ -101,7 +102,7 @@ def test_a_wider_model_is_refused_without_advice_that_can_only_fail(run: Path) -
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "fundamentallm", *words]
-    return subprocess.run(whole, capture_output=True, text=True, check=False)
+    return forked.run(whole, capture_output=True, text=True, check=False)
 
 
 def test_the_command_that_a_refusal_advises_resumes_the_run(run: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import forked
 import tomli_w
 from safetensors.numpy import load_file
 
@@ -68,30 +68,6 @@ TABLES: dict[str, Any] = {
     "lr_schedule": {"warmup": "5 steps"},
     "checkpoint": {"every": EVERY, "keep_last": 3},
 }
-
-# A process that has imported all this is there in a moment: each one here is forked from one that
-# has, is a process of its own in every other respect, and dies of its own. The optimizers of torch
-# import its compiler when they are made, which takes seconds.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "fundamentallm.cli",
-        "fundamentallm.launch",
-        "fundamentallm.host.environment",
-        "torch._dynamo",
-        "fundamentallm_checkpoint.resume",
-        "fundamentallm_checkpoint.storage.publish",
-        "fundamentallm_checkpoint.save",
-        "fundamentallm_gpt.model",
-        "fundamentallm_text",
-        "fundamentallm_optimizers",
-        "fundamentallm_accumulate",
-        "fundamentallm_early_stopping",
-        "fundamentallm_ema",
-        "fundamentallm_lr_schedule",
-        "fundamentallm_jsonl",
-    ]
-)
 
 
 def write_settings(folder: Path, **tables: dict[str, Any]) -> Path:
@@ -149,7 +125,7 @@ def start(*words: Path | str, before: Callable[[], None] | None = None) -> Start
     place = next(Path(word) for word in reversed(words) if Path(word).is_absolute())
     log = place.with_name(f"{place.name}.{time.monotonic_ns()}.log")
     said = [str(word) for word in words]
-    process = _context.Process(target=command, args=(said, log, before))
+    process = forked.context.Process(target=command, args=(said, log, before))
     process.start()
     return Started(process, log)
 

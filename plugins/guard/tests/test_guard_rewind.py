@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -333,7 +333,7 @@ def test_a_run_killed_after_a_rewind_and_resumed_ends_with_the_same_bits(
     where = tmp_path / "killed"
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(where), hook=hook, when=when)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    done = forked.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
     parts = ("checkpoint", "jsonl", rewinding, lambda: Spiky(at=[13]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forked
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -166,7 +166,7 @@ def test_a_run_that_ends_in_every_way_and_is_resumed_each_time_is_one_mlflow_run
 
     code = SHOT.format(path=__file__, folder=str(tmp_path / "run"))
     code = code.replace('logger("ends")', 'logger("ends", resume="same")')
-    shot = subprocess.run([sys.executable, "-c", code], check=False)
+    shot = forked.run([sys.executable, "-c", code])
     assert shot.returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "mlflow_imported").read_text() == "False"
     until = time.monotonic() + 60

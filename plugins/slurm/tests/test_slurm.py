@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 
+import forked
 import pytest
 
 from fundamentallm import SettingsError, compose, hookimpl, plugin
@@ -107,7 +107,7 @@ def test_a_job_that_the_requeue_ends_still_has_its_exit_code_and_log(asked, tmp_
     (tmp_path / "tiny.py").write_text(TINY)
     settings, folder = tmp_path / "settings.toml", tmp_path / "run"
     settings.write_text(SETTINGS)
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "fundamentallm", "train", settings, "--run-dir", folder],
         capture_output=True,
         text=True,
