@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fundamentallm import StorageError
+from fundamentallm import StorageError, choice_options
 
 
 @click.command(name="lora-merge")
@@ -15,7 +16,8 @@ from fundamentallm import StorageError
 @click.option("--at", default="latest", help='Checkpoint: "latest", "best" or "step-00000500".')
 @click.option("--averaged", is_flag=True, help="Merge the averaged weights, not the trained ones.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-def lora_merge(run: Path, out: Path, at: str, averaged: bool, overwrite: bool) -> None:
+@choice_options
+def lora_merge(run: Path, out: Path, averaged: bool, overwrite: bool, **chosen: Any) -> None:
     """Merge the adapters that run folder RUN trained into the base weights.
 
     Writes the safetensors file OUT, which fits the model without adapters and computes the same.
@@ -26,7 +28,7 @@ def lora_merge(run: Path, out: Path, at: str, averaged: bool, overwrite: bool) -
     from fundamentallm import load_run
     from fundamentallm_lora.merge import check_adapters, take_averaged_weights, write_weights
 
-    loaded = load_run(run, at=at)
+    loaded = load_run(run, **chosen)
     check_adapters(loaded)
     if averaged:
         take_averaged_weights(loaded)

@@ -90,6 +90,23 @@ class Middle:
 '''
 
 
+DOUBLES = '''
+import torch
+from fundamentallm import hookimpl, plugin
+
+@plugin
+class Doubles:
+    """Doubles a weight of the finished model."""
+
+    after = ("lora",)
+
+    @hookimpl
+    def finish_model(self, run):
+        with torch.no_grad():
+            run.model.out.weight.mul_(2)
+'''
+
+
 def trained(folder: Path, *more: str, **tables: Any) -> Run:
     (folder / "net8.py").write_text(MODEL)
     (folder / "middle.py").write_text(AVERAGE)
@@ -180,6 +197,17 @@ def test_the_option_at_selects_the_checkpoint(run: Run, tmp_path: Path) -> None:
     first, last, latest = (load_file(out)["again.weight"] for out in outs)
     assert not first.equal(last)
     assert last.equal(latest)
+
+
+def test_the_recorded_settings_may_be_changed_for_the_merge(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "doubles.py").write_text(DOUBLES)
+    outs = [tmp_path / name for name in ("plain", "alpha", "doubled")]
+    merge(run.folder, outs[0])
+    merge(run.folder, outs[1], "--set", "lora.alpha=32")
+    merge(run.folder, outs[2], "--plugin", str(tmp_path / "doubles.py"))
+    plain, scaled, doubled = (load_file(out) for out in outs)
+    assert not plain["again.weight"].equal(scaled["again.weight"])
+    assert doubled["out.weight"].equal(2 * plain["out.weight"])
 
 
 def merged_by_hand(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from fundamentallm import choice_options
 from fundamentallm_runs.console_io import number, replace_unknown_characters
 from fundamentallm_runs.curves import AXES
 
@@ -86,18 +87,16 @@ def compare(runs: tuple[Path, ...], **chosen: Any) -> None:
 @click.command()
 @click.argument("run", type=FOLDER)
 @click.option("--run-dir", type=FOLDER, help="[default: RUN-rerun]")
-@click.option("--set", "overrides", multiple=True, help="table.key=value, as in TOML.")
+@choice_options
 @click.pass_context
-def rerun(
-    context: click.Context, run: Path, run_dir: Path | None, overrides: tuple[str, ...]
-) -> None:
+def rerun(context: click.Context, /, run: Path, run_dir: Path | None, **choices: Any) -> None:
     """Repeat RUN from step 0, and compare weights and metrics bit by bit.
 
     Ends with exit code 1 if they differ.
     """
     from fundamentallm_runs.rerun import run_again
 
-    result = run_again(run, run_dir, overrides)
+    result = run_again(run, run_dir, **choices)
     for line in result.lines():
         click.echo(line)
     if result.exit_code:

@@ -84,8 +84,17 @@ class Result:
         return f"the {same[0]} are reproduced; nothing else was compared"
 
 
-def run_again(run: Path, run_dir: Path | None, overrides: Sequence[str]) -> Result:
-    """Train a run once more, from its record, into another folder, and compare both."""
+def run_again(
+    run: Path,
+    run_dir: Path | None,
+    overrides: Sequence[str] = (),
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+) -> Result:
+    """Train a run once more, from its record, into another folder, and compare both.
+
+    ``overrides``, ``add`` and ``remove`` change the recorded settings.
+    """
     from fundamentallm import recorded
 
     before = read(run)
@@ -93,7 +102,8 @@ def run_again(run: Path, run_dir: Path | None, overrides: Sequence[str]) -> Resu
     if target.exists() and any(target.iterdir()):
         raise SettingsError(f"{target}: is not empty; name another with --run-dir")
     check_record(before)
-    composed, saved = recorded(run, overrides), newest_saved(run)  # before hours are spent
+    composed = recorded(run, overrides, add=add, remove=remove)
+    saved = newest_saved(run)  # before hours are spent
     made, failure = repeated(composed, target, before)
     if made is not None and made.signal is not None:
         return Result(signal=made.signal, step=made.progress.step)

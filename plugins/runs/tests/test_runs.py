@@ -793,6 +793,14 @@ def test_a_difference_is_named_and_ends_with_exit_code_1(two, tmp_path):
     assert "the run is not reproduced" in done.output
 
 
+def test_a_run_is_repeated_without_a_plugin_and_with_another(two, tmp_path):
+    words = ["--no-plugin", "checkpoint", "--plugin", "csv"]
+    printed = said(rerun, two[0], "--run-dir", tmp_path / "again", *words)
+    assert "metrics: 4 rows, identical" in printed
+    assert (tmp_path / "again" / "metrics.csv").is_file()
+    assert not (tmp_path / "again" / "checkpoints").exists()
+
+
 def test_without_a_checkpoint_only_the_metrics_are_compared(copies, tmp_path):
     shutil.rmtree(copies[0] / "checkpoints")
     shown = said(rerun, copies[0], "--run-dir", tmp_path / "again")
