@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import pathlib
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fundamentallm import StorageError
-from fundamentallm_checkpoint.storage import durable_files, json_tree, safetensors, strict_json
+from fundamentallm import StorageError, folder
+from fundamentallm_checkpoint.storage import (
+    durable_files,
+    json_tree,
+    manifest,
+    safetensors,
+    strict_json,
+)
 from fundamentallm_checkpoint.storage import snapshot as snapshot_files
+from fundamentallm_checkpoint.storage.durable_files import FileDigest
 from fundamentallm_checkpoint.storage.host_buffer import HostBuffer
 from fundamentallm_checkpoint.storage.manifest import Manifest
 from fundamentallm_checkpoint.storage.safetensors import WrittenTensors
@@ -143,6 +152,43 @@ def test_any_snapshot_comes_back_exactly(snapshot: dict[str, Any]) -> None:
         folder = Path(name)
         manifest = saved(folder, snapshot)
         assert same(snapshot_files.read(folder, manifest), snapshot)
+
+
+manifests = st.builds(
+    Manifest,
+    step=st.integers(0, 10**18 - 1),
+    run=st.text("0123456789abcdef", min_size=12, max_size=12),
+    created=st.floats(0, 1e11),
+    settings=st.just(""),
+    data=st.text(max_size=9),
+    metrics=st.dictionaries(st.text(max_size=9), st.floats(), max_size=4),
+    tags=st.lists(st.sampled_from(["best", "final", "signal"]), unique=True).map(tuple),
+    contents=st.sampled_from(["all", "model"]),
+    finite=st.booleans(),
+    files=st.just(
+        {
+            name: FileDigest(3, hashlib.sha256(b"abc").hexdigest())
+            for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+        }
+    ),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(manifests)
+def test_the_core_reads_from_a_manifest_what_this_plugin_reads(made: Manifest) -> None:
+    """There are two readers, one that lists and one that verifies; see decision 0014."""
+    with TemporaryDirectory() as name:
+        run = pathlib.Path(name)
+        home = run / "checkpoints" / manifest.folder_name(made.step)
+        home.mkdir(parents=True)
+        (home / manifest.NAME).write_bytes(made.to_json())
+        for file in made.files:
+            (home / file).write_bytes(b"abc")
+        read, (listed,) = manifest.read(home), folder.checkpoints(run)
+    names = ("step", "run", "created", "tags", "contents", "finite", "data", "size")
+    assert [getattr(listed, name) for name in names] == [getattr(read, name) for name in names]
+    assert repr(listed.metrics) == repr(read.metrics) == repr(made.metrics)  # NaN is not equal
 
 
 @settings(max_examples=80, deadline=None)
