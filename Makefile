@@ -11,7 +11,7 @@ JOBS ?= 2
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test test-all-pythons test-faults test-ui screenshots browser lint bench dist \
+.PHONY: setup quickstart test test-all-pythons test-gpu test-faults test-ui screenshots browser lint bench dist \
 	reference clean
 
 # --no-compile: Python compiles the modules that a command imports, which are few, when it imports them.
@@ -55,6 +55,11 @@ test-all-pythons:
 	@for python in $(PYTHONS); do \
 		$$python -c '' 2>/dev/null || { echo "no $$python here: skipped"; continue; }; \
 		$(MAKE) test PYTHON=$$python || exit 1; done
+
+# Every test marked cuda; on a machine without a network, environment or plugins: tests/gpu/run.sh.
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests plugins)
+test-gpu: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda $(GPU_TESTS)
 
 # Half an hour: every kill, fault and outage.
 test-faults: setup

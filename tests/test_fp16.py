@@ -25,7 +25,7 @@ VOCABULARY, LENGTH = 13, 8
 # soon do so again; in these steps one more micro-batch of the window overflows.
 INIT_SCALE, GROWTH_INTERVAL = 2.0**20, 2
 BOOSTED = {7, 14, 15, 21}
-DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 class Mlp(nn.Module):
@@ -156,7 +156,7 @@ class ByHand:
     """What a PyTorch user writes: autocast, GradScaler, accumulation, clipping, LambdaLR."""
 
     def __init__(self, model: Any, device: str, dtype: torch.dtype, params: torch.dtype) -> None:
-        empty = Run(RunSettings(length=STEPS), {}, Path())
+        empty = Run(RunSettings(length=STEPS, device=device), {}, Path())
         empty.generators.seed(empty.seed_for("model"))
         self.model = model().to(params).to(device)
         self.diary, self.scales = Diary(), []
@@ -237,7 +237,13 @@ def assert_same(run: Run, diaries: list[Diary], hand: ByHand) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[*((device, Mlp) for device in DEVICES), ("cpu", BoostedGpt)]
+    scope="module",
+    params=[
+        ("cpu", Mlp),
+        ("cpu", BoostedGpt),
+        pytest.param(("cuda", Mlp), marks=pytest.mark.cuda),
+        pytest.param(("cuda", BoostedGpt), marks=pytest.mark.cuda),
+    ],
 )
 def fp16(request: Any) -> tuple[str, Any, ByHand]:
     """A device, a model, and what the handwritten loop made of it in fp16."""

@@ -30,7 +30,7 @@ from fundamentallm_guard.memory import report
 from fundamentallm_guard.split_batch import split
 
 VOCABULARY, TOKENS, PADDING = 11, 6, -100
-DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": RuntimeError(

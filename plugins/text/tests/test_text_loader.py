@@ -24,7 +24,7 @@ from fundamentallm_text.loader import (
 from fundamentallm_text.sampling import RandomWindows
 
 DTYPES = ["uint8", "uint16", "uint32", "int16", "int32", "int64"]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 LENGTH, ROWS = 5, 3
 ORDER = RandomWindows(200, LENGTH, 11)
 
