@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,9 +37,10 @@ class Compile:
     of the `nn.ModuleList` with the most parameters."""
     backend: str = "inductor"
     """The compiler: `inductor`, or another backend that PyTorch knows."""
-    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
-    """`max-autotune-no-cudagraphs` measures several implementations of each matrix product and uses
-    the fastest; compiling takes longer."""
+    mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    """`reduce-overhead` replays CUDA graphs instead of launching kernels singly, which helps small
+    batches on an NVIDIA GPU; it needs scope `model`. `max-autotune-no-cudagraphs` measures several
+    implementations of each matrix product and uses the fastest; compiling takes longer."""
     dynamic: bool | None = None
     """Whether the code accepts any input size instead of one size each. By default it does from the
     second size on."""
@@ -53,6 +55,7 @@ class Compile:
 
     _restore_environment: Any = field(init=False, repr=False, default=None)
     _first_call: Any = field(init=False, repr=False, default=None)
+    _copied: Any = field(init=False, repr=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         if self.blocks is not None and self.scope != "blocks":
@@ -64,6 +67,12 @@ class Compile:
                 raise ValueError(
                     f"{name}: works with backend 'inductor' only; backend is {self.backend!r}"
                 )
+        if self.mode == "reduce-overhead":
+            if self.scope == "blocks":
+                raise ValueError("mode: 'reduce-overhead' needs scope 'model', not 'blocks'")
+        else:
+            # None in place of a method is no hook: the other modes need no copies.
+            self.train_microbatch = None  # type: ignore[assignment,method-assign]
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
@@ -86,11 +95,22 @@ class Compile:
         self._first_call = compile_modules(run, modules, self, name)
         return model
 
+    @hookimpl(wrapper=True)
+    def train_microbatch(self, run: Run, is_last: bool) -> Generator[None, None, None]:
+        """With `reduce-overhead`, move the gradients out of the memory of the CUDA graphs before
+        the next micro-batch reuses it."""
+        yield
+        if not is_last:
+            from fundamentallm_compile.compiled_forward import copy_gradients
+
+            self._copied = copy_gradients(run.parameters, self._copied)
+
     @hookimpl
     def on_train_end(self) -> None:
         """Restore the environment variable of the cache folder."""
         if self._first_call is not None:
             self._first_call.end()
+        self._copied = {}
         if self._restore_environment is not None:
             self._restore_environment()
             self._restore_environment = None

@@ -14,7 +14,7 @@ from fundamentallm import PluginError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from fundamentallm import Run
     from fundamentallm_compile import Compile
@@ -36,6 +36,7 @@ class CompiledForward:
     ) -> None:
         self.run, self.original, self.where = run, forward, where
         self.validation = settings.validation
+        self.replays_graphs = settings.mode == "reduce-overhead"
         self.compiled: Callable[..., Any] = torch.compile(
             forward,
             backend=settings.backend,
@@ -48,12 +49,28 @@ class CompiledForward:
         """Run the module; raise ``PluginError`` in one line if the compiler fails."""
         if torch.is_grad_enabled() or (self.validation and self.run.phase != "train"):
             try:
+                if self.replays_graphs:
+                    return self._replayed(*inputs, **named)
                 return self.compiled(*inputs, **named)
             except Exception as error:
                 if not _is_compiler_error(error):
                     raise
                 raise PluginError(f"{self.where}: {_one_line(error)}") from error
         return self.original(*inputs, **named)
+
+    def _replayed(self, *inputs: Any, **named: Any) -> Tensor:
+        """Run the module as a new iteration of the CUDA graphs; return a copy of the result.
+
+        The next call overwrites the result itself, but losses live until they are logged.
+        """
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        result = self.compiled(*inputs, **named)
+        if not isinstance(result, torch.Tensor):
+            raise PluginError(
+                f"{self.where} with mode 'reduce-overhead': its forward returns "
+                f'{type(result).__name__}, not a tensor; use mode = "default"'
+            )
+        return result.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """Copy the original ``forward``: compiled code is bound to this module's parameters."""
@@ -111,6 +128,25 @@ def compile_modules(
     reporter = FirstCall(run, first, compiled[0])
     first.forward = reporter
     return reporter
+
+
+def copy_gradients(
+    parameters: list[nn.Parameter], copied: dict[nn.Parameter, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """Replace the gradients that are not in ``copied`` by copies; return those of all parameters.
+
+    The first gradient of a parameter may be an output of a CUDA graph. Later micro-batches are
+    added to it in place.
+    """
+    kept = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient is not copied.get(parameter):
+            gradient = parameter.grad = gradient.clone()
+        kept[parameter] = gradient
+    return kept
 
 
 def _is_compiler_error(error: Exception) -> bool:

@@ -33,7 +33,7 @@ from fundamentallm.testing import (
     weights,
 )
 from fundamentallm_compile import Compile
-from fundamentallm_compile.compiled_forward import compile_modules
+from fundamentallm_compile.compiled_forward import CompiledForward, compile_modules
 from fundamentallm_compile.requirements import check
 
 
@@ -50,7 +50,11 @@ class TestContract(PluginContract):
         ({"scope": "all"}, 'compile.scope: unknown value "all"'),
         ({"blocks": ["x"]}, 'compile.blocks: has no effect without scope = "blocks"'),
         ({"scope": "blocks", "blocks": []}, "compile.blocks: is empty"),
-        ({"mode": "reduce-overhead"}, 'compile.mode: unknown value "reduce-overhead"'),
+        ({"mode": "max-autotune"}, 'compile.mode: unknown value "max-autotune"'),
+        (
+            {"mode": "reduce-overhead", "scope": "blocks"},
+            "compile.mode: 'reduce-overhead' needs scope 'model', not 'blocks'",
+        ),
         (
             {"backend": "aot_eager", "mode": "max-autotune-no-cudagraphs"},
             "compile.mode: works with backend 'inductor' only; backend is 'aot_eager'",
@@ -413,3 +417,68 @@ def test_a_second_instance_is_refused() -> None:
     tables = {"plugins": ["compile", "more"], "run": {"length": 1}, "more": {"plugin": "compile"}}
     with pytest.raises(SettingsError, match=r"compile_model: compile .* and more .* both answer"):
         compose(tables)
+
+
+@plugin
+class Reused:
+    """Overwrites the first gradients of a window in its second micro-batch, as CUDA graphs do.
+
+    Only on a GPU the compiler itself does it: graphs of a CPU do not exist.
+    """
+
+    def __attrs_post_init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    @hookimpl
+    def backward(self, run: Run, loss: Tensor) -> None:
+        for tensor in self.outputs:
+            tensor.fill_(torch.nan)
+        first = all(parameter.grad is None for parameter in run.parameters)
+        loss.backward()
+        grads = [p.grad for p in run.parameters if p.grad is not None]
+        self.outputs = grads if first else []
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_gradients_of_a_window_survive_the_reuse_of_the_graphs_memory(
+    tiny_run: TinyRun, tmp_path: Path, microbatches: int
+) -> None:
+    table = {"accumulate": {"microbatches": microbatches}}
+    runs = [
+        tiny_run("accumulate", TinyModel(), *more, settings=table, run_dir=tmp_path / str(number))
+        for number, more in enumerate(([], [graphs(), Reused()]))
+    ]
+    for mine, theirs in zip(*(weights(run).values() for run in runs), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def graphs() -> Compile:
+    """Return a plugin that treats the result of another compiler like that of CUDA graphs."""
+    made = Compile(mode="reduce-overhead")
+    made.backend, made.fullgraph = "aot_eager", True
+    return made
+
+
+def test_a_loss_survives_the_next_call_of_a_forward_that_reuses_its_memory(
+    tiny_run: TinyRun,
+) -> None:
+    run = tiny_run(length=1)
+    memory = torch.zeros(())
+    settings = Compile(mode="reduce-overhead")
+    forward = CompiledForward(run, memory.fill_, settings, "compile")
+    forward.compiled = forward.original
+    first, second = forward(1.0), forward(2.0)
+    assert (float(first), float(second)) == (1.0, 2.0)
+
+
+def test_graphs_need_a_model_that_returns_one_tensor(tiny_run: TinyRun) -> None:
+    run = tiny_run(length=1)
+    forward = CompiledForward(run, lambda: (1, 2), Compile(mode="reduce-overhead"), "compile: Net")
+    forward.compiled = forward.original
+    with pytest.raises(PluginError, match="compile: Net with mode 'reduce-overhead'.* tuple"):
+        forward()
+
+
+def test_other_modes_copy_nothing_and_have_no_hook_in_a_microbatch() -> None:
+    assert Compile().train_microbatch is None
+    assert Compile(mode="reduce-overhead").train_microbatch is not None
