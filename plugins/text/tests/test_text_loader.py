@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from itertools import count, islice
 
+import gpu
 import numpy as np
 import pytest
 import torch
@@ -88,6 +89,66 @@ def test_tokens_pass_through_staging_buffers_unchanged(dtype: str, depth: int, d
     found = list(islice(stream, 30))
     assert [_plain(batch) for batch in found] == _expected(dtype, 30)
     del stream, filled
+
+
+class Copies:
+    """Stands for a stream that copies late, and for its event: a copy ends when it is waited for."""
+
+    def __init__(self) -> None:
+        self.pending = 0
+        self.waits = 0
+
+    def record(self, _: object) -> None:
+        self.pending = 1
+
+    def synchronize(self) -> None:
+        self.waits += self.pending
+        self.pending = 0
+
+
+class Watched:
+    """The array of a buffer, which must not be written to while a copy out of it is pending."""
+
+    def __init__(self, array: np.ndarray, copies: Copies) -> None:
+        self.array, self.copies = array, copies
+        self.dtype, self.itemsize = array.dtype, array.itemsize
+
+    def __setitem__(self, where: slice, rows: np.ndarray) -> None:
+        assert not self.copies.pending, "written before its copy has ended"
+        self.array[where] = rows
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_buffer_is_written_again_only_after_the_copy_out_of_it(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    windows = sliding_window_view(_tokens("uint16"), LENGTH + 1)
+    buffers = [StagingBuffer(ROWS, LENGTH + 1, windows.dtype, "cpu") for _ in range(depth + 2)]
+    copies = [Copies() for _ in buffers]
+    for buffer, copy in zip(buffers, copies, strict=True):
+        buffer.copied = copy  # type: ignore[assignment]
+        buffer.array = Watched(buffer.array, copy)  # type: ignore[assignment]
+    filled = fill_buffers(windows, batch_parts(ORDER, BatchShape(ROWS, 0, ROWS), 0), buffers)
+    stream = send_buffers(prefetched(filled, depth) if depth else filled, "cpu")
+    found = list(islice(stream, 30))
+    assert [_plain(batch) for batch in found] == _expected("uint16", 30)
+    assert all(copy.waits >= 30 // len(buffers) - 1 for copy in copies)
+    del stream, filled
+
+
+@pytest.mark.cuda(seconds=10)
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("dtype", ["uint16", "int64"])
+def test_batches_are_right_on_a_gpu_that_copies_late(dtype: str, depth: int) -> None:
+    """Its counterpart on the CPU is the test above."""
+    gpu.prepare_to_occupy("cuda")
+    gpu.occupy("cuda", 0.5)  # every copy waits behind this
+    stream = _feed(dtype, "cuda", depth)
+    found = list(islice(stream, 30))
+    assert [_plain(batch) for batch in found] == _expected(dtype, 30)
+    if depth:
+        stream.close()  # type: ignore[attr-defined]
 
 
 def test_batch_parts_continue_at_the_start_of_a_batch_of_any_size() -> None:
