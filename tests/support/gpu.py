@@ -70,7 +70,7 @@ def prepare_to_occupy(device: str) -> None:
 
 
 def forget_memory() -> None:
-    """Give cached memory of the GPU back, and begin to measure its peak anew."""
+    """Give cached memory of the GPU back, and measure its peak from now on."""
     import gc
 
     _product.cache_clear()
