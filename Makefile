@@ -11,7 +11,7 @@ JOBS ?= 2
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test test-all-pythons test-gpu test-faults test-ui screenshots browser lint bench dist \
+.PHONY: setup quickstart test test-all-pythons test-gpu test-faults test-ui screenshots browser lint bench bench-gpu dist \
 	reference clean
 
 # --no-compile: Python compiles the modules that a command imports, which are few, when it imports them.
@@ -97,6 +97,10 @@ dist: setup
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/run.py
+
+# GPT-2 on an NVIDIA GPU against a handwritten loop, nanoGPT's way and the roofline; without a GPU it says so.
+bench-gpu: setup
+	$(BIN)/python tests/gpu/bench.py --out build/gpu
 
 reference: setup
 	$(BIN)/fundamentallm reference $(REFERENCE)
