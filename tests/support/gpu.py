@@ -24,9 +24,11 @@ WAITED = "called a synchronizing CUDA operation"
 
 
 def corpus(folder: Path, size: int = 20_000) -> dict[str, Any]:
-    """Write a text of letters, and return the settings of ``text`` that read it."""
-    path = folder / "corpus.txt"
-    path.write_text("".join(random.Random(7).choices(string.ascii_lowercase + " ", k=size)))
+    """Write a text of 27 different characters, and return the settings of ``text`` that read it."""
+    path, source = folder / "corpus.txt", random.Random(7)
+    words = ["".join(source.choices(string.ascii_lowercase, k=5)) for _ in range(40)]
+    text = " ".join([string.ascii_lowercase, *source.choices(words, k=size // 6)])
+    path.write_text(text)
     return {
         "path": str(path),
         "tokenizer": "char",
