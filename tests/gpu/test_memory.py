@@ -55,7 +55,9 @@ class Wide:
                 self.scale = nn.Parameter(torch.ones(()))
 
             def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-                wide = inputs.mean(1, keepdim=True).expand(-1, ROW // 4)
+                # The validation after the last step is no matter of this test.
+                width = ROW // 4 if self.training else 1
+                wide = inputs.mean(1, keepdim=True).expand(-1, width)
                 out = torch.tanh(self.scale * wide).mean(1, keepdim=True)
                 return nn.functional.mse_loss(out, targets)
 
@@ -91,7 +93,7 @@ def test_a_micro_batch_that_does_not_fit_is_skipped_without_a_trace(
 def test_where_nothing_is_done_about_it_the_error_reports_the_memory(
     tiny_run: TinyRun, little_memory: None
 ) -> None:
-    with pytest.raises(OutOfMemoryError, match="(?s)out of memory in a micro-batch of 8 samples"):
+    with pytest.raises(OutOfMemoryError, match="(?s)out of memory.*PyTorch CUDA memory summary"):
         tiny_run(Guard(), TinyData(batch_size=ROWS), Wide(), device="cuda")
 
 
