@@ -11,8 +11,8 @@ JOBS ?= 2
 READMES := $(filter-out plugins/authoring/README.md,$(PLUGINS:%=%/README.md))
 REFERENCE := --settings docs/settings.md --hooks docs/hooks.md $(READMES:%=--readme %)
 
-.PHONY: setup quickstart test test-all-pythons test-gpu test-faults test-ui screenshots browser lint bench bench-gpu dist \
-	reference clean
+.PHONY: setup quickstart test test-all-pythons test-gpu test-faults test-ui screenshots browser lint bench \
+	bench-gpu dist reference clean
 
 # --no-compile: Python compiles the modules that a command imports, which are few, when it imports them.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt

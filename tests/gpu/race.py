@@ -127,7 +127,7 @@ class Race:
             return
         self.turn.close()
         self.rounds += 1
-        # Whoever is first in one round is last in the next.
+        # The rival that is first in one round is last in the next.
         for rival in self.rivals[:: 1 if self.rounds % 2 else -1]:
             with self.observed(rival.name):
                 rival.train(self.segment.steps)
