@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,36 @@ def test_a_trace_has_the_plugins_and_what_the_device_did_for_them(
     assert ("CUDA total" in table) == (device == "cuda")
     memory = folder / "memory-00000003.txt"
     assert memory.exists() == (device == "cuda")
+
+
+@pytest.mark.parametrize("device", gpu.DEVICES)
+def test_mlflow_s_worker_measures_every_gpu(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without MLflow: the worker writes to a file, and uploads from there."""
+    from fundamentallm_mlflow.journal import Journal
+    from fundamentallm_mlflow.worker.system_metrics import FILE, SystemMetrics
+
+    if device == "cpu":
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\necho '0, 35, 512, 81920, 210.55'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        count = 1
+    elif shutil.which("nvidia-smi") is None:
+        pytest.skip("the driver's nvidia-smi is not on the PATH")
+    else:
+        count = torch.cuda.device_count()
+    held = torch.ones(2**26, device=device)
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append("start")
+    SystemMetrics(tmp_path, os.getpid(), 1.0).measure()
+    journal.close()
+    metrics = json.loads((tmp_path / FILE).read_text().splitlines()[-1])["metrics"]
+    for index in range(count):
+        gpus = {key: metrics[key] for key in metrics if key.startswith(f"system/gpu_{index}_")}
+        assert 0 <= gpus[f"system/gpu_{index}_utilization_percentage"] <= 100
+        assert 0 < gpus[f"system/gpu_{index}_memory_usage_percentage"] <= 100
+        # Of what a driver does not know, no metric is written.
+        assert gpus.get(f"system/gpu_{index}_power_usage_watts", 1) > 0
+    assert metrics["system/gpu_0_memory_usage_megabytes"] > held.nbytes / 1e6
