@@ -21,13 +21,16 @@ trap 'rm -rf "$site"' EXIT
 "$python" tests/gpu/make_site.py "$wheels" "$site"
 # In this order: what is packed, the sources of the plugins, the core, gpu_results.
 PYTHONPATH=$site:$(printf '%s:' "$PWD"/plugins/*/)$PWD:$PWD/tests/gpu${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+export PYTHONPATH PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 case $what in
 tests)
+    # Only ours: what else is installed there may bring plugins of pytest that change the tests.
+    export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
     mapfile -t files < <(grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests plugins)
-    command=("$python" -m pytest -p no:cacheprovider -p gpu_results -m cuda --timeout 240
-        --results "$folder" --time-limit "$((limit - 30))" "${files[@]}" "$@")
+    command=("$python" -m pytest -p no:cacheprovider -p fundamentallm.testing -p pytest_timeout
+        -p gpu_results --results "$folder" --time-limit "$((limit - 30))" --timeout 240
+        -m cuda "${files[@]}" "$@")
     ;;
 bench)
     command=("$python" tests/gpu/bench.py --out "$folder" "$@")
