@@ -1,7 +1,8 @@
 """Measure the run on a GPU against a handwritten loop, nanoGPT's way and the device's ceilings.
 
 ``python3 tests/gpu/bench.py --out FOLDER`` measures everything, each part in a process of its own,
-and writes ``bench.json`` and ``bench.txt`` into FOLDER. ``--part loops`` measures one part alone.
+and writes ``bench.json`` and ``bench.txt`` into FOLDER. ``--part loops`` measures one part alone;
+it may be given several times.
 Exit code 1 if a goal is missed or a part failed. ``--dry`` executes all of it with a tiny model on
 the CPU. Without a GPU nothing else can be done, and the command says so.
 """
@@ -42,13 +43,16 @@ def main() -> int:
         )
         return 0
     chosen.out.mkdir(parents=True, exist_ok=True)
-    return measure(chosen) if chosen.part else measure_all(chosen)
+    if len(chosen.part or ()) == 1:
+        return measure(chosen, chosen.part[0])
+    return measure_all(chosen, [part for part in PARTS if part in (chosen.part or PARTS)])
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--part", choices=PARTS, help="measure this part alone")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure this part")
     parser.add_argument(
         "--dry", action="store_true", help="execute all with a tiny model, on a CPU"
     )
@@ -59,16 +63,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_all(chosen: argparse.Namespace) -> int:
+def measure_all(chosen: argparse.Namespace, parts: list[str]) -> int:
     """Measure each part in a process of its own: what one breaks does not stop the others."""
     began, codes = time.monotonic(), []
-    for part in PARTS:
+    for part in parts:
         left = chosen.seconds - (time.monotonic() - began)
         if left < START:
             print(f"NOT MEASURED: {part}: no time is left; run it alone with --part {part}")
             codes.append(1)
             continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+        command = command_of(part, sys.argv[1:])
         try:
             codes.append(subprocess.run(command, check=False, timeout=left).returncode)
         except subprocess.TimeoutExpired:
@@ -78,7 +82,14 @@ def measure_all(chosen: argparse.Namespace) -> int:
     return int(any(codes))
 
 
-def measure(chosen: argparse.Namespace) -> int:
+def command_of(part: str, words: list[str]) -> list[str]:
+    """Return the command that measures one part, with the other arguments of this one."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--part", action="append")
+    return [sys.executable, __file__, *parser.parse_known_args(words)[1], "--part", part]
+
+
+def measure(chosen: argparse.Namespace, part: str) -> int:
     """Measure one part in this process."""
     device = Cpu() if chosen.dry else Cuda()
     changes = {name: getattr(chosen, name) for name in ("batch", "rounds")}
@@ -94,10 +105,10 @@ def measure(chosen: argparse.Namespace) -> int:
             (chosen.out / "bench.stderr").open("a") as errors,
             contextlib.redirect_stderr(errors),
         ):
-            found = PARTS[chosen.part](Bench(device, size, work, runs))
+            found = PARTS[part](Bench(device, size, work, runs))
     finally:
         shutil.rmtree(runs, ignore_errors=True)
-    lines = [f"{chosen.part}: {goal.line(dry=chosen.dry)}" for goal in found.goals]
+    lines = [f"{part}: {goal.line(dry=chosen.dry)}" for goal in found.goals]
     print("\n".join(lines), flush=True)
     facts = {
         "device": device.name,
@@ -110,7 +121,7 @@ def measure(chosen: argparse.Namespace) -> int:
         "lines": lines,
         "figures": found.figures,
     }
-    write(chosen.out, chosen.part, facts)
+    write(chosen.out, part, facts)
     return 0 if chosen.dry or all(goal.met for goal in found.goals) else 1
 
 

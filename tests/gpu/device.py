@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import platform
 import resource
 import time
@@ -149,7 +150,8 @@ Device = Cuda | Cpu
 def idle_share(trace: Path, busy: tuple[str, ...]) -> float:
     """Return the part of a trace, from its first to its last work, in which there is none.
 
-    Work of several streams may overlap, so the union of the intervals counts.
+    Work of several streams may overlap, so the union of the intervals counts. Without any work it
+    is NaN, which meets no goal.
     """
     events = json.loads(trace.read_text())["traceEvents"]
     spans = sorted(
@@ -158,7 +160,7 @@ def idle_share(trace: Path, busy: tuple[str, ...]) -> float:
         if event.get("ph") == "X" and event.get("cat") in busy
     )
     if not spans:
-        return 1.0
+        return math.nan
     first, covered = spans[0][0], 0.0
     end = first
     for start, stop in spans:
@@ -172,7 +174,7 @@ class IdleShare:
 
     def __init__(self, device: Device, trace: Path) -> None:
         self.device, self.trace = device, trace
-        self.share = 1.0
+        self.share = math.nan
 
     def start(self) -> None:
         self.recording = profile(activities=[self.device.activity])

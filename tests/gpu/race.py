@@ -31,7 +31,7 @@ READ = handwritten.LOG_EVERY - 10
 
 
 class Segment(NamedTuple):
-    """A turn of every contestant."""
+    """A turn of every contestant; of the run and the first rival if not only times are taken."""
 
     kind: Literal["warm", "time", "idle", "reads", "steps"]
     steps: int
@@ -128,7 +128,8 @@ class Race:
         self.turn.close()
         self.rounds += 1
         # The rival that is first in one round is last in the next.
-        for rival in self.rivals[:: 1 if self.rounds % 2 else -1]:
+        order = self.rivals[:: 1 if self.rounds % 2 else -1]
+        for rival in order if self.segment.kind in ("warm", "time") else self.rivals[:1]:
             with self.observed(rival.name):
                 rival.train(self.segment.steps)
         self.begin()

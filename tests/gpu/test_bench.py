@@ -14,13 +14,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import bench
 import parts
-from device import Cpu, idle_share
+from device import Cpu, Cuda, idle_share
 from goals import Goal, median_ratio, quantile
 from nanogpt import Layer
 from race import READ, Rival, plan
 from roofline import Ceilings, terms
-from sizes import GPT2, TINY, token_file
+from sizes import GPT2, TINY, settings, token_file
 
+from fundamentallm import compose
 from fundamentallm_gpt.model import GPT
 
 
@@ -30,6 +31,12 @@ def test_idle_is_the_time_in_which_no_stream_works(tmp_path):
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"traceEvents": [*events, {"ph": "i", "cat": "kernel", "ts": 99}]}))
     assert idle_share(trace, ("kernel", "gpu_memcpy")) == pytest.approx(0.2)
+
+
+def test_a_trace_without_work_meets_no_goal(tmp_path):
+    trace = tmp_path / "trace.json"
+    trace.write_text('{"traceEvents": []}')
+    assert not Goal("idle", idle_share(trace, ("kernel",)), at_most=1.0).met
 
 
 def test_the_roofline_counts_all_parameters_but_those_of_norms():
@@ -161,6 +168,26 @@ def test_without_a_gpu_the_benchmark_says_so_and_succeeds(monkeypatch, tmp_path,
     assert bench.main() == 0
     assert "no NVIDIA GPU here" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_each_of_several_parts_gets_the_other_arguments_of_the_command():
+    words = ["--dry", "--part=save", "--part", "loops", "--out", "folder"]
+    command = bench.command_of("loops", words)
+    assert command[2:] == ["--dry", "--out", "folder", "--part", "loops"]
+
+
+@pytest.mark.parametrize("device", [Cpu(), Cuda()])
+def test_the_settings_of_the_measured_model_are_valid(device, tmp_path):
+    composed = compose(settings(GPT2, device, tmp_path / "tokens.bin", 480))
+    assert len(composed.plugins) == 16
+    assert composed.run.device == device.kind
+    assert compose_graphs(device, tmp_path).plugins["compile"].backend == device.backend
+
+
+def compose_graphs(device, folder):
+    tables = settings(GPT2, device, folder / "tokens.bin", 480)
+    tables["compile"] |= device.graphs
+    return compose(tables)
 
 
 def test_tokens_of_the_standard_library_are_below_the_vocabulary(tmp_path):
