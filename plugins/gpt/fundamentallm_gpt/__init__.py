@@ -34,7 +34,7 @@ class Gpt:
 
     role = "model"
     # Settings that may differ when a run is resumed, since the weights keep their shapes.
-    free = ("dropout", "init_std")
+    free = ("dropout", "init_std", "loss_chunks")
 
     preset: Preset | None = field(default=None, validator=optional(in_(get_args(Preset))))
     """A published shape; each setting below replaces that part of it."""
@@ -100,6 +100,10 @@ class Gpt:
     """Round the rows of the embedding up to a multiple of this, such as 64, for speed on GPUs. The
     model never predicts the additional rows."""
 
+    loss_chunks: int = field(default=1, validator=ge(1))
+    """Compute the scores of the vocabulary and the loss in this many parts of the tokens, so that
+    the scores of one part only are in memory. Above 1, the backward pass computes them again."""
+
     def __attrs_post_init__(self) -> None:
         shape = self.shape()
         if self.rope_theta is not None and shape.positions != "rope":
@@ -116,13 +120,15 @@ class Gpt:
         """Build the transformer, with initial weights like GPT-2's."""
         from fundamentallm_gpt.model import GPT
 
-        return GPT(
+        model = GPT(
             self.shape(),
             vocab_size=_from_data(run.data, "vocab_size"),
             context_length=self._context_length(run.data),
             dropout=self.dropout,
             pad_vocab_to=self.pad_vocab_to_multiple_of,
         )
+        model.loss_chunks = self.loss_chunks
+        return model
 
     def _context_length(self, data: Data) -> int:
         if self.context_length is None:

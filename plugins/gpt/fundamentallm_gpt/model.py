@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fundamentallm_gpt.kv_cache import KeyValueCache
 from fundamentallm_gpt.rope import Rotation, rotate, rotation
@@ -28,6 +29,8 @@ class GPT(nn.Module):
 
     rope_cos: Tensor
     rope_sin: Tensor
+    loss_chunks = 1
+    """The number of parts in which the loss is computed."""
 
     def __init__(
         self,
@@ -66,12 +69,10 @@ class GPT(nn.Module):
         ``inputs`` and ``targets``: token ids, (B, T) int64, with T at most ``context_length``.
         Targets of -100 are ignored.
         """
-        logits = self._scores(self._hidden(inputs, None))
-        # A softmax over a vocabulary needs float32; float64 stays float64.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100
-        )
+        hidden = self._hidden(inputs, None)
+        if self.loss_chunks > 1:
+            return self._chunked_loss(hidden.flatten(0, 1), targets.flatten())
+        return self._loss(hidden.flatten(0, 1), targets.flatten(), "mean")
 
     def logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return the unnormalized log-probabilities of every next token, (B, T, V).
@@ -121,6 +122,27 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, angles, cache)
         return x
+
+    def _loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = self._scores(hidden)
+        # A softmax over a vocabulary needs float32; float64 stays float64.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+
+    def _chunked_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss over tokens, (tokens, C); logits of one chunk only exist at a time.
+
+        The backward pass computes the logits of a chunk again: Chen et al., "Training Deep Nets
+        with Sublinear Memory Cost" (2016, arXiv:1604.06174).
+        """
+        chunks = zip(hidden.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
+        sums = [
+            checkpoint(self._loss, *chunk, "sum", use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        # As in the mean over all: NaN if no token has a target.
+        mean: Tensor = torch.stack(sums).sum() / (targets != -100).sum()
+        return mean
 
     def _scores(self, hidden: Tensor) -> Tensor:
         output = self.embed.weight if self.head is None else self.head.weight

@@ -367,3 +367,57 @@ def test_forward_has_no_data_dependent_python() -> None:
         ids = tokens(2, 9)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(compiled(ids, ids), model(ids, ids))
+
+
+@pytest.mark.parametrize("chunks", [2, 5, 100])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(
+    chunks: int, tie_embeddings: bool
+) -> None:
+    found = []
+    for count in (1, chunks):
+        model = make(shape_of(None, TINY | {"tie_embeddings": tie_embeddings}))
+        model.loss_chunks = count
+        ids = tokens(3, 10)
+        targets = ids[:, 1:].clone()
+        targets[0, :5] = targets[2] = -100  # so that a chunk has no target at all
+        loss = model(ids[:, :-1], targets)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for whole, parted in zip(*found, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_in_chunks_without_any_target_is_nan_as_the_mean_of_nothing() -> None:
+    model = make(shape_of(None, TINY))
+    ids = tokens(1, 9)
+    for model.loss_chunks in (1, 4):
+        assert model(ids, torch.full_like(ids, -100)).isnan()
+
+
+@pytest.mark.parametrize(("chunks", "kept"), [(1, True), (4, False)])
+def test_a_loss_in_chunks_keeps_no_scores_of_the_vocabulary_for_the_backward_pass(
+    chunks: int, kept: bool
+) -> None:
+    model = make(shape_of(None, TINY), vocab_size=37)
+    model.loss_chunks = chunks
+    shapes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        shapes.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens(2, 8), tokens(2, 8))
+    assert any(len(shape) == 2 and shape[1] == 37 for shape in shapes) is kept
+
+
+def test_a_loss_in_chunks_is_captured_by_the_compiler_as_a_whole() -> None:
+    model = make(shape_of(None, TINY))
+    model.loss_chunks = 3
+    ids, targets = tokens(2, 9), tokens(2, 9, seed=2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(ids, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids, targets))
+    torch.compiler.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,13 @@ from fundamentallm import (
     hookimpl,
     plugin,
 )
-from fundamentallm.testing import PluginContract, TinyOptimizer, TinyRun, assert_same_weights
+from fundamentallm.testing import (
+    PluginContract,
+    TinyOptimizer,
+    TinyRun,
+    assert_same_weights,
+    weights,
+)
 from fundamentallm_gpt import Gpt
 from fundamentallm_gpt.model import GPT
 
@@ -93,6 +100,19 @@ def test_a_run_learns_to_count(tiny_run: TinyRun, chosen: dict[str, Any]) -> Non
     run = tiny_run(Gpt(**SMALL, **chosen), CountingData(), length=40, seed=3)
     assert run.history[-1]["val/loss"] < 0.1
     assert run.history[0]["train/loss"] > 1.0
+
+
+def test_a_run_with_the_loss_in_chunks_trains_the_same_weights(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    whole, parted = (
+        tiny_run(Gpt(**SMALL, loss_chunks=n), CountingData(), run_dir=tmp_path / str(n))
+        for n in (1, 3)
+    )
+    assert isinstance(parted.model, GPT)
+    assert parted.model.loss_chunks == 3
+    for mine, theirs in zip(weights(parted).values(), weights(whole).values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_the_seed_decides_the_initial_weights(tiny_run: TinyRun) -> None:
