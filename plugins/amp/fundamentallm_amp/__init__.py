@@ -1,4 +1,4 @@
-"""Mixed precision training: autocast in every forward, and a dynamic loss scale for fp16."""
+"""Reduced precision: autocast in every forward, a dynamic loss scale for fp16, or TF32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FP16_ONLY = ("init_scale", "growth_factor", "backoff_factor", "growth_interval"
 
 @plugin
 class Amp:
-    """Compute in bf16 or fp16 where that is safe, with weights in fp32 (or bf16).
+    """Compute in bf16 or fp16 where that is safe, with weights in fp32 (or bf16); or use TF32.
 
     With fp16 the loss is scaled, so that small gradients do not become zero, and a step whose
     gradients overflow is rejected. To know that, the host waits for the device once in every step;
@@ -42,8 +42,10 @@ class Amp:
 
     role = "training"
 
-    dtype: Literal["bf16", "fp16"] = "bf16"
-    """The type of matrix products and similar operations, in training and in validation."""
+    dtype: Literal["bf16", "fp16", "tf32"] = "bf16"
+    """The type of matrix products and similar operations, in training and in validation. `tf32`
+    keeps all tensors in fp32, and NVIDIA GPUs since Ampere multiply them with fewer bits; other
+    devices ignore it."""
     params: Literal["bf16"] | None = None
     """The type of the weights, and so of the optimizer's state. By default the type in which the
     model is built, usually fp32."""
@@ -65,21 +67,25 @@ class Amp:
     # Any: naming these types would import torch.
     _autocast: Any = field(init=False, repr=False)
     _loss_scale: Any = field(init=False, default=None, repr=False)
+    _precision_before: str | None = field(init=False, default=None, repr=False)
     _restored: dict[str, Any] = field(init=False, factory=dict, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.min_scale > self.init_scale:
             raise ValueError(f"min_scale: must not exceed init_scale, {self.init_scale:g}")
+        if self.dtype != "bf16" and self.params is not None:
+            raise ValueError(f"params: weights in bf16 need dtype 'bf16', not {self.dtype!r}")
+        if self.dtype != "tf32":
+            # None in place of a method is no hook.
+            self.on_train_end = None  # type: ignore[assignment,method-assign]
         if self.dtype == "fp16":
-            if self.params is not None:
-                raise ValueError("params: weights in bf16 need dtype 'bf16', not 'fp16'")
             return
         fields = setting_fields(type(self))
         for name in _FP16_ONLY:
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name}: belongs to dtype 'fp16', but dtype is {self.dtype!r}")
-        # bf16 needs none of these hooks, and None in place of a method is no hook. backward stays,
-        # so that two instances of amp are an error.
+        # bf16 and TF32 need none of these hooks. backward stays, so that two instances of amp are
+        # an error.
         for name in ("finish_gradients", "judge_step", "settle_step"):
             setattr(self, name, None)
 
@@ -91,13 +97,15 @@ class Amp:
     @hookimpl
     def on_run_start(self, run: Run) -> None:
         """Check that the device can train in the type, and forget an earlier run of this object."""
-        from fundamentallm_amp.precision import check_device
+        from fundamentallm_amp.precision import check_device, use_tf32
 
         self._loss_scale, self._restored, self.overflows = None, {}, 0
         try:
             check_device(run.device, self.dtype)
         except SettingsError as error:
             raise SettingsError(f"{run.name_of(self)}.{error}") from error
+        if self.dtype == "tf32":
+            self._precision_before = use_tf32()
 
     @hookimpl(wrapper=True)
     def build_model(self, run: Run) -> Generator[None, nn.Module, nn.Module]:
@@ -179,6 +187,15 @@ class Amp:
         if run.settings.log_every.due(progress) or run.settings.length.reached(progress):
             run.log("amp/scale", loss_scale.scale())
             run.log("amp/overflows", self.overflows)
+
+    @hookimpl
+    def on_train_end(self) -> None:
+        """With TF32, restore torch's precision of fp32 matrix products."""
+        if self._precision_before is not None:
+            import torch
+
+            torch.set_float32_matmul_precision(self._precision_before)
+            self._precision_before = None
 
     def get_state(self) -> dict[str, Any]:
         """Return the scale, the steps since its last change, and the count of overflows."""

@@ -9,15 +9,25 @@ from torch import nn
 
 from fundamentallm import SettingsError
 
+_SINCE_AMPERE = "GPUs since Ampere, compute capability 8.0, have them"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
     """Return a reusable context in which torch computes safe operations in ``dtype``.
 
-    Matrix products are safe, for example, but softmax is not.
+    Matrix products are safe, for example, but softmax is not. With TF32 it changes nothing.
     """
+    if dtype == "tf32":
+        return torch.autocast(torch.device(device).type, enabled=False)
     return torch.autocast(torch.device(device).type, dtype=DTYPES[dtype])
+
+
+def use_tf32() -> str:
+    """Let fp32 matrix products use TF32; return the previous precision, for torch's setter."""
+    before: str = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    return before
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -26,6 +36,10 @@ def check_device(device: str, dtype: str) -> None:
     The message begins with ``dtype: …``, to be put after the plugin's name. No random number is
     drawn.
     """
+    if dtype == "tf32":
+        if device.startswith("cuda") and torch.cuda.get_device_capability(device) < (8, 0):
+            raise _not_working(device, dtype, f"it has no TF32 units ({_SINCE_AMPERE})")
+        return
     # A GPU without bf16 units emulates bf16, which is slower than fp32.
     if (device, dtype) == ("cuda", "bf16") and not torch.cuda.is_bf16_supported(
         including_emulation=False
@@ -33,7 +47,7 @@ def check_device(device: str, dtype: str) -> None:
         raise _not_working(
             device,
             dtype,
-            "it has no bf16 units (GPUs since Ampere, compute capability 8.0, have them)",
+            f"it has no bf16 units ({_SINCE_AMPERE})",
         )
     try:
         computed = _tiny_step(device, dtype)
@@ -76,7 +90,7 @@ def _tiny_step(device: str, dtype: str) -> torch.dtype:
 
 
 def _not_working(device: str, dtype: str, why: str) -> SettingsError:
-    other = "fp16" if dtype == "bf16" else "bf16"
+    other = "bf16" if dtype == "fp16" else "fp16"
     return SettingsError(
         f"dtype: {dtype!r} does not work on this {device} device: {why}; "
         f"set dtype = {other!r}, or remove the plugin"

@@ -50,6 +50,8 @@ class TestContract(PluginContract):
         ({"dtype": "float16"}, "amp.dtype: unknown value"),
         ({"params": "fp16"}, "amp.params: "),
         ({"dtype": "fp16", "params": "bf16"}, "amp.params: weights in bf16 need dtype 'bf16'"),
+        ({"dtype": "tf32", "params": "bf16"}, "amp.params: weights in bf16 need dtype 'bf16'"),
+        ({"dtype": "tf32", "init_scale": 4.0}, "amp.init_scale: belongs to dtype 'fp16'"),
         ({"init_scale": 4.0}, "amp.init_scale: belongs to dtype 'fp16', but dtype is 'bf16'"),
         ({"growth_interval": 5}, "amp.growth_interval: belongs to dtype 'fp16'"),
         ({"dtype": "fp16", "init_scale": 0.0}, "amp.init_scale: must be > 0"),
@@ -190,6 +192,52 @@ def test_training_and_validation_compute_in_half_precision_and_nothing_else_does
     assert len(run.model.seen) == 6
     assert outside.found == [False] * 6
     assert {p.dtype for p in run.parameters} == {torch.float32}
+
+
+@plugin
+class Precisions:
+    """Records torch's precision of fp32 matrix products in each step, and may fail."""
+
+    fails: bool = False
+    found: list[str] = field(factory=list)
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        self.found.append(torch.get_float32_matmul_precision())
+        if self.fails:
+            raise SettingsError("no further step")
+
+
+@pytest.mark.parametrize("before", ["highest", "medium"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_tf32_lasts_as_long_as_the_run(tiny_run: TinyRun, before: str, fails: bool) -> None:
+    torch.set_float32_matmul_precision(before)
+    precisions = Precisions(fails=fails)
+    try:
+        if fails:
+            with pytest.raises(SettingsError, match="no further step"):
+                tiny_run(Amp(dtype="tf32"), Boosted(), precisions, length=2)
+        else:
+            tiny_run(Amp(dtype="tf32"), Boosted(), precisions, length=2)
+        assert set(precisions.found) == {"high"}
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_other_types_leave_the_precision_of_fp32_alone(tiny_run: TinyRun) -> None:
+    precisions = Precisions()
+    tiny_run(Amp(), Boosted(), precisions, length=2)
+    assert precisions.found == ["highest"] * 2
+
+
+def test_with_tf32_all_tensors_are_in_fp32_and_a_cpu_computes_as_without_it(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    plain = tiny_run(Boosted(), run_dir=tmp_path / "plain")
+    run = tiny_run(Amp(dtype="tf32"), Boosted(), validate_every=2)
+    assert {dtype for _, dtype in run.model.seen} == {torch.float32}
+    assert_same_weights(plain, run)
 
 
 def test_autocast_ends_after_a_failed_forward(tiny_run: TinyRun) -> None:
