@@ -21,6 +21,7 @@ from fundamentallm import Run, hookimpl, plugin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from device import Device
@@ -57,15 +58,16 @@ class Rival:
     def __init__(self, name: str, train: Callable[[Iterator[int]], None]) -> None:
         self.name = name
         self.mine, self.its = threading.Semaphore(0), threading.Semaphore(0)
-        self.left = 0
+        self.steps = 0
+        self.observed: AbstractContextManager[None] = contextlib.nullcontext()
         self.step_ended: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self.work, args=(train,), daemon=True)
         self.thread.start()
 
-    def train(self, steps: int) -> None:
-        """Make ``steps`` steps; raise what its thread has raised."""
-        self.left = steps
+    def train(self, steps: int, observed: AbstractContextManager[None] | None = None) -> None:
+        """Make ``steps`` steps, in the context ``observed``; raise what its thread has raised."""
+        self.steps, self.observed = steps, observed or contextlib.nullcontext()
         self.mine.release()
         self.its.acquire()
         if self.error is not None:
@@ -79,14 +81,15 @@ class Rival:
             self.its.release()
 
     def turns(self) -> Iterator[int]:
-        self.mine.acquire()
-        for step in itertools.count(1):
-            yield step
-            self.step_ended()
-            self.left -= 1
-            if not self.left:
-                self.its.release()
-                self.mine.acquire()
+        numbers = itertools.count(1)
+        while True:
+            self.mine.acquire()
+            # In this thread: a profiler records the operations of the thread that starts it.
+            with self.observed:
+                for _ in range(self.steps):
+                    yield next(numbers)
+                    self.step_ended()
+            self.its.release()
 
 
 class Race:
@@ -130,8 +133,7 @@ class Race:
         # The rival that is first in one round is last in the next.
         order = self.rivals[:: 1 if self.rounds % 2 else -1]
         for rival in order if self.segment.kind in ("warm", "time") else self.rivals[:1]:
-            with self.observed(rival.name):
-                rival.train(self.segment.steps)
+            rival.train(self.segment.steps, self.observed(rival.name))
         self.begin()
 
     @contextlib.contextmanager
