@@ -15,6 +15,7 @@ import platform
 import resource
 import time
 import warnings
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -147,34 +148,51 @@ class Cpu:
 Device = Cuda | Cpu
 
 
-def idle_share(trace: Path, busy: tuple[str, ...]) -> float:
-    """Return the part of a trace, from its first to its last work, in which there is none.
+def work_in(trace: Path, busy: tuple[str, ...]) -> list[tuple[float, float, str]]:
+    """Return the work of the device in a trace: begin and end in microseconds, and its name."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return sorted(
+        (float(event["ts"]), float(event["ts"]) + float(event["dur"]), event["name"])
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in busy
+    )
+
+
+def idle_share(work: list[tuple[float, float, str]]) -> float:
+    """Return the part of the time, from the first to the last work, in which there is none.
 
     Work of several streams may overlap, so the union of the intervals counts. Without any work it
     is NaN, which meets no goal.
     """
-    events = json.loads(trace.read_text())["traceEvents"]
-    spans = sorted(
-        (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        for event in events
-        if event.get("ph") == "X" and event.get("cat") in busy
-    )
-    if not spans:
+    if not work:
         return math.nan
-    first, covered = spans[0][0], 0.0
+    first, covered = work[0][0], 0.0
     end = first
-    for start, stop in spans:
+    for start, stop, _ in work:
         covered += max(stop - max(start, end), 0.0)
         end = max(end, stop)
     return 1 - covered / (end - first)
 
 
-class IdleShare:
-    """Records what the device does from ``start`` to ``stop``; ``share`` is its idle part then."""
+def longest(work: list[tuple[float, float, str]]) -> dict[str, dict[str, float]]:
+    """Return count and milliseconds of the forty names that take longest, to see what to improve."""
+    total: defaultdict[str, list[float]] = defaultdict(list)
+    for start, stop, name in work:
+        total[name].append((stop - start) / 1000)
+    found = sorted(total.items(), key=lambda item: -sum(item[1]))
+    return {name: {"count": len(all_), "ms": sum(all_)} for name, all_ in found[:40]}
+
+
+class Recording:
+    """Records what the device does from ``start`` to ``stop``.
+
+    Then ``share`` is its idle part, and ``work`` what took longest.
+    """
 
     def __init__(self, device: Device, trace: Path) -> None:
         self.device, self.trace = device, trace
         self.share = math.nan
+        self.work: dict[str, dict[str, float]] = {}
 
     def start(self) -> None:
         self.recording = profile(activities=[self.device.activity])
@@ -185,5 +203,6 @@ class IdleShare:
         self.device.synchronize()
         self.recording.stop()
         self.recording.export_chrome_trace(str(self.trace))
-        self.share = idle_share(self.trace, self.device.busy)
+        work = work_in(self.trace, self.device.busy)
+        self.share, self.work = idle_share(work), longest(work)
         self.trace.unlink()

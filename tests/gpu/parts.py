@@ -111,6 +111,7 @@ def compare(found: Found, contest: race.Race) -> None:
     found.goals.append(Goal(text, reads[race.RUN], at_most=0))
     found.figures |= {"ratio": asdict(ratio), "A/A": asdict(same), "idle": idle}
     found.figures |= {"reads": contest.reads, "turns": dict(contest.seconds)}
+    found.figures |= {"work of the device": contest.work}
 
 
 def against_roofline(found: Found, bench: Bench, contest: race.Race) -> None:

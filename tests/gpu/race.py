@@ -15,7 +15,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import handwritten
-from device import IdleShare
+from device import Recording
 
 from fundamentallm import Run, hookimpl, plugin
 
@@ -106,6 +106,7 @@ class Race:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         """Seconds of each timed turn."""
         self.idle: dict[str, float] = {}
+        self.work: dict[str, Any] = {}
         self.reads: dict[str, list[str]] = {}
         self.step_seconds: dict[str, list[float]] = {}
         for rival in rivals:
@@ -142,11 +143,11 @@ class Race:
         self.device.synchronize()
         kind = self.segment.kind
         if kind == "idle":
-            recording = IdleShare(self.device, self.out / "trace.json")
+            recording = Recording(self.device, self.out / "trace.json")
             recording.start()
             yield
             recording.stop()
-            self.idle[name] = recording.share
+            self.idle[name], self.work[name] = recording.share, recording.work
         elif kind == "reads":
             with self.device.host_reads() as found:
                 yield

@@ -14,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import bench
 import parts
-from device import Cpu, Cuda, idle_share
+from device import Cpu, Cuda, idle_share, longest, work_in
 from goals import Goal, median_ratio, quantile
 from nanogpt import Layer
 from race import READ, Rival, plan
@@ -25,18 +25,30 @@ from fundamentallm import compose
 from fundamentallm_gpt.model import GPT
 
 
+def trace(folder: Path, *spans: tuple[str, str, int, int]) -> Path:
+    """Write a trace of work: category, name, begin and duration in microseconds."""
+    keys = ("cat", "name", "ts", "dur")
+    events = [{"ph": "X", **dict(zip(keys, span, strict=True))} for span in spans]
+    path = folder / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [*events, {"ph": "i", "cat": "kernel", "ts": 99}]}))
+    return path
+
+
 def test_idle_is_the_time_in_which_no_stream_works(tmp_path):
-    spans = [("kernel", 0, 4), ("gpu_memcpy", 2, 4), ("kernel", 8, 2), ("cpu_op", 6, 2)]
-    events = [{"ph": "X", "cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in spans]
-    trace = tmp_path / "trace.json"
-    trace.write_text(json.dumps({"traceEvents": [*events, {"ph": "i", "cat": "kernel", "ts": 99}]}))
-    assert idle_share(trace, ("kernel", "gpu_memcpy")) == pytest.approx(0.2)
+    path = trace(
+        tmp_path,
+        ("kernel", "mm", 0, 4),
+        ("gpu_memcpy", "copy", 2, 4),
+        ("kernel", "mm", 8, 2),
+        ("cpu_op", "host", 6, 2),
+    )
+    work = work_in(path, ("kernel", "gpu_memcpy"))
+    assert idle_share(work) == pytest.approx(0.2)
+    assert longest(work) == {"mm": {"count": 2, "ms": 0.006}, "copy": {"count": 1, "ms": 0.004}}
 
 
 def test_a_trace_without_work_meets_no_goal(tmp_path):
-    trace = tmp_path / "trace.json"
-    trace.write_text('{"traceEvents": []}')
-    assert not Goal("idle", idle_share(trace, ("kernel",)), at_most=1.0).met
+    assert not Goal("idle", idle_share(work_in(trace(tmp_path), ("kernel",))), at_most=1.0).met
 
 
 def test_the_roofline_counts_all_parameters_but_those_of_norms():
