@@ -100,7 +100,9 @@ class Compile:
         """With `reduce-overhead`, move the gradients out of the memory of the CUDA graphs before
         the next micro-batch reuses it."""
         yield
-        if not is_last:
+        if is_last:
+            self._copied = {}  # otherwise the memory of these gradients would not be free in time
+        else:
             from fundamentallm_compile.compiled_forward import copy_gradients
 
             self._copied = copy_gradients(run.parameters, self._copied)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,29 @@ def graphs() -> Compile:
     made = Compile(mode="reduce-overhead")
     made.backend, made.fullgraph = "aot_eager", True
     return made
+
+
+def test_no_copy_of_a_gradient_outlives_its_window(tiny_run: TinyRun) -> None:
+    @plugin
+    class Look:
+        """Counts the gradients of the window before that are still in memory."""
+
+        def __attrs_post_init__(self) -> None:
+            self.references: list[Any] = []
+            self.alive: list[int] = []
+
+        @hookimpl
+        def optimizer_step(self, run: Run) -> None:
+            run.optimizer.step()
+            self.references = [weakref.ref(p.grad) for p in run.parameters]
+
+        @hookimpl
+        def on_step_start(self) -> None:
+            self.alive.append(sum(reference() is not None for reference in self.references))
+
+    look = Look()
+    tiny_run("accumulate", graphs(), look, settings={"accumulate": {"microbatches": 2}})
+    assert look.alive == [0, 0, 0, 0]
 
 
 def test_a_loss_survives_the_next_call_of_a_forward_that_reuses_its_memory(
