@@ -31,6 +31,7 @@ from device import Cpu, Cuda
 from parts import PARTS, Bench
 from sizes import GPT2, TINY
 
+MODES = ("default", "max-autotune-no-cudagraphs")
 START = 60  # seconds that a part needs at the least, to begin it
 
 
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, help="windows in a micro-batch")
     parser.add_argument("--rounds", type=int, help="turns of each contestant")
+    parser.add_argument("--mode", choices=MODES, default="default", help="mode of the compiler")
     parser.add_argument("--seconds", type=float, default=510, help="time for all parts together")
     parser.add_argument("--work", type=Path, help="folder of tokens and runs; on a disk")
     return parser.parse_args()
@@ -91,7 +93,7 @@ def command_of(part: str, words: list[str]) -> list[str]:
 
 def measure(chosen: argparse.Namespace, part: str) -> int:
     """Measure one part in this process."""
-    device = Cpu() if chosen.dry else Cuda()
+    device = Cpu() if chosen.dry else Cuda(chosen.mode)
     changes = {name: getattr(chosen, name) for name in ("batch", "rounds")}
     given = {name: value for name, value in changes.items() if value is not None}
     size = dataclasses.replace(TINY if chosen.dry else GPT2, **given)

@@ -56,7 +56,7 @@ def train(
     handwritten.open_log(out / "train.log")
     parameters = list(model.parameters())
     optimizer = handwritten.make_optimizer(parameters)
-    compiled = torch.compile(model, backend=device.backend)
+    compiled = torch.compile(model, backend=device.backend, mode=device.mode)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     tokens = 0

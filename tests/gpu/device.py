@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
 
 class Cuda:
-    """The current CUDA device."""
+    """The current CUDA device; ``mode`` is that of the compiler."""
+
+    def __init__(self, mode: str = "default") -> None:
+        self.mode: str | None = None if mode == "default" else mode
+
+    @property
+    def compiler(self) -> dict[str, str]:
+        """The table of the plugin compile."""
+        return {"backend": self.backend, "mode": self.mode or "default"}
 
     kind = "cuda"
     backend = "inductor"
@@ -107,6 +115,8 @@ class Cpu:
     """The CPU in place of a GPU."""
 
     kind = "cpu"
+    mode = None
+    compiler: ClassVar[dict[str, str]] = {"backend": "aot_eager"}
     backend = "aot_eager"  # generates no code, so that a dry execution takes seconds
     graphs: ClassVar[dict[str, str]] = {}
     activity = ProfilerActivity.CPU

@@ -79,6 +79,31 @@ def test_the_measured_model_is_gpt_2_of_124_million_parameters():
     assert GPT2.rows == 50304
 
 
+@pytest.mark.parametrize("build", [TINY.by_hand, TINY.nanogpt])
+def test_compiled_models_keep_what_the_roofline_counts_for_the_backward_pass(build):
+    kept = []
+
+    def pack(tensor):
+        kept.append((tensor.numel(), tensor.dtype))
+        return tensor
+
+    tokens = torch.randint(TINY.vocab, (2, TINY.batch, TINY.context))
+    # The backend divides the graph as the inductor does, and generates no code.
+    compiled = torch.compile(build(Cpu()), backend="aot_eager_decomp_partition")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        compiled(*tokens)
+    torch.compiler.reset()
+    count = TINY.batch * TINY.context
+    # The scores of the vocabulary once, and not in fp32.
+    assert [kind for size, kind in kept if size == count * TINY.rows] == [torch.bfloat16]
+    # The inputs of all norms, in fp32.
+    residuals = [kind for size, kind in kept if size == count * TINY.width]
+    assert residuals.count(torch.float32) <= 2 * TINY.layers + 1
+
+
 def test_the_loop_in_nanogpt_s_way_trains_the_same_function():
     nano = TINY.nanogpt(Cpu())
     gpt = TINY.by_hand(Cpu())
@@ -159,7 +184,7 @@ def measured(monkeypatch, tmp_path, value: float) -> int:
     """Return the exit code of the benchmark if its only figure is ``value``, at most 1."""
     found = parts.Found(goals=[Goal("figure", value, at_most=1)], figures={"of": "a test"})
     monkeypatch.setitem(bench.PARTS, "loops", lambda _: found)
-    monkeypatch.setattr(bench, "Cuda", Cpu)
+    monkeypatch.setattr(bench, "Cuda", lambda mode: Cpu())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--part", "loops"]
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
@@ -188,7 +213,7 @@ def test_each_of_several_parts_gets_the_other_arguments_of_the_command():
     assert command[2:] == ["--dry", "--out", "folder", "--part", "loops"]
 
 
-@pytest.mark.parametrize("device", [Cpu(), Cuda()])
+@pytest.mark.parametrize("device", [Cpu(), *map(Cuda, bench.MODES)])
 def test_the_settings_of_the_measured_model_are_valid(device, tmp_path):
     composed = compose(settings(GPT2, device, tmp_path / "tokens.bin", 480))
     assert len(composed.plugins) == 16
