@@ -106,7 +106,7 @@ def test_mlflow_s_worker_measures_every_gpu(
 
     if device == "cpu":
         program = tmp_path / "nvidia-smi"
-        program.write_text("#!/bin/sh\necho '0, 35, 512, 81920, 210.55'\n")
+        program.write_text("#!/bin/sh\necho '0, 35, 257, 81920, 210.55'\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
         count = 1
