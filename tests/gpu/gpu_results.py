@@ -43,6 +43,7 @@ class Results:
     def __init__(self, folder: Path, limit: float) -> None:
         self.folder, self.limit, self.began = folder, limit, time.monotonic()
         self.tests: dict[str, dict[str, Any]] = {}
+        self.left_out = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     @pytest.hookimpl(trylast=True)
@@ -53,19 +54,24 @@ class Results:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         left = self.limit - (time.monotonic() - self.began)
         if stated_seconds(item) > left:
+            self.left_out += 1
             pytest.skip(f"{left:.0f} s are left: start this test alone, with -k {item.name}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
+        test = self.tests.setdefault(report.nodeid, {"outcome": "unfinished", "seconds": 0.0})
         test["seconds"] = round(test["seconds"] + report.duration, 3)
         test |= dict(report.user_properties)
+        # One that passes has passed only with its call, and one that fails may do so at any time.
+        if report.outcome != "passed" or report.when == "call":
+            test["outcome"] = report.outcome
         if report.outcome != "passed":
-            test["outcome"] = report.outcome if report.when == "call" else f"{report.outcome} early"
             where = report.longrepr
             test["reason"] = where[2] if isinstance(where, tuple) else str(where)
-        if report.skipped:
-            test["outcome"] = "skipped"
         self.write()
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.left_out and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def write(self) -> None:
         """Write all that is known."""
@@ -74,7 +80,7 @@ class Results:
         lines = [f"{name}: {value}" for name, value in machine().items()]
         for name, test in self.tests.items():
             facts = {k: v for k, v in test.items() if k not in ("outcome", "seconds", "reason")}
-            lines.append(f"{test['outcome']:8} {test['seconds']:7.1f} s  {name}  {facts or ''}")
+            lines.append(f"{test['outcome']:10} {test['seconds']:7.1f} s  {name}  {facts or ''}")
         (self.folder / "tests.txt").write_text("\n".join(map(str.rstrip, lines)) + "\n")
 
 

@@ -27,7 +27,7 @@ case $what in
 tests)
     # Only ours: what else is installed there may bring plugins of pytest that change the tests.
     export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-    mapfile -t files < <(grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests plugins)
+    mapfile -t files < <(grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests plugins | sort)
     command=("$python" -m pytest -p no:cacheprovider -p fundamentallm.testing -p pytest_timeout
         -p gpu_results --results "$folder" --time-limit "$((limit - 30))" --timeout 240
         -m cuda "${files[@]}" "$@")

@@ -8,8 +8,10 @@ import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch  # noqa: F401 - here, since what a run inside a test imports first is forgotten after it
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import make_site
@@ -69,34 +71,74 @@ def test_a_wheel_s_modules_go_where_the_wheel_says(tmp_path):
     assert found == {"acme/__init__.py", "acme/fast.so", "acme-1.0.dist-info/METADATA"}
 
 
-def test_the_longest_tests_come_first_and_none_begins_that_would_not_end_in_time(
-    pytester: pytest.Pytester,
-):
+SUITE = """
+import os, signal, pytest
+
+def test_short(): pass
+
+@pytest.mark.cuda(seconds=60)
+def test_long(record_property): record_property("ratio", 1.5)
+
+@pytest.mark.cuda(seconds=1000)
+def test_too_long(): pass
+
+@pytest.mark.cuda(seconds=50)
+def test_wrong(): assert False
+
+@pytest.mark.cuda(seconds=1)
+def test_interrupted(): os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.fixture
+def outcomes(pytester: pytest.Pytester) -> Any:
+    """Run tests of the suite with a limit of 900 seconds; return the exit code and the lines."""
     pytester.makeconftest(f"import sys; sys.path.insert(0, {str(HERE)!r})")
-    pytester.makepyfile(
-        """
-        import pytest
+    pytester.makepyfile(test_suite=SUITE)  # -k also looks at the name of the file
+    words = [
+        "-p",
+        "gpu_results",
+        "--results",
+        "out",
+        "--time-limit",
+        "900",
+        "-p",
+        "no:cacheprovider",
+    ]
 
-        def test_short(): pass
+    def run(chosen: str) -> tuple[int, list[tuple[str, str, str]]]:
+        options: Any = {"no_reraise_ctrlc": True}
+        done = pytester.runpytest_inprocess(*words, "-k", chosen, **options)
+        text = (pytester.path / "out" / "tests.txt").read_text()
+        lines = re.findall(r"^(\w+) +[\d.]+ s  .*::(\w+)(.*)", text, re.MULTILINE)
+        return int(done.ret), lines
 
-        @pytest.mark.cuda(seconds=60)
-        def test_long(record_property): record_property("ratio", 1.5)
+    return run
 
-        @pytest.mark.cuda(seconds=1000)
-        def test_too_long(): pass
 
-        @pytest.mark.cuda(seconds=50)
-        def test_wrong(): assert False
-        """
-    )
-    words = ["-p", "gpu_results", "--results", "out", "--time-limit", "900", "-W", "ignore"]
-    done = pytester.runpytest_inprocess(*words, "-p", "no:cacheprovider")
-    done.assert_outcomes(passed=2, skipped=1, failed=1)
-    text = (pytester.path / "out" / "tests.txt").read_text()
-    outcomes = re.findall(r"^(\w+) +[\d.]+ s  .*::(\w+)(.*)", text, re.MULTILINE)
-    assert outcomes == [
+def test_the_longest_tests_come_first_and_none_begins_that_would_not_end_in_time(outcomes: Any):
+    code, lines = outcomes("not interrupted")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert lines == [
         ("skipped", "test_too_long", ""),
         ("passed", "test_long", "  {'ratio': 1.5}"),
         ("failed", "test_wrong", ""),
         ("passed", "test_short", ""),
+    ]
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("long", 1), ("long and not too", 0)])
+def test_a_call_that_leaves_a_test_out_for_lack_of_time_has_failed(
+    outcomes: Any, chosen: str, code: int
+):
+    assert outcomes(chosen)[0] == code
+
+
+def test_a_test_that_is_cut_off_is_not_among_those_that_passed(outcomes: Any):
+    code, lines = outcomes("long or interrupted")
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert [line[:2] for line in lines] == [
+        ("skipped", "test_too_long"),
+        ("passed", "test_long"),
+        ("unfinished", "test_interrupted"),
     ]
