@@ -80,7 +80,8 @@ def test_the_share_of_the_peak_that_a_known_gpu_reaches_is_logged(tiny_run: Tiny
 def test_a_trace_has_the_plugins_and_what_the_device_did_for_them(
     tiny_run: TinyRun, tmp_path: Path, device: str
 ) -> None:
-    settings = {"profiler": {"start": 3, "steps": 2}}
+    # All rows: by the time of the device, that of a label is the last.
+    settings = {"profiler": {"start": 3, "steps": 2, "rows": 1000}}
     run = tiny_run("profiler", "grad_clip", settings=settings, device=device, length=STEPS)
     folder = run.folder / "profile"
     with gzip.open(folder / "trace-00000003.json.gz", "rt") as file:
@@ -122,8 +123,8 @@ def test_mlflow_s_worker_measures_every_gpu(
     metrics = json.loads((tmp_path / FILE).read_text().splitlines()[-1])["metrics"]
     for index in range(count):
         gpus = {key: metrics[key] for key in metrics if key.startswith(f"system/gpu_{index}_")}
-        assert 0 <= gpus[f"system/gpu_{index}_utilization_percentage"] <= 100
         assert 0 < gpus[f"system/gpu_{index}_memory_usage_percentage"] <= 100
         # Of what a driver does not know, no metric is written.
+        assert 0 <= gpus.get(f"system/gpu_{index}_utilization_percentage", 0) <= 100
         assert gpus.get(f"system/gpu_{index}_power_usage_watts", 1) > 0
     assert metrics["system/gpu_0_memory_usage_megabytes"] > held.nbytes / 1e6
