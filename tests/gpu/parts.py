@@ -148,7 +148,10 @@ def nano(bench: Bench) -> Found:
     segments += [race.Segment("time", 1)] * max(size.rounds // 2, 1)
     contest = race.Race(device, [rival], segments, bench.runs)
     tables = settings(size, device, tokens, contest.steps)
-    tables["accumulate"]["microbatches"] = size.window // size.batch
+    # The largest micro-batches that make up exactly as many windows.
+    batch = max(n for n in range(1, size.batch + 1) if size.window % n == 0)
+    tables["text"]["batch_size"] = batch
+    tables["accumulate"]["microbatches"] = size.window // batch
     train(tables, plugins=[race.Turns(race=contest)], run_dir=bench.runs / "run")
     ratio = median_ratio(contest.seconds["nanogpt"], contest.seconds[race.RUN])
     rates = {
