@@ -239,10 +239,10 @@ def assert_same(run: Run, diaries: list[Diary], hand: ByHand) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        ("cpu", Mlp),
-        ("cpu", BoostedGpt),
-        pytest.param(("cuda", Mlp), marks=pytest.mark.cuda),
-        pytest.param(("cuda", BoostedGpt), marks=pytest.mark.cuda),
+        pytest.param(("cpu", Mlp), id="cpu-mlp"),
+        pytest.param(("cpu", BoostedGpt), id="cpu-gpt"),
+        pytest.param(("cuda", Mlp), id="cuda-mlp", marks=pytest.mark.cuda),
+        pytest.param(("cuda", BoostedGpt), id="cuda-gpt", marks=pytest.mark.cuda),
     ],
 )
 def fp16(request: Any) -> tuple[str, Any, ByHand]:
