@@ -13,6 +13,7 @@ from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, matches_r
 from fundamentallm.host import Found, attribute_docs, choice_options, described, field, plugin
 from fundamentallm.host import (
     Provenance,
+    check_setting,
     flatten,
     plugin_name,
     setting_fields,
@@ -33,7 +34,15 @@ from fundamentallm.local_code import code_changes
 from fundamentallm.names import find_blocks, matches, parameter_names, unmatched
 from fundamentallm.periods import Period, round_up
 from fundamentallm.process import command_line
-from fundamentallm.settings import Composed, compose, find_plugins, hook_methods, order, role_of
+from fundamentallm.settings import (
+    Composed,
+    answering,
+    compose,
+    find_plugins,
+    hook_methods,
+    order,
+    role_of,
+)
 from fundamentallm.run import Run, Snapshot
 from fundamentallm.loop import train_window
 from fundamentallm.settings import RunSettings
@@ -68,7 +77,9 @@ __all__ = [
     "Tokenizer",
     "about_hook",
     "and_",
+    "answering",
     "attribute_docs",
+    "check_setting",
     "choice_options",
     "code_changes",
     "command_line",

@@ -95,7 +95,7 @@ class Checks:
             raise self._of_data(text, came(batch.data), expected)
 
     def first_of_split(self, batch: Any, run: Run) -> None:
-        """Check the first micro-batch of the split at hand and, once, the loss of it."""
+        """Check the first micro-batch of the current split and, once, the loss of it."""
         self.batch(batch, run.device, f"validation()[{run.phase!r}]")
         if run.phase not in self.phases:
             self.shared.check_next("forward", FirstCall(after=self._after("forward", _loss)))

@@ -26,12 +26,12 @@ from fundamentallm.errors import (
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
-from fundamentallm.host import answering, blame, freeze, register
+from fundamentallm.host import blame, freeze, register
 from fundamentallm.local_code import code_changes, local_files
 from fundamentallm.process import signals
 from fundamentallm.record import locked, new_folder, write_ending, write_record, write_settings
 from fundamentallm.run import Run
-from fundamentallm.settings import HOST, Composed, compose, find_plugins
+from fundamentallm.settings import HOST, Composed, answering, compose, find_plugins
 from fundamentallm.threads import computing_threads
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _announce(run: Run, settings: Composed) -> None:
     log.info("training for %s in %s", run.settings.length, run.folder)
     for line in code_changes(run.folder):
         log.warning("%s", line)
-    if "read_checkpoint" not in answering(HOST, run.plugins):
+    if answering(run.plugins, "read_checkpoint") is None:
         # A program that gives a dict gets the trained model as an object.
         level = logging.WARNING if settings.source.path else logging.INFO
         log.log(level, "nothing will be saved: no listed plugin saves checkpoints")

@@ -70,7 +70,7 @@ def train_steps(run: Run, validates: bool) -> None:
 
 
 def end_without_step(run: Run, error: Exception) -> None:
-    """End at the last safe point: the step at hand has no data, and has changed nothing yet."""
+    """End at the last safe point: the current step has no data, and has changed nothing yet."""
     log.warning("no batch follows after the signal: %r", error)
     run.forget_attempt()
     run.in_step, run.ending = False, True

@@ -68,7 +68,7 @@ def _joined(name: str, pieces: list[Tensor]) -> Tensor:
 
 
 def log_row(run: Run, validated: dict[str, float]) -> None:
-    """Turn what was logged into numbers, and hand the row to the loggers."""
+    """Turn what was logged into numbers, and pass the row to the loggers."""
     means = run.hook.reduce_metrics(run=run, metrics=run.take_logged(), scope="row")
     means["optim/lr"] = run.progress.lr
     means["train/tokens"] = float(run.progress.tokens)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from fundamentallm.errors import SettingsError
-from fundamentallm.host import suggest
+from fundamentallm.host import closest, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,9 +105,8 @@ def _advice(pattern: str, names: Sequence[str]) -> str:
         known |= dict.fromkeys(".".join([*parts[:n], "*"]) for n in range(1, len(parts)))
         known[re.sub(r"\.\d+(?=\.|$)", ".*", name)] = None
         known[name] = None
-    close = suggest(pattern, known)
-    if "did you mean" in close:
-        return close
+    if closest(pattern, known) is not None:
+        return suggest(pattern, known)
     top = [name for name in known if name.count(".") <= 1]
     more = ", …" if len(top) > _SHOWN else ""
     return f" (known: {', '.join(top[:_SHOWN])}{more})" if top else " (there is none)"

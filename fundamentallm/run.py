@@ -112,7 +112,7 @@ class Run:
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
         stays on the device: nothing waits. It must be 0-d and not be changed in place later.
-        ``weight`` is by default that of the batch at hand, and 1 between batches. The names
+        ``weight`` is by default that of the current batch, and 1 between batches. The names
         ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own."""
         if name not in self._seen:
             self._check_logged(name, value)
@@ -161,7 +161,7 @@ class Run:
         return len({(p.device, p.dtype) for p in self.parameters}) == 1
 
     def collect(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor of the batch at hand for ``measure_split``, which gets all of a split.
+        """Keep a tensor of the current batch for ``measure_split``, which gets all of a split.
 
         Its first dimension counts what the split is made of (samples, tokens); pieces with the same
         name differ in that dimension alone. They stay on the device, without a wait, until the end
@@ -295,7 +295,7 @@ class Run:
         return self.seed_for(f"step/{self.rank}")
 
     def seed_step(self) -> None:
-        """Seed the random generators for the step at hand, from the number of applied updates.
+        """Seed the random generators for the current step, from the number of applied updates.
 
         The loop does it before a window; what re-runs a part of a step does it again.
         """
@@ -307,7 +307,7 @@ class Run:
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
     def forget_attempt(self) -> None:
-        """Drop what was logged in the attempt at hand: the step has been rejected."""
+        """Drop what was logged in the current attempt: the step has been rejected."""
         self.known_norm = None
         for entries in self._logged.values():
             while entries and entries[-1][2] == self.progress.step:
@@ -353,8 +353,8 @@ class Run:
 
     def restore(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
         """Put a snapshot back; raise ``StorageError`` if it is one of another model. A newly listed
-        plugin starts afresh; learning rates and the like are what the settings say. The key
-        ``loaded``, if there, is a ``Loaded``; ``weights_only`` leaves the optimizer out."""
+        plugin starts with its initial state; learning rates and the like are what the settings say.
+        The key ``loaded``, if there, is a ``Loaded``; ``weights_only`` leaves the optimizer out."""
         self.loaded = snapshot.get("loaded")
         try:
             self.model.load_state_dict(snapshot["model"])

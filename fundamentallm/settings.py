@@ -144,6 +144,12 @@ def role_of(plugin: object) -> Role:
     return cast("Role", host.role_of(HOST, plugin if isinstance(plugin, type) else type(plugin)))
 
 
+def answering(plugins: Mapping[str, object], hook: str) -> str | None:
+    """Return the name of the plugin that answers an exclusive hook, and not only wraps it; None if
+    the core's default answers."""
+    return next(iter(host.answering(HOST, plugins).get(hook, [])), None)
+
+
 def ends_the_run(hook: str, error: Exception) -> bool:
     """Return whether an error of an observer ends the run: wrong settings and reserved names always
     do, and before the first step also every other error that its user can act on."""
@@ -154,9 +160,9 @@ def ends_the_run(hook: str, error: Exception) -> bool:
 def check_values(source: Source, built: Mapping[str, Any]) -> None:
     """Note which settings ask for what the plugins do not bring: metrics, epochs."""
     produced = [*CORE_METRICS, *(m for p in built.values() for m in getattr(p, "produces", ()))]
-    data = [one for one in built.values() if hasattr(one, "build_data")]
+    data = answering(built, "build_data")
     # Data that does not declare it may have epochs: if not, the period raises an error in the run.
-    epochs = all(getattr(one, "has_epochs", True) for one in data)
+    epochs = data is None or getattr(built[data], "has_epochs", True)
     for key, value in walk(built):
         if isinstance(value, Period) and value.unit == "epochs" and not epochs:
             source.blame(key, "the data has no epochs")

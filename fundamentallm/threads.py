@@ -143,7 +143,7 @@ class Idle:
         self._all: list[threading.Thread] = []
 
     def start(self, threads: int, cores: int) -> None:
-        """Make so many of them that there are more threads than cores."""
+        """Start enough of them that there are more threads than cores."""
         # Each of them gets a team of ``threads`` OpenMP threads, as the main thread has one.
         self.count, self._over = cores // threads, threading.Event()
         for _ in range(self.count):

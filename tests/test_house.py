@@ -435,6 +435,26 @@ PHRASES = {
         "",
         """if getattr(one, "every", None) is not None:""",
     ),
+    "a hook's name looked up on a plugin": (
+        r"""(get|has)attr\([^()]+, ["'](build_|on_|evaluation_weights|validate|forward|backward)""",
+        "",
+        """if hasattr(one, "build_optimizer"):""",
+    ),
+    "the project's own words in a message": (
+        r"""["'](did you mean|matches no|is not installed)["'] (not )?in\b""",
+        "",
+        """if "did you mean" in close:""",
+    ),
+    "the quoted name at the start of a validator's message": (
+        r"""re\.(sub|match)\(.*error""",
+        "",
+        """text = re.sub(r"^'\\w+' ", "", str((*error.args, error)[0]))""",
+    ),
+    "the end of a printed fact or the last printed line": (
+        r"""(fact|line|text)s?(\[-1\])?\.endswith\(["'][ a-z/]+["']\)|splitlines\(\)\[-1\]""",
+        "",
+        """if fact.endswith("left"):""",
+    ),
     "a method's name in place of an event": (
         r"take_histogram",
         "",

@@ -25,10 +25,10 @@ from fundamentallm.host.discover import Found, find
 from fundamentallm.host.dispatch import FirstCall, Shared, blame, freeze
 from fundamentallm.host.environment import environment
 from fundamentallm.host.host import Host, Known, answering, class_problems, hook_methods, role_of
-from fundamentallm.host.mistakes import Key, Mistake, WrongForm, suggest, written
+from fundamentallm.host.mistakes import Key, Mistake, WrongForm, closest, suggest, written
 from fundamentallm.host.sources import Provenance, Source, read
 from fundamentallm.host.specs import Deprecated, HookFacts, Kind, hook_facts, markers
-from fundamentallm.host.structure import build, flatten, plain, structure, walk
+from fundamentallm.host.structure import build, check_setting, flatten, plain, structure, walk
 
 __all__ = [
     "Commands",
@@ -50,8 +50,10 @@ __all__ = [
     "attribute_docs",
     "blame",
     "build",
+    "check_setting",
     "choice_options",
     "class_problems",
+    "closest",
     "compose",
     "described",
     "environment",

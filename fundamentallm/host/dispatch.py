@@ -204,7 +204,7 @@ class _Freezing:
         return observe
 
     def mute(self, plugin: str, hook: str, error: Exception) -> None:
-        """Call an observer no more; raise an error that the host lets even an observer raise."""
+        """Stop calling an observer; raise an error that the host lets even an observer raise."""
         # The error may be that of another plugin, which an event of the observer reached.
         raiser, _, _ = _raiser(error, self.registry)
         other = self.registry.get_plugin(raiser)

@@ -61,12 +61,17 @@ class WrongForm(ValueError):
         super().__init__(f"expected {expected}, got {written(got)}")
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to ``name``; None if none is similar."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)``, or the known names if there are few and none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
+    close = closest(name, names)
+    if close is not None:
+        return f" (did you mean {close!r}?)"
     return f" (known: {', '.join(names)})" if 0 < len(names) <= 16 else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -78,13 +77,28 @@ def structure(values: Any, cls: type[T]) -> T:
 def _structure_field(value: Any, attribute: attrs.Attribute[Any]) -> Any:
     try:
         kept = converter.structure(value, cast("Any", attribute.type))
-        if attribute.validator is not None:
-            attribute.validator(None, attribute, kept)
     except (ValueError, TypeError, OverflowError) as error:
-        # The validators of attrs begin with the field's name, which the key says already.
-        text = re.sub(r"^'\w+' ", "", str((*error.args, error)[0]))
-        raise Mistakes(Mistake((), "value", text or "its validator refuses the value")) from None
+        raise Mistakes(Mistake((), "value", str((*error.args, error)[0]))) from None
+    try:
+        check_setting(attribute, kept)
+    except ValueError as error:
+        raise Mistakes(Mistake((), "value", str(error))) from None
     return kept
+
+
+def check_setting(attribute: attrs.Attribute[Any], value: Any, plugin: object = None) -> None:
+    """Raise ``ValueError`` if the validator of a setting refuses ``value``.
+
+    The text says what is expected, without the name of the setting.
+    """
+    if attribute.validator is None:
+        return
+    try:
+        attribute.validator(plugin, attribute, value)
+    except (ValueError, TypeError, OverflowError) as error:
+        # The validators of attrs put the text first, and begin it with the quoted name.
+        text = str((*error.args, error)[0]).removeprefix(f"'{attribute.name}' ")
+        raise ValueError(text or "its validator refuses the value") from None
 
 
 def below(name: str, mistakes: Mistakes) -> list[Mistake]:

@@ -40,7 +40,7 @@ class Recorder:
 
 @plugin
 class Memory:
-    """Keeps the snapshot of one step as a checkpoint would, and hands it to a run that continues.
+    """Keeps the snapshot of one step as a checkpoint would, and passes it to a run that continues.
 
     Listed in a run and then, the same object, in another, it makes the other go on from that step.
     """

@@ -121,7 +121,7 @@ class Writer:
 
     ``existing`` are the checkpoints that are there, known in memory: a save reads no manifest.
     With ``goes_on`` a disk that refuses a checkpoint is a warning instead of the end of the run,
-    except for the last checkpoint: no later one makes up for it.
+    except for the last checkpoint: no later checkpoint replaces it.
     """
 
     def __init__(self, *, pinned: bool, goes_on: bool, existing: tuple[Manifest, ...]) -> None:

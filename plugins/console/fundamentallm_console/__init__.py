@@ -47,6 +47,7 @@ class Console:
 
     _handlers: list[logging.Handler] = field(init=False, factory=list)
     _level: int = field(init=False, default=logging.NOTSET)
+    # ``on_log`` gets whether its row has the metrics of a validation, but not which ones they are.
     _of_validation: frozenset[str] = field(init=False, default=frozenset())
 
     @hookimpl

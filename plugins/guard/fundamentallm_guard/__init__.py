@@ -77,7 +77,8 @@ class Guard:
     _judges: bool = field(init=False, default=True)
     _keeps_losses: bool = field(init=False, default=False)
     _warned: bool = field(init=False, default=False)
-    _memory_text: str = field(init=False, default="")
+    _reported: Exception | None = field(init=False, default=None)
+    """An error whose text has the memory report already."""
 
     def __attrs_post_init__(self) -> None:
         # A wrapper costs about ten calls a step; None in place of the method removes the hook.
@@ -132,9 +133,10 @@ class Guard:
 
             if not ran_out_of_memory(error):
                 raise
-            self._memory_text = text = memory.described(run, batch, error)
+            text = memory.described(run, batch, error)
             if self.oom == "split" and split_batch.count_rows(batch) < 2:
-                raise OutOfMemoryError(f"{text}\n{memory.advice(self.oom)}") from error
+                self._reported = OutOfMemoryError(f"{text}\n{memory.advice(self.oom)}")
+                raise self._reported from error
             memory.release(error)
         # After the except clause, which keeps the tensors of the failed attempt alive.
         if self.oom == "skip":
@@ -179,9 +181,7 @@ class Guard:
     def on_train_end(self, run: Run) -> None:
         """Add a memory report to the error of a run that ran out of memory."""
         error = run.error
-        if isinstance(error, OutOfMemoryError) and not (
-            self._memory_text and self._memory_text in str(error)
-        ):
+        if isinstance(error, OutOfMemoryError) and error is not self._reported:
             from fundamentallm_guard import memory
 
             text = f"after step {run.progress.step}: {error}\n{memory.report(run.device)}"
@@ -219,10 +219,11 @@ class Guard:
         self.in_a_row += 1
         if self.in_a_row > self.max_skips:
             kind = OutOfMemoryError if rejection.cause == "memory" else NotFiniteError
-            raise kind(
+            self._reported = kind(
                 f"{text}; the {self.max_skips} steps before it were skipped already, as many as "
                 f"{run.name_of(self)}.max_skips allows"
             )
+            raise self._reported
         self.skipped += 1
         log.warning("%s; the step is skipped", text)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.torch import save
 
-from fundamentallm import SettingsError, write_durably
+from fundamentallm import SettingsError, answering, write_durably
 from fundamentallm_lora.layer import LoraLayer
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ def take_averaged_weights(run: Run) -> None:
 
     Raises ``SettingsError`` if these are the trained weights themselves.
     """
-    plugins = run.plugins.items()
-    if all(getattr(plugin, "evaluation_weights", None) is None for _, plugin in plugins):
-        listed = ", ".join(name for name, _ in plugins)
+    if answering(run.plugins, "evaluation_weights") is None:
+        listed = ", ".join(run.plugins)
         raise SettingsError(
             f"{run.folder}: there are no averaged weights to merge: every plugin of the run"
             f" evaluates with the trained weights (listed: {listed}); leave out --averaged"

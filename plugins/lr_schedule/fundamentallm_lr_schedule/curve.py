@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil, inf, prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from fundamentallm import SettingsError
+from fundamentallm import SettingsError, answering
 from fundamentallm_lr_schedule import LrSchedule
 from fundamentallm_lr_schedule.segments import PiecewiseSchedule, count_period
 
@@ -81,8 +81,6 @@ def _positions(end: float, unit: str, edges: list[float]) -> list[float]:
 
 def _base(composed: Composed) -> float | None:
     """Return the learning rate in the settings of the optimizer's plugin, if it has one."""
-    for one in composed.plugins.values():
-        if hasattr(one, "build_optimizer"):
-            stated = getattr(one, "lr", None)
-            return stated if isinstance(stated, float) else None
-    return None
+    name = answering(composed.plugins, "build_optimizer")
+    stated = None if name is None else getattr(composed.plugins[name], "lr", None)
+    return stated if isinstance(stated, float) else None

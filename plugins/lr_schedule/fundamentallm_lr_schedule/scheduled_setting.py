@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
-from fundamentallm import HOOKS, SettingsError, hook_methods, setting_fields, suggest
+from fundamentallm import (
+    HOOKS,
+    SettingsError,
+    check_setting,
+    hook_methods,
+    setting_fields,
+    suggest,
+)
 from fundamentallm_lr_schedule.segments import Levels, PiecewiseSchedule, count_period, lay_out
 
 if TYPE_CHECKING:
@@ -120,12 +126,10 @@ class ScheduledSetting:
             raise ValueError(f"{name}: {error}") from None
 
     def _check_value(self, value: float) -> None:
-        if self.attribute.validator is not None:
-            try:
-                self.attribute.validator(self.plugin, self.attribute, value)
-            except (ValueError, TypeError) as error:
-                text = re.sub(r"^'\w+' ", "", str((*error.args, error)[0]))
-                raise ValueError(f"{self.setting} {text}") from None
+        try:
+            check_setting(self.attribute, value, self.plugin)
+        except ValueError as error:
+            raise ValueError(f"{self.setting} {error}") from None
 
     def _check_use(self, hooks: set[str]) -> None:
         """Raise ``ValueError`` for a setting that has no effect during the run."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import Provenance, flatten, folder, role_of
+from fundamentallm import Provenance, answering, flatten, folder, role_of
 from fundamentallm_mlflow.tracking_uri import recorded_uri
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def parameters(run: Run, own: object) -> dict[str, str]:
 
 def dataset(run: Run) -> dict[str, Any]:
     """Return name, digest and size of the data; ``tokens`` is the number in one epoch."""
-    builder = next((name for name, one in run.plugins.items() if hasattr(one, "build_data")), "")
+    builder = answering(run.plugins, "build_data") or ""
     samples, context = run.data.epoch_samples, getattr(run.data, "context_length", None)
     tokens = samples * context if samples and context else None
     profile = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import attrs
 
@@ -26,6 +27,13 @@ _NARROW = 60
 """Terminals with fewer columns show numbers in place of a bar."""
 _PIECE = 4
 _VALIDATION = "validation"
+
+
+class Fact(NamedTuple):
+    """A text about the training, and its place among those that are shown where room is short."""
+
+    text: str
+    rank: float
 
 
 @attrs.define
@@ -91,6 +99,9 @@ class View:
 
     def facts(self) -> list[str]:
         """Return share, metrics, speeds and time left, as far as they are known."""
+        return [fact.text for fact in self._facts()]
+
+    def _facts(self) -> list[Fact]:
         with self._lock:
             self._forget()
             pace = self._pace
@@ -98,9 +109,12 @@ class View:
                 return []
             pace.look()
             left = pace.left()
-            shown = [f"{label(name)} {value:.4g}" for name, value in self._metrics.items()]
-            ends = [f"{left} left"] if left else []
-            return [f"{pace.share:.0%}", *shown, *pace.speeds(), *ends]
+            facts = [Fact(f"{pace.share:.0%}", 0)]
+            for rank, (name, value) in enumerate(self._metrics.items(), 1):
+                facts.append(Fact(f"{label(name)} {value:.4g}", rank))
+            # Tokens per second before steps per second, which are always the last to be shown.
+            facts += map(Fact, pace.speeds(), (2.5, math.inf))
+            return [*facts, Fact(f"{left} left", 0.5)] if left else facts
 
     def rows(self, width: int, line: str = "━─") -> list[Row]:
         """Return a row for the training and one for each task, all within ``width``.
@@ -108,7 +122,7 @@ class View:
         ``line`` are the two characters that bars are made of.
         """
         with self._lock:
-            facts, now = self.facts(), self._clock()
+            facts, now = self._facts(), self._clock()
             rows = []
             if self._pace is not None:
                 # Never narrower than before, so that the bar does not move.
@@ -150,25 +164,14 @@ def label(metric: str) -> str:
     return metric.removeprefix("train/").removeprefix("optim/")
 
 
-def _chosen(facts: list[str], room: int) -> str:
+def _chosen(facts: list[Fact], room: int) -> str:
     """Return the most important facts that fit into ``room``, in their order."""
-    chosen: set[int] = set()
-    for index in sorted(range(len(facts)), key=lambda index: _rank(facts, index)):
-        if len(facts[index]) <= room:
-            chosen.add(index)
-            room -= len(facts[index]) + 2
-    return "  ".join(fact for index, fact in enumerate(facts) if index in chosen)
-
-
-def _rank(facts: list[str], index: int) -> float:
-    """Rank share and time left before two metrics, these before the tokens per second, and so on:
-    steps per second come last."""
-    fact = facts[index]
-    if fact.endswith("left"):
-        return 0.5
-    if fact.endswith("/s"):
-        return len(facts) if fact.endswith("steps/s") else 2.5
-    return index
+    chosen: list[Fact] = []
+    for fact in sorted(facts, key=lambda fact: fact.rank):
+        if len(fact.text) <= room:
+            chosen.append(fact)
+            room -= len(fact.text) + 2
+    return "  ".join(fact.text for fact in facts if fact in chosen)
 
 
 def _task_row(task: Task, now: float, line: str) -> tuple[Bar, str]:

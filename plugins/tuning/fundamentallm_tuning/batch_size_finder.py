@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fundamentallm import Composed, OutOfMemoryError, SettingsError, setting_fields
+from fundamentallm import Composed, OutOfMemoryError, SettingsError, answering, setting_fields
 from fundamentallm_tuning.batch_size_worker import Measured, Request, measure
-from fundamentallm_tuning.trial import answering, scratch
+from fundamentallm_tuning.trial import scratch
 from fundamentallm_tuning.units import duration, size
 
 FAST_ENOUGH = 0.98
@@ -29,7 +29,7 @@ class StepSettings(NamedTuple):
     @classmethod
     def of(cls, composed: Composed) -> StepSettings:
         """Find them; raise ``SettingsError`` if the plugin of the data has no batch size."""
-        data = answering(composed, "build_data") or ""
+        data = answering(composed.plugins, "build_data") or ""
         batch_size = _whole(composed.plugins[data], "batch_size")
         if batch_size is None:
             known = ", ".join(setting_fields(type(composed.plugins[data]))) or "none"
@@ -37,7 +37,7 @@ class StepSettings(NamedTuple):
                 f"{data}: has no setting 'batch_size' that is a whole number, which this "
                 f"command needs; its settings: {known}"
             )
-        name = answering(composed, "collect_batches")
+        name = answering(composed.plugins, "collect_batches")
         count = _whole(composed.plugins[name], "microbatches") if name else None
         return cls(data, batch_size, name if count else None, count or 1)
 

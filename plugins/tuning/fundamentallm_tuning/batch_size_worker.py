@@ -122,7 +122,7 @@ def run_trial(request: Mapping[str, Any], folder: Path) -> Measured:
 
 def main() -> None:
     """Run the trial of ``request.json`` in the folder, and write ``result.json`` there."""
-    with contextlib.suppress(OSError):  # out of memory, the kernel shall kill this process first
+    with contextlib.suppress(OSError):  # out of memory, the kernel should kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
     folder = Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))

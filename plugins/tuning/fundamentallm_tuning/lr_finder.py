@@ -15,6 +15,7 @@ from fundamentallm import (
     NotFiniteError,
     Rejection,
     SettingsError,
+    answering,
     command_line,
     field,
     hookimpl,
@@ -22,7 +23,7 @@ from fundamentallm import (
     train,
 )
 from fundamentallm_tuning.lr_curve import Curve, choose
-from fundamentallm_tuning.trial import answering, ended, lean, scratch, window_loss
+from fundamentallm_tuning.trial import ended, lean, scratch, window_loss
 from fundamentallm_tuning.units import toml_float
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _end(test: RangeTest, done: int, high: str) -> str:
 
 
 def _setting(composed: Composed, test: RangeTest, rate: float) -> list[str]:
-    name = answering(composed, "build_optimizer") or ""
+    name = answering(composed.plugins, "build_optimizer") or ""
     stated = getattr(composed.plugins[name], "lr", None)
     several = sorted(set(test.bases))
     lines = []

@@ -43,17 +43,6 @@ def hooks(instance: object) -> set[str]:
     return {hook for hook, _, _ in hook_methods(type(instance))}
 
 
-def answers(instance: object, hook: str) -> bool:
-    """Return whether a plugin answers an exclusive hook, as opposed to wrapping it."""
-    found = hook_methods(type(instance))
-    return any(name == hook and not options["wrapper"] for name, options, _ in found)
-
-
-def answering(composed: Composed, hook: str) -> str | None:
-    """Return the name of the plugin that answers an exclusive hook."""
-    return next((name for name, one in composed.plugins.items() if answers(one, hook)), None)
-
-
 def saves(instance: object) -> bool:
     """Return whether a plugin saves checkpoints."""
     return role_of(instance) == "saver"
