@@ -59,7 +59,7 @@ def computing_threads(run: Run) -> Iterator[None]:
 
 
 @attrs.frozen
-class Reading:
+class CpuTimes:
     """What the cores that this process may use have done so far, in seconds."""
 
     time: float
@@ -69,7 +69,7 @@ class Reading:
     """Time that this process has used."""
 
     @classmethod
-    def take(cls) -> Reading | None:
+    def take(cls) -> CpuTimes | None:
         """Read the counts of the system; None where there are none, as on macOS."""
         try:
             cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -82,7 +82,7 @@ class Reading:
         # The last one is that of all threads of this process; its child processes count as others.
         return cls(time.monotonic(), busy / ticks, time.process_time())
 
-    def used_by_others(self, earlier: Reading) -> float:
+    def used_by_others(self, earlier: CpuTimes) -> float:
         """Return how many cores other processes have used since an earlier reading."""
         passed = self.time - earlier.time
         busy, own = self.busy - earlier.busy, self.own - earlier.own
@@ -96,7 +96,7 @@ def sharing_cores() -> Iterator[None]:
     Does nothing where the environment has chosen (``GOMP_SPINCOUNT``, ``OMP_WAIT_POLICY``), and on
     systems that do not count what their cores do.
     """
-    first = Reading.take()
+    first = CpuTimes.take()
     if first is None or any(name in os.environ for name in CHOICES):
         yield
         return
@@ -110,10 +110,10 @@ def sharing_cores() -> Iterator[None]:
         watching.join()
 
 
-def _watch(earlier: Reading, over: threading.Event) -> None:
+def _watch(earlier: CpuTimes, over: threading.Event) -> None:
     idle, cores, warned = Idle(), len(os.sched_getaffinity(0)), False
     while not over.wait(EVERY):
-        now, count = Reading.take(), getattr(sys.modules.get("torch"), "get_num_threads", None)
+        now, count = CpuTimes.take(), getattr(sys.modules.get("torch"), "get_num_threads", None)
         if now is None or count is None:  # torch is still being imported
             continue
         others, threads = now.used_by_others(earlier), count()

@@ -11,6 +11,7 @@ import sys
 import time
 from copy import deepcopy
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import forked
@@ -269,14 +270,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("workers", [0, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_whose_source_draws_at_random_ends_with_the_same_bits_after_kill_9(workers, tmp_path):
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kills=st.tuples(st.integers(3, 14), st.integers(18, 32)))
+def test_a_run_whose_source_draws_at_random_ends_with_the_same_bits_after_kill_9(
+    workers, tmp_path, kills
+):
     (tmp_path / "parts.py").write_text(PARTS)
     (tmp_path / "run.toml").write_text(f"{SETTINGS}\n[parts]\nworkers = {workers}\n")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = forked.run(start(tmp_path, whole), **options(), timeout=240)
-    assert done.returncode == 0, done.stderr
-    moments, words = random.Random(workers), start(tmp_path, killed)
-    for step in (moments.randrange(3, 15), moments.randrange(18, 33)):
+    whole, killed = tmp_path / "whole", Path(mkdtemp(dir=tmp_path)) / "killed"
+    if not whole.exists():  # it is the same for all examples
+        done = forked.run(start(tmp_path, whole), **options(), timeout=240)
+        assert done.returncode == 0, done.stderr
+    words = start(tmp_path, killed)
+    for step in kills:
         process = forked.Popen(words, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         wait_for_step(killed, process, step)
         process.send_signal(signal.SIGKILL)

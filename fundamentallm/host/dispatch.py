@@ -55,7 +55,7 @@ class Shared:
             setattr(one.hooks, hook, one.caller(hook))
 
 
-class Nothing(tuple[()]):
+class EmptyHook(tuple[()]):
     """A hook without implementations: callable, and false, so that a loop can pass it by."""
 
     __slots__ = ()
@@ -109,7 +109,7 @@ class _Freezing:
             calls = list(map(watch, answering, calls))
         kind = self.host.kind(hook)
         if not calls:
-            return cast("Call", Nothing())
+            return cast("Call", EmptyHook())
         # A single event or edit needs no list, since its answer is ignored.
         if kind != "exclusive" and (len(calls) > 1 or kind == "vote"):
             return _each(calls, to_the_end=hook in self.host.to_the_end)

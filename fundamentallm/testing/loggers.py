@@ -31,14 +31,14 @@ from fundamentallm.host import structure
 from fundamentallm.testing import compose_tiny
 
 @plugin
-class Dies:
+class KillsItself:
     @hookimpl
     def on_safe_point(self, run):
         if run.progress.step == 3:
             os.kill(os.getpid(), 9)
 
 logger = structure({needs!r}, {name})
-train(compose_tiny(logger, Dies(), length=9, log_every=1), run_dir=Path({folder!r}))
+train(compose_tiny(logger, KillsItself(), length=9, log_every=1), run_dir=Path({folder!r}))
 """
 
 
@@ -102,7 +102,7 @@ class LoggerContract(PluginContract):
 
     def test_a_row_can_be_read_as_soon_as_it_is_logged(self, tiny_run: TinyRun) -> None:
         seen: list[int] = []
-        look = Looks(at_safe_points=lambda run: seen.append(len(self.rows(run.folder))))
+        look = CallsAtSteps(at_safe_points=lambda run: seen.append(len(self.rows(run.folder))))
         if self.at_once:
             tiny_run(self.instance(), look, length=4, log_every=1)
             assert seen == [1, 2, 3, 4]
@@ -158,7 +158,7 @@ class LoggerContract(PluginContract):
 
     def test_a_rewind_drops_the_rows_of_the_void_steps(self, tiny_run: TinyRun) -> None:
         seen: list[int] = []
-        look = Looks(at_step_starts=lambda run: seen.append(len(self.rows(run.folder))))
+        look = CallsAtSteps(at_step_starts=lambda run: seen.append(len(self.rows(run.folder))))
         listed = [look] if self.at_once else []
         run = tiny_run(Memory(step=3, later=6), *listed, self.instance(), length=7, log_every=1)
         assert seen == ([0, 1, 2, 3, 4, 5, 3, 4, 5, 6] if self.at_once else [])
@@ -196,7 +196,7 @@ class LoggerContract(PluginContract):
         self, tiny_run: TinyRun, tmp_path: Path
     ) -> None:
         states: list[str] = []
-        look = Looks(at_step_starts=lambda _: states.append(_random_states()))
+        look = CallsAtSteps(at_step_starts=lambda _: states.append(_random_states()))
         without = tiny_run(look, run_dir=tmp_path / "without")
         with_it = tiny_run(self.instance(), look, run_dir=tmp_path / "with")
         assert_same_weights(with_it, without)
@@ -234,7 +234,7 @@ class LoggerContract(PluginContract):
 
 
 @plugin
-class Looks:
+class CallsAtSteps:
     """Calls a function at each step start or at each safe point."""
 
     at_step_starts: Any = None

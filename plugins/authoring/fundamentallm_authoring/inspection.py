@@ -7,7 +7,18 @@ from pathlib import Path
 
 import click
 
-from fundamentallm import HOOKS, Found, about_hook, compose, find_plugins, hook_methods, order
+from fundamentallm import (
+    HOOKS,
+    Found,
+    SettingsError,
+    about_hook,
+    compose,
+    find_plugins,
+    hook_methods,
+    kind,
+    order,
+    suggest,
+)
 
 
 @click.command()
@@ -34,12 +45,16 @@ def plugins(as_json: bool) -> None:
 
 @click.command()
 @click.argument("settings", type=click.Path(path_type=Path), required=False)
-def hooks(settings: Path | None) -> None:
+@click.option("--docs", "plugin", metavar="PLUGIN", help="Print what a plugin does in its hooks.")
+def hooks(settings: Path | None, plugin: str | None) -> None:
     """Print the hooks in the order of a run; with SETTINGS, the plugins that implement each.
 
     A line has the hook, its kind, its first version, and whether it is stable. Where no plugin
     implements an exclusive hook, the core's default answers.
     """
+    if plugin is not None:
+        click.echo("\n".join(_documented(plugin)))
+        return
     listed = compose(settings).plugins if settings else {}
     implemented = [
         (hook, f"{name} (wraps)" if options["wrapper"] else name)
@@ -51,6 +66,18 @@ def hooks(settings: Path | None) -> None:
         facts = about_hook(hook)
         line = f"{hook:<24}{facts.kind:<11}{facts.since:<6}{facts.stability:<13}{', '.join(names)}"
         click.echo(line.rstrip())
+
+
+def _documented(name: str) -> list[str]:
+    """Return a line for each hook of an installed plugin: hook, kind, and what it does there."""
+    from fundamentallm_authoring.reference import answers
+
+    offers = find_plugins()
+    if name not in offers:
+        raise SettingsError(f"{name}: is no installed plugin{suggest(name, offers)}")
+    rows = [(hook + note, kind(hook), text) for hook, note, text in answers(offers[name][0].load())]
+    width = max((len(hook) for hook, _, _ in rows), default=0)
+    return [f"{hook:<{width}}  {sort:<9}  {text}" for hook, sort, text in rows] or ["no hooks"]
 
 
 def _about(found: Found) -> str:

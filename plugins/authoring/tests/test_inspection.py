@@ -54,6 +54,18 @@ def test_hooks_are_printed_in_the_order_of_a_run_with_the_plugins_that_answer(tm
     assert answers["validate"] == []
 
 
+def test_the_hooks_of_a_plugin_are_printed_with_what_it_does_in_each():
+    lines = CliRunner().invoke(hooks, ["--docs", "gc"]).output.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["on_train_start", "event"],
+        ["on_safe_point", "event"],
+        ["on_train_end", "event"],
+    ]
+    assert lines[1].endswith("  Collect garbage if `every` is due.")
+    done = CliRunner().invoke(hooks, ["--docs", "emma"])
+    assert str(done.exception) == "emma: is no installed plugin (did you mean 'ema'?)"
+
+
 @pytest.fixture
 def broken(tmp_path: Path) -> dict[str, str]:
     """An environment with an installed plugin, of a long name, whose module cannot be imported."""

@@ -44,14 +44,14 @@ class Csv:
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row in one write; rewrite the table first if the row needs new columns."""
+        """Append a row to `metrics.csv` in one write; rewrite it first if it needs new columns."""
         if self._table is not None:
             facts = [f"{time.time():.3f}", str(run.progress.step), str(run.progress.tokens)]
             self._table.append(facts, metrics)
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Close the file."""
+        """Close `metrics.csv`."""
         if self._table is not None:
             self._table.close()
             self._table = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from python_calls import python_calls
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -142,22 +142,6 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, clip: GradClip) -> None
         assert reads.count == 1, "the counter works"
 
 
-def calls(function: Callable[[], object]) -> int:
-    """Count the Python calls that a function makes."""
-    found = 0
-
-    def count(frame: object, event: str, _: object) -> None:
-        nonlocal found
-        found += event == "call"
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def test_a_step_makes_no_more_python_calls_than_torchs_own_function(tiny_run: TinyRun) -> None:
     clip = GradClip(max_norm=1.0)
     run = tiny_run(clip, length=1)
@@ -166,7 +150,7 @@ def test_a_step_makes_no_more_python_calls_than_torchs_own_function(tiny_run: Ti
     def handwritten() -> None:
         run.log("optim/grad_norm", clip_grad_norm_(run.parameters, 1.0))
 
-    assert calls(lambda: clip.edit_gradients(run)) <= calls(handwritten)
+    assert python_calls(lambda: clip.edit_gradients(run)) <= python_calls(handwritten)
 
 
 def test_parameters_without_gradients_are_skipped(tiny_run: TinyRun) -> None:

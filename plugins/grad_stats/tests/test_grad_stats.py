@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from python_calls import CallsBetween
 from torch import Tensor, nn
 
 from fundamentallm import Rejection, Run, SettingsError, hookimpl, plugin
@@ -552,28 +551,6 @@ def test_a_measured_step_reads_no_device_value(tiny_run: TinyRun):
         assert reads.count == 1, "the counter counts"
 
 
-@plugin
-class Between:
-    """Counts the Python calls from the data of one step to that of another."""
-
-    first: int
-    last: int
-    found: int = 0
-
-    @hookimpl(wrapper=True)
-    def collect_batches(self, run: Run):
-        if run.progress.step == self.first:
-            gc.disable()  # when a collection falls due is chance, and torch listens to it
-            sys.setprofile(self.note)
-        if run.progress.step == self.last:
-            sys.setprofile(None)
-            gc.enable()
-        return (yield)
-
-    def note(self, frame: Any, event: str, _: object) -> None:
-        self.found += event == "call"
-
-
 @pytest.mark.parametrize("histograms", [False, True])
 def test_a_step_that_is_not_measured_costs_four_python_calls(
     tiny_run: TinyRun, tmp_path: Path, histograms: bool
@@ -581,7 +558,7 @@ def test_a_step_that_is_not_measured_costs_four_python_calls(
     counts = []
     stats = GradStats(every=100, histograms=histograms)
     for number, listed in enumerate(([], [stats, *([Takes()] if histograms else [])])):
-        between = Between(first=3, last=6)
+        between = CallsBetween(first=3, last=6)
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(between.found)
     assert counts[1] - counts[0] == 3 * 4

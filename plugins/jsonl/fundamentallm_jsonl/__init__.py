@@ -56,19 +56,19 @@ class Jsonl:
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row in one write."""
+        """Append a row to `metrics.jsonl` in one write."""
         self._append(FILE, row(run.progress.step, run.progress.tokens, metrics))
 
     @hookimpl
     def on_histogram(
         self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
     ) -> None:
-        """Append a histogram."""
+        """Append a histogram to `histograms.jsonl`."""
         self._append(HISTOGRAMS, histogram(name, step, edges, counts))
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Close the files."""
+        """Close `metrics.jsonl` and `histograms.jsonl`."""
         self._close()
 
     def _open(self, run: Run) -> None:

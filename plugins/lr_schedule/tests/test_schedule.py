@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from python_calls import python_calls
 
 from fundamentallm import (
     Batch,
@@ -116,22 +115,7 @@ def test_a_step_makes_three_python_calls(tiny_run: TinyRun) -> None:
     run = tiny_run(schedule, length=10)
     for applied in (0, 5):
         run.progress = Progress(applied=applied)
-        assert calls(lambda: schedule.lr_factor(run)) - calls(lambda: None) == 3
-
-
-def calls(function: Callable[[], object]) -> int:
-    found = 0
-
-    def count(frame: object, event: str, _: object) -> None:
-        nonlocal found
-        found += event == "call"
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return found
+        assert python_calls(lambda: schedule.lr_factor(run)) - python_calls(lambda: None) == 3
 
 
 def factor(run_length: str, progress: Progress, **table: Any) -> float:

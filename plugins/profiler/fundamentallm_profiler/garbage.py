@@ -33,7 +33,7 @@ class Gc:
 
     @hookimpl
     def on_train_start(self) -> None:
-        """Collect once, and disable the automatic collection."""
+        """Collect garbage once, and disable Python's automatic collection."""
         self._enable = gc.isenabled()
         gc.disable()
         gc.collect()
@@ -44,13 +44,13 @@ class Gc:
 
     @hookimpl
     def on_safe_point(self, run: Run) -> None:
-        """Collect, if it is due."""
+        """Collect garbage if `every` is due."""
         if not run.progress.step % self.every:
             gc.collect(self.generation)
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Restore the automatic collection."""
+        """Enable Python's automatic collection again."""
         if self._unfreeze:
             gc.unfreeze()
         if self._enable:

@@ -59,7 +59,7 @@ class Profiler:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Choose the steps; begin at once if the next one is among them."""
+        """Choose the steps to record; start the profiler if the next step is one of them."""
         firsts = range(self.start, self.start + self.traces * self.every, self.every)
         if self.all_ranks or run.rank == 0:
             # A trace whose first step is over when a run is continued is left out.
@@ -79,7 +79,7 @@ class Profiler:
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Write an unfinished trace."""
+        """Write the trace of the steps that were recorded so far."""
         if self.recording is not None:
             recording, self.recording = self.recording, None
             recording.end()

@@ -6,12 +6,11 @@ import gc
 import gzip
 import json
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from python_calls import CallsBetween
 
 from fundamentallm import Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
@@ -215,35 +214,13 @@ def test_a_recorded_run_ends_in_the_same_bits(tiny_run: TinyRun, tmp_path: Path)
     assert runs[0].history == runs[1].history
 
 
-@plugin
-class Between:
-    """Counts the Python calls from the data of one step to that of another."""
-
-    first: int
-    last: int
-    found: int = 0
-
-    @hookimpl(wrapper=True)
-    def collect_batches(self, run: Run):
-        if run.progress.step == self.first:
-            gc.disable()  # when a collection falls due is chance, and torch listens to it
-            sys.setprofile(self.note)
-        if run.progress.step == self.last:
-            sys.setprofile(None)
-            gc.enable()
-        return (yield)
-
-    def note(self, frame: Any, event: str, _: object) -> None:
-        self.found += event == "call"
-
-
 @pytest.mark.parametrize(
     ("make", "calls"), [(lambda: Profiler(start=1000), 2), (lambda: Gc(every=1000), 1)]
 )
 def test_a_step_that_is_not_concerned_costs_next_to_nothing(tiny_run, tmp_path, make, calls):
     counts = []
     for number, listed in enumerate(([], [make()])):
-        between = Between(first=3, last=6)
+        between = CallsBetween(first=3, last=6)
         tiny_run(between, *listed, length=7, log_every=100, run_dir=tmp_path / str(number))
         counts.append(between.found)
     assert counts[1] - counts[0] == 3 * calls

@@ -18,7 +18,7 @@ class Display(Protocol):
     # Each display has these methods itself: what it does around the view differs in most of them.
 
     def start_training(self) -> None:
-        """Show the steps from now on."""
+        """Start the progress bar of the training."""
 
     def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:
         """Show the metrics of a row; ``validated`` if they contain those of a validation."""
@@ -57,7 +57,7 @@ class Progress:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        """Show the steps from now on."""
+        """Start the progress bar of the training."""
         if not self.quiet and run.rank == 0:
             self._shown(run).start_training()
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fundamentallm_progress.refresh_thread import RefreshThread
-from fundamentallm_progress.streams import Above, Steady
+from fundamentallm_progress.streams import StreamAboveBar, SynchronizedStream
 from fundamentallm_progress.view import View
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ class Bar:
         self._live: Live | None = None
         self._thread: RefreshThread | None = None
         self._drawn: object = None
-        self._streams: list[tuple[str, TextIO, Above]] = []
+        self._streams: list[tuple[str, TextIO, StreamAboveBar]] = []
         self._moved: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
 
     def start_training(self) -> None:
-        """Show the steps from now on."""
+        """Start the progress bar of the training."""
         self._view.start_training()
         self._open()
 
@@ -98,7 +98,9 @@ class Bar:
             return
         # The plugin has checked that standard error is a terminal that can be drawn on.
         console = Console(
-            file=cast("TextIO", Steady(sys.stderr)), force_terminal=True, force_interactive=True
+            file=cast("TextIO", SynchronizedStream(sys.stderr)),
+            force_terminal=True,
+            force_interactive=True,
         )
         self._live = Live(
             get_renderable=lambda: self,
@@ -135,7 +137,7 @@ class Bar:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream.isatty():
-                above = Above(stream, console)
+                above = StreamAboveBar(stream, console)
                 setattr(sys, name, above)
                 self._streams.append((name, stream, above))
         # Handlers refer to the stream that they were made with, and would write into the bar.

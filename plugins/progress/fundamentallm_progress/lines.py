@@ -32,7 +32,7 @@ class Lines:
         self._shown: set[str] = set()
 
     def start_training(self) -> None:
-        """Show the steps from now on."""
+        """Start the progress bar of the training."""
         self._view.start_training()
 
     def show_metrics(self, metrics: dict[str, float], validated: bool) -> None:

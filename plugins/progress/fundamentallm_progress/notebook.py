@@ -28,7 +28,7 @@ class Notebook:
         self._shown = ""
 
     def start_training(self) -> None:
-        """Show the steps from now on."""
+        """Start the progress bar of the training."""
         self._view.start_training()
         self._open()
 

@@ -20,7 +20,7 @@ _MANY = 10
 
 
 @attrs.frozen
-class Sight:
+class Counts:
     """The counts at one moment; or the difference between two moments."""
 
     time: float
@@ -29,8 +29,8 @@ class Sight:
     tokens: int
     samples: int
 
-    def __add__(self, other: Sight) -> Sight:
-        return Sight(
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
             self.time + other.time,
             self.share + other.share,
             self.step + other.step,
@@ -38,8 +38,8 @@ class Sight:
             self.samples + other.samples,
         )
 
-    def __sub__(self, other: Sight) -> Sight:
-        return Sight(
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(
             self.time - other.time,
             self.share - other.share,
             self.step - other.step,
@@ -58,18 +58,18 @@ class Pace:
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock = run, clock
-        self._paused: Sight | None = None
-        self._began = self._now = self._sight()
+        self._paused: Counts | None = None
+        self._began = self._now = self._read_counts()
         self._moved = self._now.time  # when the last step was seen
         self._away = self._now - self._now
         self._aside = 0.0  # seconds of pauses that recur
         self._seen = deque([self._now])
-        self._lately: Sight | None = None
+        self._lately: Counts | None = None
         self.share = min(self._now.share, 1.0)
 
     def look(self) -> None:
         """Read the counts of the run."""
-        before, self._now = self._now, self._sight()
+        before, self._now = self._now, self._read_counts()
         self.share = min(self._now.share, 1.0)
         if self._now.step != before.step:
             self._moved = self._now.time
@@ -123,26 +123,26 @@ class Pace:
         part = 1 + self._aside / max(trained, lately.time)
         return clock_face(round(lately.time / lately.share * (1 - self.share) * part))
 
-    def _remember(self, sight: Sight) -> None:
+    def _remember(self, counts: Counts) -> None:
         seen = self._seen
-        if sight.step < seen[-1].step:  # the run went back to a checkpoint
+        if counts.step < seen[-1].step:  # the run went back to a checkpoint
             seen.clear()
-            seen.append(sight)
-        elif sight.step > seen[-1].step:
-            seen.append(sight)
+            seen.append(counts)
+        elif counts.step > seen[-1].step:
+            seen.append(counts)
             if len(seen) == 3 and seen[0] is self._began:
                 seen.popleft()
-        while len(seen) > 2 and sight.time - seen[1].time >= _SPAN:
+        while len(seen) > 2 and counts.time - seen[1].time >= _SPAN:
             seen.popleft()
         lately = seen[-1] - seen[0]
         known = lately.time > 0 and lately.step > 0
         first = len(seen) == 2 and seen[0] is self._began and lately.step < _MANY
         self._lately = lately if known and not first else None
 
-    def _sight(self) -> Sight:
+    def _read_counts(self) -> Counts:
         counts = self._run.progress
         share = self._run.settings.length.done(counts)
-        return Sight(self._clock(), share, counts.step, counts.tokens, counts.samples)
+        return Counts(self._clock(), share, counts.step, counts.tokens, counts.samples)
 
 
 def short(number: float) -> str:

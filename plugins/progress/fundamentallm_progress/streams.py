@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"
 
 
-class Front:
+class StreamProxy:
     """A stream around another one, with all of its other attributes."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -22,7 +22,7 @@ class Front:
         return getattr(self.stream, name)
 
 
-class Steady(Front):
+class SynchronizedStream(StreamProxy):
     """Writes every text as one synchronized update, so that the terminal shows no half of it."""
 
     def write(self, text: str) -> int:
@@ -32,7 +32,7 @@ class Steady(Front):
         return len(text)
 
 
-class Above(Front):
+class StreamAboveBar(StreamProxy):
     """Writes whole lines above the bar, unchanged; an incomplete line waits for its end."""
 
     def __init__(self, stream: TextIO, console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -118,11 +118,3 @@ def _together(lines: list[bytes]) -> list[Any]:
     if len(values) != len(lines):
         raise ValueError("a line is not one value")
     return values
-
-
-def read_rows(path: Path) -> Iterator[folder.Row]:
-    """Yield the rows of a metrics file; skip lines that are no whole rows."""
-    if not path.exists():
-        return
-    with path.open("rb") as lines:
-        yield from filter(None, map(folder.parse_row, lines))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from fundamentallm import FundamentalError, SettingsError, StorageError, command_line, folder
-from fundamentallm_runs.metrics_file import read_rows
 from fundamentallm_runs.run_record import Record, named, read
 
 if TYPE_CHECKING:
@@ -233,9 +232,9 @@ def data_change(saved: Saved | None, made: Run | None) -> list[str]:
 def compare_rows(before: Record, after: Record) -> Comparison:
     """Compare the logged metrics, except measurements of time and memory."""
     last = before.last_row if before.state in UNFINISHED else math.inf
-    files = (one.folder / folder.METRICS for one in (before, after))
     old, new = (
-        {row.step: row.metrics for row in read_rows(path) if row.step <= last} for path in files
+        {row.step: row.metrics for row in folder.rows(one.folder) if row.step <= last}
+        for one in (before, after)
     )
     if not old:
         return Comparison("metrics", "missing", "there are none to compare with")

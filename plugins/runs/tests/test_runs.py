@@ -35,7 +35,7 @@ from fundamentallm.testing import TinyData, TinyModel, TinyOptimizer, TinySample
 from fundamentallm_runs.cli import compare, rerun, runs, watch
 from fundamentallm_runs.compare import differences
 from fundamentallm_runs.curves import POINTS, curve, extremes, smoothed
-from fundamentallm_runs.metrics_file import Columns, gathered, read_rows
+from fundamentallm_runs.metrics_file import Columns, gathered
 from fundamentallm_runs.rerun import (
     Comparison,
     Saved,
@@ -282,8 +282,11 @@ def test_a_damaged_line_is_skipped_and_null_is_nan(tmp_path):
     path.write_bytes(
         good.encode() + b"\x00\xff\n[]\n{}\n" + good.replace('"step": 1', '"step": 2').encode()
     )
-    assert [row.step for row in read_rows(path)] == [1, 2]
-    assert all(row.metrics["train/loss"] != row.metrics["train/loss"] for row in read_rows(path))
+    assert [row.step for row in run_folder.rows(path.parent)] == [1, 2]
+    assert all(
+        row.metrics["train/loss"] != row.metrics["train/loss"]
+        for row in run_folder.rows(path.parent)
+    )
 
 
 def test_settings_that_cannot_be_read_are_an_error_that_names_the_folder(copies):
@@ -430,7 +433,7 @@ def test_a_row_of_no_time_at_all_is_listed_all_the_same(copies, time):
 def test_curves_have_the_values_of_the_rows_over_every_axis(two, axis):
     record = read(two[0])
     made = curve(record, "val/loss", axis, 0.0)
-    rows = list(read_rows(two[0] / "metrics.jsonl"))
+    rows = list(run_folder.rows(two[0]))
     series = [(row, row.metrics["val/loss"]) for row in rows if "val/loss" in row.metrics]
     assert made.y == [value for _, value in series]
     expected = {
@@ -641,7 +644,6 @@ def test_the_rows_of_many_lines_are_those_of_the_face_whatever_the_lines_are(lin
         columns = Columns()
         for row in run_folder.rows(Path(folder)):
             columns.add(row)
-        assert repr(list(read_rows(path))) == repr(list(run_folder.rows(Path(folder))))
         assert repr(gathered(path)) == repr(columns)
 
 

@@ -50,7 +50,7 @@ class Tensorboard:
 
     @hookimpl
     def on_log(self, run: Run, metrics: dict[str, float]) -> None:
-        """Append a row in one write."""
+        """Append the row to the event file in one write."""
         if self._events is not None:
             self._events.scalars(run.progress.step, metrics)
 
@@ -58,13 +58,13 @@ class Tensorboard:
     def on_histogram(
         self, name: str, step: int, edges: Sequence[float], counts: Sequence[int]
     ) -> None:
-        """Append a histogram."""
+        """Append a histogram to the event file."""
         if self._events is not None:
             self._events.histogram(name, step, edges, counts)
 
     @hookimpl
     def on_train_end(self) -> None:
-        """Close the file."""
+        """Close the event file."""
         if self._events is not None:
             events, self._events = self._events, None
             events.close()

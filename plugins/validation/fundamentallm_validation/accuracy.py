@@ -31,11 +31,11 @@ def accuracies(run: Run) -> dict[str, float]:
     The forward passes go through the hook ``forward``, so that they are computed like the loss, for
     example with autocast.
     """
-    counts: dict[str, Hits] = {}
+    counts: dict[str, AccuracyCounter] = {}
     with run.evaluating():
         for split, batch in run.held_out("accuracy"):
             if split not in counts:
-                counts[split] = Hits(run.model, run.device)
+                counts[split] = AccuracyCounter(run.model, run.device)
             _count(run, batch, counts[split])
     if run.signal is not None or not counts:
         return {}
@@ -48,7 +48,7 @@ def accuracies(run: Run) -> dict[str, float]:
     }
 
 
-class Hits(nn.Module):
+class AccuracyCounter(nn.Module):
     """Replaces ``run.module``: counts in place of computing a loss.
 
     ``counts`` are two numbers on the device: the targets with the highest score (of equal scores,
@@ -80,7 +80,7 @@ class Hits(nn.Module):
         return torch.zeros((), device=targets.device)
 
 
-def _count(run: Run, batch: Batch, hits: Hits) -> None:
+def _count(run: Run, batch: Batch, hits: AccuracyCounter) -> None:
     # Only for this call: another plugin may replace the module, too.
     module, run.module, hits.asked = run.module, hits, False
     run.weight = batch.weight
