@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import SettingsError, field, ge, gt, hookimpl, lt, optional, plugin, table
+from fundamentallm import field, ge, gt, hookimpl, lt, optional, plugin, table
 
 # Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
 from fundamentallm_optimizers.group import Group
@@ -41,7 +41,7 @@ class Muon:
     A Muon update is the orthogonalized momentum (Jordan et al., "Muon: An optimizer for hidden
     layers in neural networks", 2024). AdamW trains embeddings, the output layer, biases and gains
     of norms. `adjust_lr_fn`: Liu et al., "Muon is Scalable for LLM Training" (2025,
-    arXiv:2502.16982). Needs PyTorch 2.9 or newer.
+    arXiv:2502.16982).
     """
 
     role = "optimizer"
@@ -79,15 +79,12 @@ class Muon:
     @hookimpl
     def build_optimizer(self, run: Run) -> Optimizer:
         """Build Muon and AdamW as one optimizer for all parameters, including frozen ones."""
-        import torch
         from torch import optim
 
         from fundamentallm_optimizers.combined import CombinedOptimizer
         from fundamentallm_optimizers.muon_groups import muon_and_adamw_groups
         from fundamentallm_optimizers.param_groups import use_fused
 
-        if not hasattr(optim, "Muon"):
-            raise SettingsError(f"muon needs PyTorch 2.9 or newer; this is {torch.__version__}")
         matrices, rest = muon_and_adamw_groups(run, self)
         count = sum(len(group["params"]) for group in matrices)
         log.info("Muon trains %d matrices, AdamW the other parameters", count)

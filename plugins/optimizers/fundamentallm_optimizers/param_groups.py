@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Parameters: TypeAlias = dict[nn.Parameter, list[str]]  # each with all its names
 
-# Where PyTorch 2.7 and later have fused kernels for Adam, AdamW and SGD.
+# Where PyTorch has fused kernels for Adam, AdamW and SGD.
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 

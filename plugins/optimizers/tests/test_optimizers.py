@@ -610,14 +610,6 @@ def test_muon_without_a_matrix_to_train_is_an_error(tiny_run: TinyRun) -> None:
         tiny_run(model(Line), Muon(), length=1)
 
 
-def test_an_old_torch_without_muon_is_reported_with_the_version_that_has_it(
-    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(optim, "Muon")
-    with pytest.raises(SettingsError, match=r"muon needs PyTorch 2\.9 or newer; this is 2"):
-        tiny_run(Muon(), length=1)
-
-
 def combined() -> CombinedOptimizer:
     torch.manual_seed(1)
     one, other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
