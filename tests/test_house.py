@@ -372,6 +372,8 @@ PLAIN_WORDS = {
 }
 """Words of a dialect that this code once used, and plain ones for them.
 
+"hold" and "keep" are not listed: a file holds rows, and retention keeps checkpoints.
+
 A listed word usually hides who does what: name the thing that acts and what it does. docs/style.md
 has the rules of the language, docs/glossary.md the term for each thing.
 """

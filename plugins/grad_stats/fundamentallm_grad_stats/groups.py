@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+
+from fundamentallm import matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,7 +35,7 @@ def matched(names: Iterable[str], patterns: Mapping[str, str]) -> dict[str, list
     """Return the names of each pattern, the first that matches; the others are the rest."""
     found: dict[str, list[str]] = {group: [] for group in (*patterns, REST)}
     for name in names:
-        matching = (group for group, pattern in patterns.items() if fnmatchcase(name, pattern))
+        matching = (group for group, pattern in patterns.items() if matches(name, [pattern]))
         found[next(matching, REST)].append(name)
     return found
 

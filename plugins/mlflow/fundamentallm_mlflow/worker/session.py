@@ -176,6 +176,7 @@ def explain(error: Exception) -> str:
     """Return one line on what is wrong, with the remedy where it is known."""
     lines = str(error).strip().splitlines()
     text = (lines[0] if lines else type(error).__name__)[:500]
+    # MLflow raises one type for all of these, so only its texts distinguish them.
     schema = re.search(r"found version (\w+), but expected (\w+)", text)
     if schema:
         from mlflow.version import VERSION
