@@ -27,7 +27,8 @@ from fundamentallm.host import (
 from fundamentallm import folder
 from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
-from fundamentallm.errors import PluginError, SettingsError, StorageError, ran_out_of_memory
+from fundamentallm.errors import PeerError, PluginError, SettingsError, StorageError
+from fundamentallm.errors import ran_out_of_memory
 from fundamentallm.files import durable_file, set_aside, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.local_code import code_changes
@@ -43,7 +44,8 @@ from fundamentallm.settings import (
     order,
     role_of,
 )
-from fundamentallm.run import Run, Snapshot
+from fundamentallm.snapshots import Snapshot
+from fundamentallm.run import Run
 from fundamentallm.loop import train_window
 from fundamentallm.settings import RunSettings
 
@@ -64,6 +66,7 @@ __all__ = [
     "NotFiniteError",
     "OutOfMemoryError",
     "Outcome",
+    "PeerError",
     "Period",
     "PluginError",
     "Progress",

@@ -59,9 +59,10 @@ def _train(composed: Composed, run_dir: Path | None, at: str | None = None) -> N
         from fundamentallm.launch import train as launch
 
         run = launch(composed, run_dir=run_dir, at=at)
-    click.echo(f"{run.outcome} after {run.progress.step} steps: {run.folder}")
+    if not run.rank:
+        click.echo(f"{run.outcome} after {run.progress.step} steps: {run.folder}")
     if run.outcome == "interrupted":
-        if is_run(run.folder):  # its disk may have refused even that
+        if not run.rank and is_run(run.folder):  # its disk may have refused even that
             click.echo(f"resume with: {command_line('resume', run.folder)}", err=True)
         sys.exit(128 + (run.signal or 0))
 
@@ -77,7 +78,8 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (FundamentalError, OSError) as error:  # such as an output that takes no more
-        click.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
+        if not getattr(error, "printed_elsewhere", False):
+            click.echo("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
         sys.exit(getattr(error, "exit_code", StorageError.exit_code))
     sys.exit(
         code if isinstance(code, int) else 0

@@ -22,7 +22,8 @@ class Batch:
     ``data`` is what ``forward`` unpacks: a tuple of tensors, or a dict of them. ``weight`` is what
     its mean loss is a mean over (target tokens of a language model, else samples): windows and
     validations weigh by it. ``first`` is the index of its first sample in the order of the data.
-    ``samples`` and ``tokens`` count over all processes of a run, ``weight`` in this one.
+    ``samples`` and ``tokens`` count over all processes of a run, ``weight`` in this one. ``total``
+    is the weight over all processes, if the source knows it: then they need not ask each other.
     """
 
     data: Any
@@ -30,10 +31,16 @@ class Batch:
     samples: int
     tokens: int
     first: int = 0
+    total: float | None = None
 
 
 class Data(Protocol):
-    """A data source. Data for language models also has ``vocab_size`` and ``context_length``."""
+    """A data source. Data for language models also has ``vocab_size`` and ``context_length``.
+
+    In a run of several processes, each reads its part, that of ``run.data_rank`` of
+    ``run.data_size``, and all yield equally many micro-batches: one without any sample for this
+    process holds some sample and has the weight 0.
+    """
 
     @property
     def epoch_samples(self) -> int | None:

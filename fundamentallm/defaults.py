@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fundamentallm import processes
+from fundamentallm.errors import SettingsError
 from fundamentallm.hookspecs import HOOKS, hookimpl
 from fundamentallm.metrics import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
     from torch import Tensor, nn
 
     from fundamentallm.data import Batch, Tokenizer
     from fundamentallm.run import Run
+
+
+# How torchrun and srun say that they have started several processes.
+_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def join_processes() -> AbstractContextManager[None]:
+    for name in _SIZES:
+        size = os.environ.get(name, "1")
+        if size != "1":
+            raise SettingsError(
+                f"this is one of several processes ({name} is {size}), but no listed plugin joins "
+                "them: each would train a run of its own. List 'ddp' in `plugins`, or start one "
+                "process"
+            )
+    return nullcontext()
+
+
+def agree(mine: Any) -> list[Any]:
+    return [mine]
+
+
+def gather(tree: Any) -> Any:
+    return tree
+
+
+def spread(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def build_tokenizer(run: Run) -> Tokenizer | None:
@@ -40,6 +70,8 @@ def collect_batches(run: Run, stream: Iterator[Batch]) -> list[Batch]:
 
 
 def weigh_window(run: Run, window: list[Batch]) -> float:
+    if run.world_size > 1:
+        return processes.total_weight(run, window)
     return float(sum(map(attrgetter("weight"), window)))
 
 
@@ -82,7 +114,7 @@ def reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def stop_agreed(run: Run, stopping: bool) -> bool:
-    return stopping
+    return processes.stop_agreed(run) if run.world_size > 1 else stopping
 
 
 def answers() -> dict[str, Callable[..., Any]]:

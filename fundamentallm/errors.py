@@ -10,6 +10,8 @@ class FundamentalError(Exception):
 
     # As that of Python for an error that nothing handles.
     exit_code = 1
+    printed_elsewhere = False
+    """Whether the first process of the run raises the same error, and prints it."""
 
 
 class SettingsError(FundamentalError):
@@ -62,6 +64,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATORS)
 
 
+def lost_a_process(error: BaseException) -> bool:
+    """Return whether torch raised this because another process of the run has ended or hangs."""
+    # gloo raises a plain RuntimeError, torch.distributed one with a name such as DistStoreError.
+    kind = type(error).__name__
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or kind.startswith("Dist"))
+
+
 class ReservedNameError(ValueError):
     """A plugin logged under a name of the core's own; from an observer, too, it ends the run."""
 
@@ -70,3 +79,9 @@ class PluginError(FundamentalError):
     """A plugin that the run needs failed; the message names plugin, hook and distribution."""
 
     exit_code = 7
+
+
+class PeerError(FundamentalError):
+    """Another process of the run has ended, no longer answers, or does something else."""
+
+    exit_code = 8

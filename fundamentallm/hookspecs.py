@@ -2,6 +2,7 @@
 
 A run in pseudocode::
 
+    with join_processes():                              exclusive; all that follows
     on_run_start()
     data = build_data()                                 exclusive
     tokenizer = build_tokenizer()                       exclusive
@@ -40,6 +41,7 @@ A run in pseudocode::
         on_safe_point()                                 -> on_checkpoint_saved(folder)
     on_train_end(outcome)
     at any time: on_progress(task, done, total), on_histogram(name, step, edges, counts)
+    between processes: agree(topic, mine), gather(tree), spread(tensor, like)    exclusive
     in a command that exports or samples: finish_model()    edit
 
 The marker of a specification states the kind of the hook; start-up checks keep to it:
@@ -87,6 +89,28 @@ class Hooks(Protocol):
     An implementation may take any subset of the arguments, by name. Arguments are always passed
     by keyword. Unless a hook says otherwise it is called on every process of a distributed run.
     """
+
+    @exclusive(since="0.1", stability="provisional")
+    def join_processes(self, run: Run) -> AbstractContextManager[None]:
+        """Meet the other processes of the run, set ``run.rank`` and ``run.world_size``, and return
+        the context in which the run goes on. ``run.folder`` may not exist yet. Default: this
+        process alone; a ``SettingsError`` if it was started as one of several."""
+
+    @exclusive(since="0.1", stability="provisional")
+    def agree(self, run: Run, topic: str, mine: Any) -> list[Any]:
+        """Return what all processes pass as ``mine``, JSON values, in the order of their ranks. All
+        call it at the same moment with the same ``topic``; if not, or if one has ended, it raises
+        ``PeerError``. The core does not call it in a run of one process. Default: ``[mine]``."""
+
+    @exclusive(since="0.1", stability="provisional")
+    def gather(self, run: Run, tree: Any) -> Any:
+        """Return a tree of dicts and lists with every distributed tensor as a whole one, at least
+        in the first process. All processes call it. Default: unchanged."""
+
+    @exclusive(since="0.1", stability="provisional")
+    def spread(self, run: Run, tensor: Tensor, like: Tensor) -> Tensor:
+        """Return the part of a whole tensor that this process keeps, distributed as ``like`` is.
+        All processes call it with the same values. Default: unchanged."""
 
     @event(since="0.1")
     def on_run_start(self, run: Run) -> None:
@@ -155,8 +179,8 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def weigh_window(self, run: Run, window: list[Batch]) -> float:
-        """Return the weight that the window's losses are divided by: the sum over its micro-batches
-        and over all processes. Default: the sum in this process."""
+        """Return the weight that the window's losses are divided by. Default: the sum over its
+        micro-batches and over all processes."""
 
     @exclusive(since="0.1")
     def train_microbatch(self, run: Run, batch: Batch, share: float, is_last: bool) -> None:
@@ -232,7 +256,7 @@ class Hooks(Protocol):
     ) -> dict[str, float] | None:
         """Return metrics of a whole held-out split, such as ``val/f1``. ``collected`` holds what
         was given to ``run.collect`` for the split, by name: one tensor on the CPU, all pieces
-        joined along their first dimension. These are the pieces of this process alone."""
+        joined along their first dimension: those of all processes, in the order of the samples."""
 
     @event(since="0.1")
     def on_validation_end(self, run: Run, metrics: dict[str, float]) -> None:
@@ -242,8 +266,9 @@ class Hooks(Protocol):
     def reduce_metrics(
         self, run: Run, metrics: dict[str, float], scope: Literal["step", "row", "validation"]
     ) -> dict[str, float]:
-        """Combine the metrics of all processes. ``scope`` is what they describe; a plugin that
-        compares processes within a step calls this with ``"step"``. Default: unchanged."""
+        """Return the metrics with derived ones added. ``scope`` is what they describe. They are
+        those of all processes already, and what the first process returns counts in all of them.
+        Default: unchanged."""
 
     @event(since="0.1")
     def on_log(self, run: Run, metrics: dict[str, float], validated: bool) -> None:
@@ -252,8 +277,8 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def stop_agreed(self, run: Run, stopping: bool) -> bool:
-        """Return whether any process wants to stop, so that all stop together. If one received a
-        signal, set ``run.signal`` in all. Default: ``stopping``, which is about this process."""
+        """Return whether any process wants to stop, so that all stop together; set ``run.signal``
+        and ``run.stop_reason`` in all. ``stopping`` is about this process. Default: as agreed."""
 
     @event(since="0.1")
     def on_safe_point(self, run: Run) -> None:

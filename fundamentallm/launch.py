@@ -19,9 +19,11 @@ from fundamentallm.errors import (
     DataError,
     FundamentalError,
     OutOfMemoryError,
+    PeerError,
     PluginError,
     SettingsError,
     StorageError,
+    lost_a_process,
     ran_out_of_memory,
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
@@ -61,16 +63,14 @@ def train(
         settings = compose(settings, overrides=overrides, plugins=plugins)
     run, registry = prepare(settings, run_dir)
     run.wanted_checkpoint = at
-    # The lock comes first: all that follows reads or writes the folder of the run.
-    with locked(run.folder), signals(run), computing_threads(run):
-        _announce(run, settings)
+    with _prepared(run, registry, settings, is_new=run_dir is None):
         try:
             with naming_the_plugin(registry, settings.brought):
                 run.hook.on_run_start(run=run)
                 build(run)
                 # Not before: settings that do not fit a run's checkpoints must not replace its own.
-                write_record(run.folder, settings, run.progress.step)
-                run.begun = True
+                run.from_first(lambda: write_record(run.folder, settings, run.progress.step))
+                _begin(run)
                 loop.train(run)
             done = run.progress.closed and run.settings.length.reached(run.progress)
             run.outcome = "finished" if done else "interrupted" if run.signal else "stopped"
@@ -84,6 +84,32 @@ def train(
             # Within the lock: no other process may continue the run before its end is written.
             _end(run, registry, settings)
     return run
+
+
+@contextlib.contextmanager
+def _prepared(
+    run: Run, registry: PluginManager, settings: Composed, *, is_new: bool
+) -> Iterator[None]:
+    """Meet the other processes, make and lock the run folder, and receive signals."""
+    with contextlib.ExitStack() as stack:
+        with naming_the_plugin(registry, settings.brought):
+            stack.enter_context(run.hook.join_processes(run=run))
+            if is_new:
+                run.folder = Path(run.from_first(lambda: str(new_folder(settings))))
+            # The lock comes first: all that follows reads or writes the folder of the run.
+            run.from_first(lambda: stack.enter_context(locked(run.folder)))
+        stack.enter_context(signals(run))
+        stack.enter_context(computing_threads(run))
+        if run.rank == 0:
+            _announce(run, settings)
+        yield
+
+
+def _begin(run: Run) -> None:
+    """Mark the run as begun: from now on, all processes act on a signal at the same step."""
+    run.begun = True
+    if run.world_size > 1:
+        run.signal = None  # ``received_signal`` remains, and the next safe point sends it
 
 
 def _announce(run: Run, settings: Composed) -> None:
@@ -143,7 +169,7 @@ def recorded(folder: Path | str, overrides: Iterable[str] = (), **choice: Any) -
 
 
 def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginManager]:
-    """Make the run object, and its folder if none is named; bind the hooks; build nothing yet."""
+    """Make the run object and bind the hooks; build nothing yet."""
     has, device = _devices(), composed.run.device
     chosen: str = next(name for name, there in has.items() if there) if device == "auto" else device
     if not has.get(chosen):
@@ -153,7 +179,7 @@ def prepare(composed: Composed, folder: Path | str | None) -> tuple[Run, PluginM
         stated = composed.source.values.get(HOST.own, {}).get("device") == chosen
         place = f"{composed.source.origin((HOST.own, 'device')).place}: " if stated else ""
         raise SettingsError(f"{place}run.device: {text}")
-    run = Run(composed.run, composed.plugins, Path(folder) if folder else new_folder(composed))
+    run = Run(composed.run, composed.plugins, Path(folder) if folder else None)
     run.device = chosen
     registry = register(HOST, composed, defaults.answers())
     run.tables = composed.tables
@@ -198,7 +224,7 @@ def _build_optimizer(run: Run) -> None:
 
 
 def _restore(run: Run) -> None:
-    snapshot = run.hook.read_checkpoint(run=run)
+    snapshot = run.read_checkpoint()
     if snapshot is not None:
         run.restore(snapshot, weights_only=not run.training)
     # To start at step 0 would in time replace the checkpoints that no plugin reads.
@@ -227,8 +253,11 @@ class MissingDataError(DataError, AttributeError):
 
 
 def _built_data(run: Run) -> Data:
+    found: list[Data] = []
     try:
-        data = run.hook.build_data(run=run)
+        # The first process makes the files that it keeps of the data; the others find them.
+        run.from_first(lambda: found.append(run.hook.build_data(run=run)))
+        data = found[0] if found else run.hook.build_data(run=run)
     except Exception as error:
         if run.training:
             raise
@@ -309,6 +338,10 @@ def naming_the_plugin(registry: PluginManager, brought: Mapping[str, object]) ->
     except Exception as error:
         if ran_out_of_memory(error):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
+        if lost_a_process(error):
+            first = str(error).partition("\n")[0]
+            text = "another process of the run has ended, or no longer answers"
+            raise PeerError(f"{text}; its own message says why ({first})") from error
         blamed = blame(error, registry, brought) or _local_cause(error, registry, brought)
         if blamed is None:
             raise

@@ -10,12 +10,13 @@ import time
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm import processes
 from fundamentallm.epochs import end_epochs, start_epoch
 from fundamentallm.errors import DataError, FundamentalError, SettingsError
 from fundamentallm.metrics import log_row, report, validation
 
 if TYPE_CHECKING:
-    from fundamentallm.data import Batch
+    from fundamentallm.data import Batch, Rejection
     from fundamentallm.run import Run
 
 log = logging.getLogger("fundamentallm")
@@ -94,16 +95,13 @@ def train_step(run: Run, started: float) -> None:
         hook.finish_gradients(run=run)
     # After the last hook that may change the gradients before they are judged.
     run.known_norm = []
-    verdicts: Any = hook.judge_step(run=run) if hook.judge_step else ()
-    run.rejected = list(filter(None, verdicts))
+    run.rejected = judge(run) if hook.judge_step else []
     applied = not run.rejected
     if applied:
         update(run)
     else:
-        # Only here, so that an accepted step pays for no check of the answers.
-        run.rejected = run.checks.rejections(verdicts)
         run.forget_attempt()
-    progress.advance(window, applied, time.perf_counter() - started)
+    progress.advance(window, applied, processes.agreed_seconds(run, time.perf_counter() - started))
     run.in_step = False
     if hook.settle_step:
         hook.settle_step(run=run, applied=applied)
@@ -121,7 +119,9 @@ def train_window(run: Run, window: list[Batch]) -> None:
     # After the window was collected: what the data source drew must not change the step.
     run.generators.seed(run.step_seed, run.progress.applied)
     try:
-        run.losses, run.window = [], list(filter(WEIGHT, window))
+        # Of several processes, others may wait for this one in the passes of each micro-batch.
+        has_part = WEIGHT if run.world_size == 1 else None
+        run.losses, run.window = [], list(filter(has_part, window))
     except AttributeError:
         for batch in window:  # only now, so that a right window costs nothing
             run.checks.batch(batch, run.device, "batches()")
@@ -137,6 +137,16 @@ def train_window(run: Run, window: list[Batch]) -> None:
         share = batch.weight / total
         hook.train_microbatch(run=run, batch=batch, share=share, is_last=batch is last)
     run.weight = 1.0
+
+
+def judge(run: Run) -> list[Rejection]:
+    """Return the rejections of the step, of all processes."""
+    verdicts: Any = run.hook.judge_step(run=run)
+    rejected = list(filter(None, verdicts))
+    if rejected:
+        # Only here, so that an accepted step pays for no check of the answers.
+        rejected = run.checks.rejections(verdicts)
+    return rejected if run.world_size == 1 else processes.all_rejections(run, rejected)
 
 
 def update(run: Run) -> None:

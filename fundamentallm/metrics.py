@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from fundamentallm import processes
 from fundamentallm.errors import NotFiniteError, PluginError
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ def report(run: Run, validates: bool) -> bool:
         if run.signal is not None:
             return False
         # A plugin may have asked for the end because of this validation.
-        run.ending = run.ending or run.stop_reason is not None
+        asked = run.stop_reason is not None
+        if run.world_size > 1:
+            asked = run.hook.stop_agreed(run=run, stopping=asked)
+        run.ending = run.ending or asked
     if logs or run.ending:
         log_row(run, validated)
     return True
@@ -39,6 +43,8 @@ def validation(run: Run) -> dict[str, float]:
     """Validate, and call ``on_validation_end`` unless a signal interrupted the validation."""
     found = run.hook.validate(run=run)
     metrics = run.hook.reduce_metrics(run=run, metrics=found, scope="validation")
+    if run.world_size > 1:  # what follows from them must be the same in all processes
+        metrics = run.from_first(lambda: metrics)
     if run.signal is None:
         run.hook.on_validation_end(run=run, metrics=metrics)
     return metrics
@@ -47,7 +53,12 @@ def validation(run: Run) -> dict[str, float]:
 def measured(run: Run, metrics: dict[str, float]) -> dict[str, float]:
     """Return a validation's metrics with those that plugins measure over whole splits."""
     for split, named in run.take_collected().items():
-        collected = {name: _joined(name, pieces) for name, pieces in named.items()}
+        collected = {}
+        for name in sorted(named):
+            everyones = named[name]
+            if run.world_size > 1:
+                everyones = processes.all_pieces(run, f"{split} {name}", everyones)
+            collected[name] = _joined(name, everyones)
         answers: Any = run.hook.measure_split(run=run, split=split, collected=collected)
         run.checks.measures(answers, metrics)
     return metrics
@@ -70,6 +81,8 @@ def _joined(name: str, pieces: list[Tensor]) -> Tensor:
 def log_row(run: Run, validated: dict[str, float]) -> None:
     """Turn what was logged into numbers, and pass the row to the loggers."""
     means = run.hook.reduce_metrics(run=run, metrics=run.take_logged(), scope="row")
+    if run.world_size > 1:
+        means = run.from_first(lambda: means)
     means["optim/lr"] = run.progress.lr
     means["train/tokens"] = float(run.progress.tokens)
     metrics = means | validated
@@ -81,4 +94,5 @@ def log_row(run: Run, validated: dict[str, float]) -> None:
     for name in ("train/loss", *validated):
         if not math.isfinite(metrics.get(name, 0.0)):
             step = run.progress.step
-            raise NotFiniteError(f"step {step}: {name} is {metrics[name]}: the run has diverged")
+            text = f"step {step}: {name} is {metrics[name]}: the run has diverged"
+            raise processes.in_all(run.rank, NotFiniteError(text))

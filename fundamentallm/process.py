@@ -52,10 +52,11 @@ def signals(run: Run) -> Iterator[None]:
         if os.getpid() != owner:  # a forked child, such as a loader worker, inherits this handler
             _leave_to_parent(number, before[number])
             return
-        if run.signal is not None and number == signal.SIGINT:
+        # Of several processes, all have to stop at the same step.
+        if run.signal is not None and number == signal.SIGINT and run.world_size == 1:
             raise KeyboardInterrupt
         # Batch systems announce the end of the time with SIGUSR1; max_time does the same.
-        run.signal = run.signal or (signal.SIGUSR1 if number == signal.SIGALRM else number)
+        run.receive_signal(signal.SIGUSR1 if number == signal.SIGALRM else number)
         log.warning("%s: stopping at the next safe point", signal.Signals(number).name)
 
     # Explicitly, since a shell's background job inherits SIGINT as ignored.

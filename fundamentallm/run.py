@@ -8,21 +8,22 @@ from collections import defaultdict
 from collections.abc import Sized
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from weakref import WeakSet
 
-import attrs
-
+from fundamentallm import logged, processes, snapshots
 from fundamentallm.data import Batch, Progress
 from fundamentallm.epochs import begins_epoch, end_epochs
-from fundamentallm.errors import DataError, ReservedNameError, SettingsError, StorageError
+from fundamentallm.errors import DataError, ReservedNameError, StorageError
 from fundamentallm.gradients import total_norm
-from fundamentallm.host import get_state, renew, set_state
+from fundamentallm.host import renew
+from fundamentallm.logged import NUMBER, Logged
 from fundamentallm.rng import Generators
+from fundamentallm.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
-    from pathlib import Path
 
     import torch
     from torch import Tensor, nn
@@ -32,11 +33,7 @@ if TYPE_CHECKING:
     from fundamentallm.hookspecs import Hooks, Outcome
     from fundamentallm.settings import RunSettings
 
-Snapshot: TypeAlias = dict[str, Any]
-_NUMBER = (float, int)  # making a union of types takes longer than asking it
-# Value, weight, and `progress.step` before the attempt that logged it; None between attempts.
-_Entry: TypeAlias = tuple[Any, float, int | None]
-Logged: TypeAlias = defaultdict[str, list[_Entry]]
+T = TypeVar("T")
 Collected: TypeAlias = dict[str, dict[str, list[Any]]]  # by split and name
 
 _used: WeakSet[Any] = WeakSet()
@@ -55,6 +52,9 @@ class Run:
     ``training`` is false in a run that ``load_run`` loaded to use it: it has no optimizer, and its
     training data may be missing. ``begun`` is true once everything is built and recorded.
     ``loaded`` is the checkpoint that the run was restored from, or None.
+    Of a run of several processes, ``rank`` counts them from 0 to ``world_size`` - 1; this one reads
+    part ``data_rank`` of ``data_size`` of the data. ``received_signal`` is a signal that the others
+    may not know of yet, ``signal`` one that all act on.
     """
 
     data: Data
@@ -71,6 +71,9 @@ class Run:
     stream: Iterator[Batch]
     rank = 0
     world_size = 1
+    data_rank = 0
+    data_size = 1
+    data_compared = False
     training = True
     begun = False
     loaded: Loaded | None = None
@@ -81,6 +84,10 @@ class Run:
     ending = False
     stop_reason: str | None = None
     signal: int | None = None
+    received_signal: int | None = None
+    # Of the last step: of the first process, once it is known, and of this one.
+    first_seconds = 0.0
+    own_seconds = 0.0
     outcome: Outcome = "failed"
     error: BaseException | None = None
     wanted_checkpoint: str | None = None
@@ -89,11 +96,13 @@ class Run:
     known_norm: list[Tensor] | None = None
     edits_once = False
 
-    def __init__(self, settings: RunSettings, plugins: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, settings: RunSettings, plugins: dict[str, Any], folder: Path | None = None
+    ) -> None:
         self.settings = settings
         self.plugins = plugins
-        self.folder = folder
-        self.name = settings.name or folder.name
+        # Not known in a new run until all processes have met.
+        self.folder = folder or Path()
         self.device: str = settings.device
         self.progress = Progress()
         self.window: list[Batch] = []
@@ -109,15 +118,23 @@ class Run:
                 renew(plugin)
             _used.add(plugin)
 
+    @property
+    def name(self) -> str:
+        """The name of the run: that in the settings, else that of its folder."""
+        return self.settings.name or self.folder.name
+
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
         stays on the device: nothing waits. It must be 0-d and not be changed in place later.
         ``weight`` is by default that of the current batch, and 1 between batches. The names
-        ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own."""
+        ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own. Of
+        several processes, any may log; a distributed tensor has to be logged by all."""
         if name not in self._seen:
             self._check_logged(name, value)
-        if not isinstance(value, _NUMBER) and value.requires_grad:
-            value = value.detach()
+        if not isinstance(value, NUMBER):
+            value = value.detach() if value.requires_grad else value
+            if self.world_size > 1 and hasattr(value, "full_tensor"):
+                value = value.full_tensor()
         weighed = self.weight if weight is None else weight
         attempt = self.progress.step if self.in_step else None
         self._logged[name].append((value, weighed, attempt))
@@ -135,7 +152,7 @@ class Run:
         losses = last == "loss" and section in ("train", self.phase, *self.splits)
         if losses or name in ("train/tokens", "optim/lr"):
             raise ReservedNameError(f"run.log({name!r}): the core logs {name}; take another name")
-        if not isinstance(value, _NUMBER) and getattr(value, "ndim", 1) != 0:
+        if not isinstance(value, NUMBER) and getattr(value, "ndim", 1) != 0:
             shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
             raise ValueError(f"run.log({name!r}): expected a number or a 0-d tensor, got {shape}")
         self._seen.add(name)
@@ -165,11 +182,13 @@ class Run:
 
         Its first dimension counts what the split is made of (samples, tokens); pieces with the same
         name differ in that dimension alone. They stay on the device, without a wait, until the end
-        of the split, and in this process: no other one gets them. In training nothing is kept.
+        of the split; then ``measure_split`` gets those of all processes. In training nothing is
+        kept.
         """
         if self.phase != "train":
             pieces = self._collected.setdefault(self.phase, {}).setdefault(name, [])
-            pieces.append(tensor.detach())
+            # A micro-batch without a sample of this process is there for the others' sake.
+            pieces.append(tensor.detach() if self.weight else tensor.detach()[:0])
 
     def take_collected(self) -> Collected:
         """Return what was collected, by split and name, in the order of the batches; forget it."""
@@ -187,6 +206,13 @@ class Run:
         """Ask for the end: the run stops at the next safe point, validated and saved."""
         self.stop_reason = self.stop_reason or reason
 
+    def receive_signal(self, number: int) -> None:
+        """Ask for the end because of a signal that this process has received."""
+        self.received_signal = self.received_signal or number
+        # Of several processes, all act on it from the next safe point on.
+        if self.world_size == 1 or not self.begun:
+            self.signal = self.received_signal
+
     def rewind(self, checkpoint: str) -> None:
         """Ask to go back to a checkpoint (``"step-00000500"``, ``"latest"``) once the step is over,
         and on from there with the data that follows what has been read. See ``on_rewind``."""
@@ -195,7 +221,7 @@ class Run:
     def go_back(self) -> None:
         """Do what ``rewind`` asked for: weights and plugins go back, the data does not."""
         left, self.wanted_checkpoint, self.rewind_to = self.progress, self.rewind_to, None
-        snapshot = self.hook.read_checkpoint(run=self)
+        snapshot = self.read_checkpoint()
         if snapshot is None:
             raise StorageError(f"{self.folder}: there is no checkpoint {self.wanted_checkpoint}")
         self.wanted_checkpoint = None
@@ -206,6 +232,17 @@ class Run:
         self.history = [row for row in self.history if row["step"] <= self.progress.step]
         self.hook.on_rewind(run=self, left=left.step)
         end_epochs(self, since, begun=begun)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Call ``make`` in the first process alone and return its result, JSON values, in all.
+
+        All processes call this at the same moment. An error of ``make`` is raised in all of them.
+        """
+        return make() if self.world_size == 1 else processes.from_first(self, make)
+
+    def read_checkpoint(self) -> Snapshot | None:
+        """Return the snapshot to continue from, or None: the same one in all processes."""
+        return snapshots.read(self)
 
     def reopen_data(self) -> None:
         """Open the stream of micro-batches where ``progress`` stands. A plugin calls this in
@@ -234,7 +271,7 @@ class Run:
 
         modules = [*self.model.modules(), *self.module.modules()]
         modes = [(module, module.training) for module in modules]
-        phase, weight, logged = self.phase, self.weight, self.swap_logged()
+        phase, weight, outside = self.phase, self.weight, self.swap_logged()
         collected, self._collected = self._collected, {}
         self.phase, self.weight = split or phase, 1.0
         try:
@@ -249,7 +286,7 @@ class Run:
                 yield
         finally:
             self.phase, self.weight = phase, weight
-            self.swap_logged(logged)
+            self.swap_logged(outside)
             self._collected = collected
             for module, mode in modes:
                 module.training = mode
@@ -258,7 +295,8 @@ class Run:
         """Yield every micro-batch that has a target of the held-out splits, with its split.
 
         To be used within ``evaluating``. Sets ``phase`` and ``weight``, seeds the random generators
-        for each split, reports the progress of ``task``. Ends early once there is a signal.
+        for each split, reports the progress of ``task``. Ends early once there is a signal. Of
+        several processes, each gets all micro-batches: others may wait for it in a forward pass.
         """
         for split, batches in self.data.validation().items():
             self.phase = split
@@ -267,18 +305,20 @@ class Run:
             total = len(batches) if isinstance(batches, Sized) else None
             has_target = False
             for index, batch in enumerate(batches):
-                if self.signal is not None:
+                if processes.interrupts_validation(self, index):
                     return
                 if index == 0:
                     self.checks.first_of_split(batch, self)
-                if batch.weight:  # a mean over no target would not be a number
-                    has_target, self.weight = True, batch.weight
+                # A mean over no target would not be a number.
+                has_target, self.weight = has_target or batch.weight > 0, batch.weight
+                if batch.weight or self.world_size > 1:
                     yield split, batch
                 self.report(task, index + 1, total)
+            if self.world_size > 1:
+                has_target = processes.has_target(self, mine=has_target)
             if not has_target:
-                raise DataError(
-                    f"validation()[{split!r}]: no batch has a target (a weight above 0)"
-                )
+                text = f"validation()[{split!r}]: no batch has a target (a weight above 0)"
+                raise processes.in_all(self.rank, DataError(text))
 
     def report(self, task: str, done: int, total: int | None = None) -> None:
         """Report the progress of a long task to the plugins that show it."""
@@ -314,79 +354,34 @@ class Run:
                 entries.pop()
 
     def take_logged(self) -> dict[str, float]:
-        """Return the weighted means of all logged values, and clear them: one device read."""
-        means = {name: _mean(e) for name, e in sorted(self._settled().items()) if e}
+        """Return the weighted means of all logged values, and clear them: one device read.
+
+        Of several processes, all call this at the same moment, and get the means over all.
+        """
+        sums = {name: logged.sums(e) for name, e in sorted(self.settle_logged().items()) if e}
         self._logged.clear()
-        return means
+        if self.world_size > 1:
+            sums = processes.all_sums(self, sums)
+        return {n: total / weight if weight else math.nan for n, (total, weight) in sums.items()}
 
     def swap_logged(self, other: Logged | None = None) -> Logged:
         """Put ``other`` (default: nothing) in place of what was logged so far, and return that."""
         before, self._logged = self._logged, defaultdict(list) if other is None else other
         return before
 
-    def _settled(self) -> Logged:
+    def settle_logged(self) -> Logged:
         """Turn what was logged into plain numbers, which is exact, and keep it that way."""
-        entries = [entry for rows in self._logged.values() for entry in rows]
-        tensors = [value for value, _, _ in entries if not isinstance(value, float | int)]
-        if tensors:
-            numbers = iter(_to_floats(tensors))
-            for name, rows in self._logged.items():
-                self._logged[name] = [
-                    (v if isinstance(v, float | int) else next(numbers), w, s) for v, w, s in rows
-                ]
-        return self._logged
+        return logged.settle(self._logged)
 
     def snapshot(self) -> Snapshot:
         """Return all that a resumed run needs, at a safe point: a tree of dicts and lists of JSON
         values and tensors, the live ones: copy before the next step. ``optimizer`` holds the states
-        by parameter name, ``plugins`` by instance name."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        states = {name: get_state(instance) for name, instance in self.plugins.items()}
-        return {
-            "model": dict(self.model.state_dict()),
-            "optimizer": {names[id(p)]: dict(s) for p, s in self.optimizer.state.items() if s},
-            "optimizer_class": str(type(self.optimizer)),
-            "plugins": {name: kept for name, kept in states.items() if kept},
-            "progress": attrs.asdict(self.progress) | {"before": list(self.progress.before)},
-            "logged": {name: [list(e) for e in rows] for name, rows in self._settled().items()},
-        }
+        by parameter name, ``plugins`` by instance name. All processes take part; the whole tensors
+        of a sharded model may be in the first one only."""
+        return snapshots.take(self)
 
     def restore(self, snapshot: Snapshot, *, weights_only: bool = False) -> None:
         """Put a snapshot back; raise ``StorageError`` if it is one of another model. A newly listed
         plugin starts with its initial state; learning rates and the like are what the settings say.
         The key ``loaded``, if there, is a ``Loaded``; ``weights_only`` leaves the optimizer out."""
-        self.loaded = snapshot.get("loaded")
-        try:
-            self.model.load_state_dict(snapshot["model"])
-        except RuntimeError as error:
-            raise StorageError(f"the checkpoint is one of another model: {error}") from error
-        for name in self.plugins.keys() & snapshot["plugins"].keys():
-            set_state(self.plugins[name], snapshot["plugins"][name])
-        counts = snapshot["progress"] | {"epoch_samples": self.progress.epoch_samples}
-        self.progress = Progress(**counts | {"before": tuple(counts["before"])})
-        if weights_only:
-            return
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        packed = self.optimizer.state_dict()
-        held = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
-        kept, kind = snapshot["optimizer"], snapshot["optimizer_class"]
-        if kind != str(type(self.optimizer)):
-            raise SettingsError(f"the checkpoint's optimizer is {kind}; resume with that one")
-        packed["state"] = {i: kept[name] for i, name in enumerate(held) if name in kept}
-        self.optimizer.load_state_dict(packed)
-        rows = {name: [(v, w, s) for v, w, s in r] for name, r in snapshot["logged"].items()}
-        self._logged = defaultdict(list, rows)
-
-
-def _to_floats(tensors: list[Tensor]) -> list[float]:
-    import torch
-
-    if len({tensor.device for tensor in tensors}) > 1:
-        tensors = [tensor.cpu() for tensor in tensors]
-    return cast("list[float]", torch.stack(tensors).tolist())
-
-
-def _mean(entries: list[_Entry]) -> float:
-    # Lists: a generator would be called once for every step of the period.
-    total = math.fsum([weight for _, weight, _ in entries])
-    return math.fsum([v * w for v, w, _ in entries]) / total if total else math.nan
+        snapshots.restore(self, snapshot, weights_only=weights_only)

@@ -27,6 +27,7 @@ from fundamentallm import (
 from fundamentallm.testing import Recorder, TinyData, TinySamples, assert_same_weights
 
 EMITTED_BY_PLUGINS = {"on_checkpoint_saved", "on_histogram", "on_rewind"}
+BETWEEN = {"agree", "gather", "spread"}  # of several processes: see test_processes.py
 STEP = [
     "on_step_start",
     "collect_batches",
@@ -98,7 +99,7 @@ def test_hooks_are_emitted_with_exactly_the_arguments_of_their_specification(tin
 def test_the_hooks_stand_in_the_contract_in_the_order_of_a_run():
     order = [HOOKS.index(name) for name in STEP]
     assert order == sorted(order)
-    assert HOOKS[0] == "on_run_start"
+    assert HOOKS[0] == "join_processes"
     assert HOOKS[-1] == "on_train_end"
 
 
@@ -147,6 +148,7 @@ def own_validation(run):
 
 ANSWERS = {
     "build_tokenizer": (lambda run: Upper(), lambda run: isinstance(run.tokenizer, Upper)),
+    "join_processes": (lambda run: nullcontext(), None),
     "checkpoint_activations": (
         lambda run, model: torch.nn.Sequential(model).forward and Doubled(model),
         lambda run: isinstance(run.module, Doubled),
@@ -206,7 +208,8 @@ def test_a_plugin_answers_an_exclusive_hook_in_place_of_the_core(hook, tiny_run)
 
 def test_the_exclusive_hooks_with_a_default_are_all_proven_here():
     required = {"build_data", "build_model", "build_optimizer"}  # by every tiny run
-    assert set(ANSWERS) | required == {hook for hook in HOOKS if kind(hook) == "exclusive"}
+    exclusive = {hook for hook in HOOKS if kind(hook) == "exclusive"}
+    assert set(ANSWERS) | required | BETWEEN == exclusive
 
 
 def test_every_event_reaches_every_plugin_that_implements_it(tiny_run, tmp_path):
@@ -569,7 +572,12 @@ def test_a_failing_observer_is_muted_with_one_warning(tiny_run, tmp_path, caplog
 
 
 @pytest.mark.parametrize(
-    "hook", [h for h in HOOKS if h not in {*EMITTED_BY_PLUGINS, "finish_model", "read_checkpoint"}]
+    "hook",
+    [
+        hook
+        for hook in HOOKS
+        if hook not in {*EMITTED_BY_PLUGINS, *BETWEEN, "finish_model", "read_checkpoint"}
+    ],
 )
 def test_an_error_names_the_plugin_and_the_hook_that_raised_it(hook, tiny_run):
     def fail(**_):

@@ -45,8 +45,8 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
-def test_the_core_and_the_host_have_at_most_5700_lines_together():
-    assert sum(lines(path) for path in [*CORE, *OUR_HOST]) <= 5700
+def test_the_core_and_the_host_have_at_most_6200_lines_together():
+    assert sum(lines(path) for path in [*CORE, *OUR_HOST]) <= 6200
 
 
 def test_no_module_is_over_400_lines_and_the_loop_is_at_most_200():

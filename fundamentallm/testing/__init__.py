@@ -1,7 +1,7 @@
 """The kit that plugin authors test with: tiny real runs, a recorder, and contracts to pass.
 
-Installing fundamentallm makes the fixture ``tiny_run`` known to pytest. A plugin's suite is at
-least this, which is some ten tests::
+Installing fundamentallm makes the fixtures ``tiny_run`` and ``two_processes`` known to pytest. A
+plugin's suite is at least this, which is some ten tests::
 
     class TestContract(PluginContract):
         plugin = EarlyStopping
@@ -13,6 +13,10 @@ from fundamentallm.testing.contracts import HEAVY as HEAVY
 from fundamentallm.testing.contracts import PluginContract as PluginContract
 from fundamentallm.testing.host_reads import HostReads as HostReads
 from fundamentallm.testing.loggers import LoggerContract as LoggerContract
+from fundamentallm.testing.processes import Trained as Trained
+from fundamentallm.testing.processes import TwoProcesses as TwoProcesses
+from fundamentallm.testing.processes import in_processes as in_processes
+from fundamentallm.testing.processes import two_processes as two_processes
 from fundamentallm.testing.recorder import Memory as Memory
 from fundamentallm.testing.recorder import Recorder as Recorder
 from fundamentallm.testing.recorder import assert_same_weights as assert_same_weights

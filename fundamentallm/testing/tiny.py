@@ -40,17 +40,20 @@ class TinyData:
 
     @hookimpl
     def build_data(self, run: Run) -> Data:
-        return TinySamples(self.batch_size, run.device)
+        return TinySamples(self.batch_size, run.device, (run.data_rank, run.data_size))
 
 
 class TinySamples:
-    """Samples that are a pure function of their index."""
+    """Samples that are a pure function of their index.
+
+    ``part`` is this process's part of every batch, and the number of parts.
+    """
 
     epoch_samples = 16
     fingerprint = "tiny"
 
-    def __init__(self, batch_size: int, device: str) -> None:
-        self.batch_size, self.device = batch_size, device
+    def __init__(self, batch_size: int, device: str, part: tuple[int, int] = (0, 1)) -> None:
+        self.batch_size, self.device, self.part = batch_size, device, part
 
     def batches(self, progress: Progress) -> Iterator[Batch]:
         first = progress.samples
@@ -62,10 +65,14 @@ class TinySamples:
         """Return the samples at some indices: inputs of shape (n, 8), targets of shape (n, 1)."""
         import torch
 
-        index = torch.tensor([i % self.epoch_samples for i in indices], dtype=torch.float32)
+        count, (rank, parts) = len(indices), self.part
+        ours = indices[count * rank // parts : count * (rank + 1) // parts]
+        # A process without a sample takes part with one that has no weight.
+        rows = ours or indices[:1]
+        index = torch.tensor([i % self.epoch_samples for i in rows], dtype=torch.float32)
         inputs = torch.sin(index[:, None] * torch.arange(1.0, 9.0) + 0.5)
         pair = (inputs.to(self.device), inputs.sum(1, keepdim=True).tanh().to(self.device))
-        return Batch(pair, len(indices), len(indices), len(indices), first=indices[0])
+        return Batch(pair, len(ours), count, count, first=rows[0], total=count)
 
     def validation(self) -> Mapping[str, list[Batch]]:
         return {"val": [self.batch(range(1000, 1000 + 2 * self.batch_size))]}

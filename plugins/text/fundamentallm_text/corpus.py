@@ -76,10 +76,10 @@ class Corpus:
         into the next one, so all have the same size. Sample ``i`` is the same for every batch size.
         """
         size, length = self.settings.batch_size, self.settings.context_length
-        begin, end = share(size, self.run.rank, self.run.world_size)
+        begin, end = share(size, self.run.data_rank, self.run.data_size)
         if begin == end:
             raise SettingsError(
-                f"text.batch_size: {size} windows are too few for {self.run.world_size} "
+                f"text.batch_size: {size} windows are too few for {self.run.data_size} "
                 "processes; it is the total of all processes"
             )
         same = length == self.context_length
@@ -170,22 +170,24 @@ class ValidationBatches:
         self._windows = sliding_window_view(tokens, corpus.context_length + 1)
 
     def __len__(self) -> int:
-        return sum(begin < end for _, _, begin, end in self._shares())
+        return sum(1 for _ in self._shares())
 
     def __iter__(self) -> Iterator[Batch]:
         parts = (
-            BatchPart(first + begin, self._sampling.starts(first + begin, end - begin), size)
-            for first, size, begin, end in self._shares()
-            if begin < end
+            BatchPart(first, self._sampling.starts(first, count), size, has_weight)
+            for first, count, size, has_weight in self._shares()
         )
         return load_batches(self._windows, parts, self._size, self._corpus.run.device, 0)
 
-    def _shares(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield each micro-batch's first sample, its size, and the part of this process."""
+    def _shares(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Yield this process's first sample and count in each micro-batch, the samples of all
+        processes, and whether any are this one's: if not, it reads one without weight."""
         run, samples = self._corpus.run, self._sampling.epoch_samples
         for first in range(0, samples, self._size):
             size = min(self._size, samples - first)
-            yield first, size, *share(size, run.rank, run.world_size)
+            begin, end = share(size, run.data_rank, run.data_size)
+            shift = begin if begin < end else 0
+            yield first + shift, max(end - begin, 1), size, begin < end
 
 
 def _check_length(name: str, split: Split, length: int, hint: str) -> None:

@@ -35,6 +35,9 @@ class BatchPart(NamedTuple):
     starts: Starts
     samples: int
     """Samples of the whole micro-batch, over all processes."""
+    has_weight: bool = True
+    """Whether the samples are of this process; else they are there since other processes have
+    some, and may wait for this one in the passes of the micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ def cpu_batches(windows: Tokens, parts: Iterator[BatchPart], device: str) -> Ite
 def make_batch(inputs: Tensor, targets: Tensor, part: BatchPart) -> Batch:
     """Return a batch with the weight of this process's tokens and the counts of all processes."""
     count, length = inputs.shape
-    return Batch(
-        (inputs, targets), float(count * length), part.samples, part.samples * length, part.first
-    )
+    weight, tokens = float(count * length * part.has_weight), part.samples * length
+    data = (inputs, targets)
+    # Every window is full, so the weight over all processes needs no message between them.
+    return Batch(data, weight, part.samples, tokens, part.first, total=float(tokens))
 
 
 class StagingBuffer:

@@ -203,15 +203,15 @@ def corpus_of(corpus: Read) -> dict[str, Corpus]:
     return {sampling: corpus(sampling=sampling) for sampling in ("random", "epochs")}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_every_micro_batch(corpus: Read, world_size: int) -> None:
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_every_micro_batch(corpus: Read, processes: int) -> None:
     data = corpus(batch_size=7, sampling="epochs")
     whole = list(islice(data.batches(Progress(samples=5)), 20))
     whole_validation = list(data.validation()["val"])
-    data.run.world_size = world_size
+    data.run.data_size = processes
     parts, validations = [], []
-    for rank in range(world_size):
-        data.run.rank = rank
+    for rank in range(processes):
+        data.run.data_rank = rank
         parts.append(list(islice(data.batches(Progress(samples=5)), 20)))
         validations.append(list(data.validation()["val"]))
         assert len(data.validation()["val"]) == len(validations[-1])
@@ -220,13 +220,17 @@ def test_processes_share_every_micro_batch(corpus: Read, world_size: int) -> Non
         assert shares[0].first == batch.first
         assert {(share.samples, share.tokens) for share in shares} == {(7, 56)}
         assert sum(share.weight for share in shares) == batch.weight
-    rows = sorted(row for batches in validations for batch in batches for row in _rows(batch))
+        assert {share.total for share in shares} == {batch.weight}
+    # All yield equally many micro-batches; where one has no sample, it has one without weight.
+    assert {len(batches) for batches in validations} == {len(whole_validation)}
+    weighed = [batch for batches in validations for batch in batches if batch.weight]
+    rows = sorted(row for batch in weighed for row in _rows(batch))
     assert rows == sorted(row for batch in whole_validation for row in _rows(batch))
 
 
 def test_more_processes_than_windows_is_an_error(corpus: Read) -> None:
     data = corpus(batch_size=2)
-    data.run.world_size = 3
+    data.run.data_size = 3
     with pytest.raises(SettingsError, match="2 windows are too few for 3 processes"):
         data.batches(Progress())
 

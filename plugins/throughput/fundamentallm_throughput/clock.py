@@ -37,6 +37,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
     "gradients": ("finish_gradients", "judge_step", "edit_gradients"),
     "optimizer": ("lr_factor", "optimizer_step"),
     "events": ("on_step_start", "settle_step", "on_step_end"),
+    "processes": ("agree", "gather", "spread"),
     "epoch": ("on_epoch_start", "on_epoch_end"),
     "validation": ("validate", "measure_split", "on_validation_end", "evaluation_weights"),
     "log": ("reduce_metrics", "on_log", "on_histogram", "on_progress"),

@@ -197,7 +197,7 @@ def test_the_clock_separates_calls_between_steps_from_the_parts_of_a_timed_step(
 
 
 def test_every_hook_has_a_phase_except_the_first_the_last_and_stop_agreed():
-    untimed = {"on_run_start", "finish_model", "on_train_end", "stop_agreed"}
+    untimed = {"join_processes", "on_run_start", "finish_model", "on_train_end", "stop_agreed"}
     assert set(HOOKS) - set(PHASE_OF) == untimed
     assert set(PHASE_OF) <= set(HOOKS)
 
