@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fundamentallm import PluginError, Run, field, hookimpl, plugin, state
+from fundamentallm import PluginError, Run, SettingsError, field, hookimpl, plugin, state
 from fundamentallm.testing import LoggerContract, Memory, PluginContract, assert_same_weights
 
 
@@ -62,6 +62,40 @@ class Meddles:
 def test_an_observer_that_changes_weights_breaks_the_contract(tiny_run, tmp_path):
     with pytest.raises(AssertionError, match="these weights differ"):
         contract(Meddles).test_a_role_outside_the_training_changes_no_weights(tiny_run, tmp_path)
+
+
+@plugin
+class Differs:
+    """Does in one process what it does not do in the other."""
+
+    what: str = "state"
+    steps: int = state(0)
+
+    @hookimpl
+    def on_train_start(self, run: Run) -> None:
+        if self.what == "refuses" and run.world_size > 1:
+            raise SettingsError("differs: works in one process only")
+
+    @hookimpl
+    def on_step_end(self, run: Run) -> None:
+        self.steps += run.rank if self.what == "state" else 1
+        if self.what == "weights" and run.rank:
+            for parameter in run.parameters:
+                parameter.data.mul_(0.5)
+        if self.what == "message" and run.rank:
+            run.hook.agree(run=run, topic="mine", mine=1)
+
+
+@pytest.mark.parametrize("what", ["state", "weights", "message"])
+def test_processes_that_end_differently_break_the_contract(two_processes, what):
+    broken = type("Broken", (PluginContract,), {"plugin": Differs, "needs": {"what": what}})()
+    with pytest.raises(AssertionError):
+        broken.test_two_processes_end_alike(two_processes)
+
+
+def test_a_plugin_that_refuses_several_processes_keeps_the_contract(two_processes):
+    keeps = type("Keeps", (PluginContract,), {"plugin": Differs, "needs": {"what": "refuses"}})()
+    keeps.test_two_processes_end_alike(two_processes)
 
 
 def test_memory_goes_back_once(tiny_run, tmp_path):
@@ -210,6 +244,7 @@ class Buffers(Lines):
         (Empties, "test_a_resumed_run_has_every_row_once"),
         (Empties, "test_a_resumed_run_appends_to_a_file_without_later_rows"),
         (WritesInEveryProcess, "test_only_the_first_process_writes"),
+        (WritesInEveryProcess, "test_two_processes_end_alike"),
         (Overwrites, "test_a_run_from_step_0_in_the_same_folder_keeps_the_earlier_rows"),
         (EndsTheRun, "test_it_has_the_role_of_an_observer"),
         (

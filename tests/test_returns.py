@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from fundamentallm import PluginError, hookimpl, plugin, state, train
+from fundamentallm import PluginError, field, hookimpl, plugin, state, train
 from fundamentallm.testing import TinySamples, compose_tiny
 
 PRELUDE = """\
@@ -542,3 +542,23 @@ class TwoSplits(TinySamples):
     def validation(self):
         (batches,) = super().validation().values()
         return {"val": batches, "second": batches}
+
+
+@plugin
+class BindsEarly:
+    """Binds the hooks a second time before the first step, as a plugin that traces steps does."""
+
+    bound: object = field(init=False, default=None)
+
+    @hookimpl
+    def on_train_start(self, run):
+        self.bound = run.bind()
+
+
+def test_a_hook_without_implementations_is_false_in_all_that_is_bound_after_its_first_call(
+    tiny_run,
+):
+    binds = BindsEarly()
+    run = tiny_run(binds)
+    # Of two processes, one may use the first and the other the second.
+    assert (bool(run.hook.judge_step), bool(binds.bound.judge_step)) == (False, False)

@@ -51,6 +51,10 @@ class Shared:
     def check_next(self, hook: str, first: FirstCall) -> None:
         """Check the next call of a hook, too, in whatever namespace it is made."""
         self.unchecked[hook] = first
+        self.bind(hook)
+
+    def bind(self, hook: str) -> None:
+        """Bind a hook in all namespaces: without implementations it is false in each at once."""
         for one in self.frozen:
             setattr(one.hooks, hook, one.caller(hook))
 
@@ -146,7 +150,7 @@ class _Freezing:
             answer = self.caller(hook, watch)(**given)
             if all(done):
                 self.shared.unchecked.pop(hook, None)  # a nested call may have been first
-                setattr(self.hooks, hook, self.caller(hook))
+                self.shared.bind(hook)
             return answer
 
         return call_first

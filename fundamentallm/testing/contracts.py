@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fundamentallm import attribute_docs, plugin_name, setting_fields
+from fundamentallm import SettingsError, attribute_docs, plugin_name, setting_fields
 from fundamentallm.host import Source, build, class_problems, get_state, plain, set_state, structure
 from fundamentallm.settings import HOST, hook_methods, role_of
+from fundamentallm.testing.processes import Trained, TwoProcesses
 from fundamentallm.testing.recorder import Memory, assert_same_weights
 from fundamentallm.testing.tiny import TinyRun, tiny_parts
 
@@ -112,6 +113,26 @@ class PluginContract:
         whole = tiny_run(*listed, memory)
         again = [self.instance(), *(make() for make in self.companions)]
         assert_same_weights(whole, tiny_run(*again, memory))
+
+    def test_two_processes_end_alike(self, two_processes: TwoProcesses) -> None:
+        first, second = self.in_two_processes(two_processes)
+        if isinstance(first.error, SettingsError):
+            assert isinstance(second.error, SettingsError), second.error
+            return  # it says that it works in one process only
+        assert first.outcome in ("finished", "stopped"), first.error
+        parts = ["outcome", "step", "history", "weights"]
+        # An observer may observe in the first process only, whose state a checkpoint has.
+        parts += ["states"] if role_of(self.plugin) != "observer" else []
+        for part in parts:
+            assert _comparable(getattr(first, part)) == _comparable(getattr(second, part))
+
+    def in_two_processes(self, two_processes: TwoProcesses) -> list[Trained]:
+        """Train a tiny run with the plugin in two processes, and return what each ended with."""
+        listed = [make() for make in self.companions]
+        if any(hook == "join_processes" for hook, *_ in hook_methods(self.plugin)):
+            name = plugin_name(self.plugin)
+            return two_processes(*listed, kind=name, settings={name: self.needs})
+        return two_processes(self.instance(), *listed)
 
 
 _IMPORTS = """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fundamentallm import hookimpl, plugin
 from fundamentallm.testing.contracts import PluginContract
+from fundamentallm.testing.processes import TwoProcesses
 from fundamentallm.testing.recorder import Memory, assert_same_weights
 from fundamentallm.testing.tiny import TinyRun, compose_tiny
 
@@ -207,6 +208,12 @@ class LoggerContract(PluginContract):
 
         train(compose_tiny(IsRank1(), self.instance(), length=4), run_dir=tmp_path)
         assert self._names(tmp_path) == []
+
+    def test_two_processes_end_alike(self, two_processes: TwoProcesses) -> None:
+        first, _ = self.in_two_processes(two_processes)
+        assert first.outcome == "finished", first.error
+        assert _exact(self.rows(first.folder)) == self._exactly_stored(first.history)
+        assert self._names(first.folder) == [self.target]
 
     def test_no_file_stays_open(self, tiny_run: TinyRun, tmp_path: Path) -> None:
         # What torch and the logger's library leave open, they open in the first run.

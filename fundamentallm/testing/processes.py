@@ -41,6 +41,8 @@ class Trained:
     """Whole tensors on the CPU."""
     states: dict[str, Any]
     """The state of each plugin, by its name."""
+    folder: Path
+    """The run folder."""
     error: FundamentalError | None = None
 
 
@@ -176,7 +178,8 @@ def _trained(composed: Any, folder: Path) -> Trained:
     except FundamentalError as caught:
         error = caught
     if not made:
-        return Trained("failed", 0, [], {}, {}, error)
+        return Trained("failed", 0, [], {}, {}, folder, error)
     run = made[0]
     states = {name: get_state(instance) for name, instance in run.plugins.items()}
-    return Trained(run.outcome, run.progress.step, run.history, weights(run), states)
+    ended = run.outcome, run.progress.step, run.history
+    return Trained(*ended, weights(run), states, run.folder)
