@@ -28,7 +28,7 @@ from fundamentallm import folder
 from fundamentallm.data import Batch, Cause, Data, Loaded, Progress, Rejection, Tokenizer
 from fundamentallm.errors import DataError, FundamentalError, NotFiniteError, OutOfMemoryError
 from fundamentallm.errors import PeerError, PluginError, SettingsError, StorageError
-from fundamentallm.errors import ran_out_of_memory
+from fundamentallm.errors import ran_out_of_memory, why_lost
 from fundamentallm.files import durable_file, set_aside, sync_folder, write_durably
 from fundamentallm.hookspecs import HOOKS, Hooks, Outcome, about_hook, hookimpl, kind
 from fundamentallm.local_code import code_changes
@@ -126,6 +126,7 @@ __all__ = [
     "train",
     "train_window",
     "unmatched",
+    "why_lost",
     "write_durably",
 ]
 

@@ -71,6 +71,12 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or kind.startswith("Dist"))
 
 
+def why_lost(error: BaseException) -> str:
+    """Return what torch's long message says of a lost connection."""
+    # Before it is a place in torch's code, after it a sentence of advice.
+    return str(error).partition("\n")[0].partition(". ")[0].rpartition("] ")[2]
+
+
 class ReservedNameError(ValueError):
     """A plugin logged under a name of the core's own; from an observer, too, it ends the run."""
 

@@ -25,6 +25,7 @@ from fundamentallm.errors import (
     StorageError,
     lost_a_process,
     ran_out_of_memory,
+    why_lost,
 )
 from fundamentallm.folder import SETTINGS, checkpoints, environment, failed_to_start, is_run
 from fundamentallm.folder import settings as recorded_settings
@@ -339,9 +340,8 @@ def naming_the_plugin(registry: PluginManager, brought: Mapping[str, object]) ->
         if ran_out_of_memory(error):
             raise OutOfMemoryError(f"out of memory: {error}; try a smaller batch size") from error
         if lost_a_process(error):
-            first = str(error).partition("\n")[0]
             text = "another process of the run has ended, or no longer answers"
-            raise PeerError(f"{text}; its own message says why ({first})") from error
+            raise PeerError(f"{text}; its own message says why ({why_lost(error)})") from error
         blamed = blame(error, registry, brought) or _local_cause(error, registry, brought)
         if blamed is None:
             raise

@@ -1,36 +1,14 @@
 """What several processes agree on, and how they notice that one of them does something else."""
 
 import json
-import os
-import subprocess
 import time
 
-import forked
 import pytest
+import ranks
 import torch
 
 from fundamentallm import DataError, PeerError, SettingsError, field, hookimpl, plugin, state
 from fundamentallm.testing import TinyData, TinySamples, in_processes
-from fundamentallm.testing.processes import Place, free_port
-
-LIMIT = 100  # seconds until a command that has not ended hangs
-
-
-def command(rank, words, folder, *, count=2, port):
-    variables = os.environ | Place(rank, count, port).variables()
-    words = ["python", "-m", "fundamentallm", *words]
-    return forked.Popen(
-        words, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run_processes(words, folder, count=2):
-    """Run a command in several processes, and return exit code, output and errors of each."""
-    port = free_port()
-    started = [command(rank, words, folder, count=count, port=port) for rank in range(count)]
-    ended = [one.communicate(timeout=LIMIT) for one in started]
-    texts = [[text.decode() for text in outputs] for outputs in ended]
-    return [(one.returncode, *both) for one, both in zip(started, texts, strict=True)]
 
 
 @pytest.fixture
@@ -53,21 +31,21 @@ def settings(tmp_path):
 
 def test_two_processes_are_one_run_with_one_folder_and_one_file_of_rows(settings):
     folder = settings("jsonl", "console", "checkpoint", "ddp", ddp={"timeout": 20})
-    first, second = run_processes(["train", "tiny.toml"], folder)
-    assert (first[0], second[0]) == (0, 0), (first, second)
+    first, second = ranks.run(["train", "tiny.toml"], folder)
+    assert (first.code, second.code) == (0, 0), (first, second)
     assert [path.name for path in (folder / "runs").iterdir()] == ["tiny"]
     rows = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [2, 4, 6]
-    assert "finished after 6 steps" in first[1]
-    assert (second[1], second[2]) == ("", "")
+    assert "finished after 6 steps" in first.output
+    assert (second.output, second.errors) == ("", "")
 
 
 def test_several_processes_without_a_plugin_that_joins_them_are_an_error(settings):
     folder = settings("jsonl")
-    for code, _, errors in run_processes(["train", "tiny.toml"], folder):
-        assert code == 2
-        assert "this is one of several processes (WORLD_SIZE is 2)" in errors
-        assert "List 'ddp' in `plugins`" in errors
+    for ended in ranks.run(["train", "tiny.toml"], folder):
+        assert ended.code == 2
+        assert "this is one of several processes (WORLD_SIZE is 2)" in ended.errors
+        assert "List 'ddp'" in ended.errors
     assert not (folder / "runs").exists()
 
 
@@ -78,9 +56,9 @@ def test_a_run_that_another_one_trains_is_refused_by_all_processes_and_printed_o
 
     with (folder / "held" / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ended = run_processes(["train", "tiny.toml", "--run-dir", "held"], folder)
-    assert [code for code, *_ in ended] == [5, 5]
-    assert ["is training this run" in errors for *_, errors in ended] == [True, False]
+        ended = ranks.run(["train", "tiny.toml", "--run-dir", "held"], folder)
+    assert [one.code for one in ended] == [5, 5]
+    assert ["is training this run" in one.errors for one in ended] == [True, False]
 
 
 # --- in the loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,22 +45,9 @@ class Ddp(Processes):
         self._ddp = None
         if self.is_alone:
             return model
-        from torch.nn.parallel import DistributedDataParallel
+        from fundamentallm_distributed.replica import replicate
 
-        from fundamentallm_distributed.collectives import add_gradients
-
-        # Newer versions of torch have renamed the option.
-        options = inspect.signature(DistributedDataParallel).parameters
-        known = ("forward_sync_buffers", "broadcast_buffers")
-        no_buffers: Any = {next(name for name in known if name in options): False}
-        self._ddp = DistributedDataParallel(
-            model,
-            bucket_cap_mb=self.bucket_mb,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.find_unused,
-            **no_buffers,
-        )
-        self._ddp.register_comm_hook(None, add_gradients)
+        self._ddp = replicate(model, bucket_mb=self.bucket_mb, find_unused=self.find_unused)
         return self._ddp  # type: ignore[no-any-return]
 
     @hookimpl(wrapper=True)
@@ -79,7 +65,7 @@ class Ddp(Processes):
         """Give all processes the buffers of the first one before a validation."""
         context = yield
         if self._ddp is not None and self.buffers == "first":
-            from fundamentallm_distributed.collectives import copy_buffers_of_first
+            from fundamentallm_distributed.replica import copy_buffers_of_first
 
             copy_buffers_of_first(run.model)
         return context

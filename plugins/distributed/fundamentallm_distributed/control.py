@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from fundamentallm import PeerError
+from fundamentallm import PeerError, why_lost
 
 ROOM = 1024  # bytes of a message that are sent at once; most fit
 _HEAD = 8  # bytes that state the length
@@ -31,10 +31,9 @@ class ControlGroup:
         try:
             found = self._gather(json.dumps([place, value]).encode())
         except RuntimeError as error:
-            first = str(error).partition("\n")[0]
             raise PeerError(
                 f"process {self.rank} of {self.size} has lost another one ({place}): that one has "
-                f"ended or hangs, and its own message says why ({first})"
+                f"ended or hangs, and its own message says why ({why_lost(error)})"
             ) from error
         places = [place for place, _ in found]
         if len(set(places)) > 1:

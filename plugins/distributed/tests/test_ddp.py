@@ -33,6 +33,7 @@ class Ragged:
     batch_size: int = 8
     states_total: bool = True
     """Whether a batch states its weight over all processes."""
+    dtype: str = "float64"
     only_first: bool = False
     """Whether the rows of every third step that are not the first process's have no target."""
 
@@ -44,7 +45,7 @@ class Ragged:
 
     @hookimpl
     def build_data(self, run: Run) -> Data:
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(getattr(torch, self.dtype))
         self._part = run.data_rank, run.data_size
         return self
 
@@ -131,3 +132,113 @@ def test_a_process_without_a_target_takes_part(ragged: Any) -> None:
     (alone,), two = ragged(1, Ragged(only_first=True)), ragged(2, Ragged(only_first=True))
     assert furthest(two[0].weights, alone.weights) <= 1e-14
     assert_same_metrics(two[1].history, alone.history)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_processes_have_the_bits_of_one_that_accumulates_two_micro_batches(
+    ragged: Any, optimizer: str, dtype: str
+) -> None:
+    tables: dict[str, Any] = {"sgd": {"lr": 0.1}} if optimizer == "sgd" else {}
+    half, full = Ragged(batch_size=4, dtype=dtype), Ragged(dtype=dtype)
+    listed, more = (optimizer, "grad_clip"), {"optimizer": None}
+    both = tables | {"accumulate": {"microbatches": 2}}
+    (alone,) = ragged(1, half, *listed, "accumulate", tables=both, **more)
+    for trained in ragged(2, full, *listed, tables=tables, **more):
+        assert all(trained.weights[name].equal(alone.weights[name]) for name in alone.weights)
+
+
+def test_single_precision_differs_by_rounding_alone(ragged: Any) -> None:
+    (alone,) = ragged(1, Ragged(dtype="float32"))
+    for trained in ragged(2, Ragged(dtype="float32")):
+        assert furthest(trained.weights, alone.weights) <= 1e-6
+
+
+def test_the_same_run_twice_has_the_same_bits(ragged: Any) -> None:
+    one, other = ragged(3, Ragged(), run_dir="a"), ragged(3, Ragged(), run_dir="b")
+    for mine, theirs in zip(one, other, strict=True):
+        assert all(mine.weights[name].equal(theirs.weights[name]) for name in mine.weights)
+        assert mine.history == theirs.history
+
+
+@plugin
+class Normalized:
+    """A network with a batch normalization, whose running means are buffers."""
+
+    @hookimpl
+    def build_model(self) -> torch.nn.Module:
+        from torch import nn
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+            def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+                return nn.functional.mse_loss(self.layers(inputs), targets)
+
+        return Net()
+
+
+@pytest.mark.parametrize("buffers", ["first", "own"])
+def test_a_validation_uses_the_buffers_of_the_first_process_or_each_its_own(
+    two_processes: TwoProcesses, buffers: str
+) -> None:
+    tables = {"ddp": {"timeout": 20, "buffers": buffers}}
+    first, second = two_processes(Normalized(), settings=tables, length=4)
+    name = "layers.1.running_mean"
+    assert bool(first.weights[name].equal(second.weights[name])) is (buffers == "first")
+    assert first.weights["layers.0.weight"].equal(second.weights["layers.0.weight"])
+
+
+def test_a_model_that_does_not_use_all_parameters_needs_find_unused(
+    two_processes: TwoProcesses,
+) -> None:
+    @plugin
+    class Unused:
+        @hookimpl
+        def build_model(self) -> torch.nn.Module:
+            model = Normalized().build_model()
+            model.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
+            return model
+
+    tables = {"ddp": {"timeout": 20, "find_unused": True}}
+    for trained in two_processes(Unused(), settings=tables, length=4):
+        assert trained.outcome == "finished"
+    for trained in two_processes(Unused(), length=4):
+        assert trained.error is not None
+        assert "find_unused" in str(trained.error)
+
+
+def test_processes_that_were_started_with_other_settings_are_an_error(tmp_path: Path) -> None:
+    from fundamentallm import SettingsError, train
+    from fundamentallm.testing import compose_tiny, in_processes
+
+    def work(rank: int) -> str:
+        with pytest.raises(SettingsError) as raised:
+            train(compose_tiny("ddp", seed=rank), run_dir=tmp_path / "run")
+        return str(raised.value)
+
+    for text in in_processes(2, work):
+        assert "process 1 was started with settings other than those of process 0" in text
+
+
+def test_srun_starts_processes_without_torchrun() -> None:
+    from fundamentallm_distributed.start import first_host, slurm_variables
+
+    variables = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[07-09,12],login1",
+    }
+    assert slurm_variables(variables) == {
+        "RANK": "5",
+        "WORLD_SIZE": "16",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "24711",
+    }
+    for nodes, host in (("n1", "n1"), ("a-[3,5]-x,b", "a-3-x"), ("n1,n2", "n1")):
+        assert first_host(nodes) == host
