@@ -107,6 +107,8 @@ class Attempt:
 
         The processes are also stopped if nodes wait to join; returns whether this call did so.
         """
+        if len(list(self.folder.glob("*.begun"))) < self.processes:
+            return False  # a signal would end a supervisor that cannot pass it on yet
         for number in self.requests.collected[self.passed :]:
             self.passed += 1
             name, many = signal.Signals(number).name, "es" * (self.processes > 1)

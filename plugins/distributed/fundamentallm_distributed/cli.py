@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -90,8 +91,13 @@ def launch(words: tuple[str, ...], **chosen: Any) -> None:
     check(words, **chosen)
     if chosen["meet"] is None:
         del chosen["meet"]
+    # torch reads it when it is imported. The launcher reports lost connections itself.
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     from fundamentallm_distributed import launcher
 
+    if level is None:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes print their warnings
     command = (sys.executable, "-m", "fundamentallm", *words)
     sys.exit(launcher.launch(launcher.Job(command, **chosen)))
 

@@ -103,7 +103,7 @@ def open_meeting(job: Job) -> Meeting:
     if alone:
         where.config["is_host"] = True
     else:
-        say(f"meeting {f'{least} to {most}' if most > least else most} nodes at {job.meet}")
+        say(f"meeting {many(job)} at {job.meet}")
     backend, store = create_backend(where)
     address = "127.0.0.1" if alone else job.address
     meeting: Meeting = Meeting.from_backend(job.name, store, backend, least, most, address)
@@ -157,9 +157,15 @@ def decide(job: Job, meeting: Meeting, attempt: Attempt, verdict: Verdict) -> tu
 
 def explain(job: Job, error: RendezvousError) -> str:
     """Say what may be wrong if the launchers do not meet."""
-    first = job.meet.rpartition(":")[0]
+    cause = error.__cause__ or str(error) or type(error).__name__
     return (
-        f"the launchers of {job.nodes[0]} to {job.nodes[1]} nodes did not meet ({error});"
-        f" --meet must name a host and a free port on which one of the nodes can be reached,"
-        f" and a launcher must run on {first}"
+        f"the launchers of {many(job)} did not meet: {cause};"
+        " --meet must name one of the machines, on which a launcher runs,"
+        " and a port of it that the others can reach"
     )
+
+
+def many(job: Job) -> str:
+    """Return the number of nodes in words."""
+    least, most = job.nodes
+    return f"{least} to {most} nodes" if most > least else f"{most} nodes"

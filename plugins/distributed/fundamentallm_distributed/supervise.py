@@ -11,6 +11,7 @@ process for three reasons:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -77,6 +78,14 @@ def kill_group(*_: object) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def report(folder: Path, rank: int, status: int) -> None:
+    """Write how and when the process ended; the file appears once it is complete."""
+    unfinished = folder / f"{rank}.part"
+    ending = {"rank": rank, "status": status, "time": time.monotonic()}
+    unfinished.write_text(json.dumps(ending))
+    unfinished.rename(folder / f"{rank}.ended")
+
+
 def main() -> int:
     """Run the process; return its exit code, 128 plus the number of the signal that killed it."""
     environment = dict(os.environ)
@@ -93,11 +102,10 @@ def main() -> int:
         supervised.start(plan["command"], environment | plan["environment"])
         assert supervised.process is not None
         status = supervised.process.wait()
-        report = {"rank": int(environment["RANK"]), "status": status, "time": time.monotonic()}
-        unfinished = folder / f"{report['rank']}.part"
-        unfinished.write_text(json.dumps(report))
-        unfinished.rename(folder / f"{report['rank']}.ended")
-        supervised.wait_for_others(folder, alive, int(environment["LOCAL_WORLD_SIZE"]))
+        # If the disk of the temporary folder is full, the agent still gets the exit code.
+        with contextlib.suppress(OSError):
+            report(folder, int(environment["RANK"]), status)
+            supervised.wait_for_others(folder, alive, int(environment["LOCAL_WORLD_SIZE"]))
     return 128 - status if status < 0 else status
 
 

@@ -118,8 +118,19 @@ def wait_for(*names):
 
 
 def children(pid):
-    """Return how many child processes a process has."""
-    return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    """Return the child processes of a process."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def descendants(pid):
+    """Return the child processes of a process, and theirs."""
+    found = children(pid)
+    return found + [one for child in found for one in children(child)]
+
+
+def first_line(process):
+    """Return the first line that a launcher prints."""
+    return process.stderr.readline()
 
 
 def attempts():
@@ -225,8 +236,9 @@ def test_without_restarts_left_the_exit_code_is_that_of_the_last_attempt():
 
 
 def test_a_process_that_does_not_notice_the_failure_of_another_is_asked_to_end():
-    code, _ = launch(f"if rank:\n    wait_for('ready-0-0')\n    sys.exit(7)\n{SAVES}")
-    assert code == 7
+    """What it ends with then is not the cause."""
+    code, err = launch(f"if rank:\n    wait_for('ready-0-0')\n    sys.exit(8)\n{SAVES}")
+    assert (code, err) == (8, "launch: process 1 ended with exit code 8 (a peer was lost)\n")
     assert Path("signals-0").read_text() == "SIGTERM\n"
     assert Path("saved-0-0").exists()
 
@@ -248,7 +260,7 @@ def test_processes_receive_a_signal_once_and_save_and_the_exit_code_is_theirs(na
     assert err.startswith(f"launch: {name}: waiting up to 300 seconds for the processes to save")
 
 
-def test_a_process_that_saves_longer_than_the_others_is_not_killed(monkeypatch):
+def test_a_process_that_saves_longer_than_the_others_is_not_killed():
     """The agent's own limit of 30 seconds begins when it sees the first process end."""
     code = """
 def save(number, _):
@@ -268,7 +280,7 @@ time.sleep(40)
             time.sleep(0.02)
         time.sleep(1)
         # Neither the process that has ended nor the one that saves has been seen to end.
-        assert children(process.pid) == 2
+        assert len(children(process.pid)) == 2
         Path("continue").touch()
         process.communicate(LIMIT)
         assert process.wait() == 143
@@ -325,15 +337,84 @@ sys.exit(4 if attempt else 7)
     assert attempts() == 2
 
 
+def test_a_signal_to_one_of_two_launchers_ends_the_job_of_both():
+    nodes = {"nodes": (2, 2), "meet": f"127.0.0.1:{free_port()}", "address": "127.0.0.1"}
+    # The process of the other node ends as one that has lost its peer.
+    code = f"""
+if rank == 0:
+    wait_for("saved-0-1")
+    sys.exit(8)
+{SAVES}
+"""
+    options = {"processes": 1, "restarts": 2, **nodes}
+    with start(code, **options) as first, start(code, **options) as second:
+        wait_for("ready-0-1")
+        asked = first if Path("started-0-1").read_text() in descendants(first.pid) else second
+        asked.send_signal(signal.SIGUSR1)
+        for process in (first, second):
+            process.communicate(LIMIT)
+            assert process.wait() == 138
+    assert attempts() == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_later_makes_the_processes_save_and_start_again():
+    """Takes half a minute: torch waits 30 seconds for a second node before it starts with the first."""
+    nodes = {"nodes": (1, 2), "meet": f"127.0.0.1:{free_port()}", "address": "127.0.0.1"}
+    code = f"""
+if os.environ["WORLD_SIZE"] == "2":
+    note("together")
+    sys.exit(0)
+{SAVES}
+"""
+    options = {"processes": 1, **nodes}
+    with start(code, **options) as first:
+        wait_for("ready-0-0")
+        with start(code, **options) as second:
+            wait_for("together-0-0", "together-0-1")
+            for process in (first, second):
+                _, err = process.communicate(LIMIT)
+                assert process.wait() == 0
+                again = "nodes have come or gone; starting again from the newest checkpoint"
+                assert (again in err) == (process is first)
+    assert Path("saved-0-0").exists()
+    assert Path("signals-0").read_text() == "SIGTERM\n"
+
+
 def test_a_signal_ends_a_launcher_that_waits_for_other_nodes():
     meet = f"127.0.0.1:{free_port()}"
     with start("", nodes=(2, 2), meet=meet, address="127.0.0.1") as process:
-        while not process.stderr.readline().startswith(f"launch: meeting 2 nodes at {meet}"):
-            pass
+        assert first_line(process) == f"launch: meeting 2 nodes at {meet}\n"
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         process.communicate(LIMIT)
         assert process.wait() == 143
+
+
+@pytest.mark.slow
+def test_after_the_loss_of_a_node_the_others_start_again_without_it():
+    """Takes a minute: torch waits until it believes in the loss, and then for another node."""
+    nodes = {"nodes": (1, 2), "meet": f"127.0.0.1:{free_port()}", "address": "127.0.0.1"}
+    code = f"""
+if os.environ["WORLD_SIZE"] == "1":
+    note("alone")
+    sys.exit(0)
+if rank == 0:
+    wait_for("saved-0-1")
+    sys.exit(8)
+{SAVES}
+"""
+    options = {"processes": 1, "restarts": 2, **nodes}
+    with start(code, **options) as first:
+        first_line(first)
+        time.sleep(2)  # so that its store is the meeting point
+        with start(code, **options) as second:
+            wait_for("ready-0-1")
+            second.kill()
+            _, err = first.communicate(110)
+            assert first.wait() == 0
+    assert "exit code 8 (a peer was lost); restarting, 1 of 2 restarts left" in err
+    assert Path("alone-1-0").exists()
 
 
 @pytest.mark.parametrize(
