@@ -67,6 +67,7 @@ class Attempt:
     """The processes of this node from one start to their end."""
 
     folder: Path
+    """Where ``supervise`` reports; empty at the start."""
     command: tuple[str, ...]
     processes: int
     grace: int
@@ -88,10 +89,9 @@ class Attempt:
             "launcher": os.getpid(),
             "grace": self.grace,
         }
-        self.folder.mkdir()
         (self.folder / "plan.json").write_text(json.dumps(plan))
         os.environ[FOLDER] = str(self.folder)
-        self.begun = True
+        self.begun = True  # from now on, a signal is for the processes
 
     def endings(self) -> list[Ending]:
         """Return how the processes that have ended by now ended."""

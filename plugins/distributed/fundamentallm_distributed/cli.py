@@ -98,6 +98,7 @@ def launch(words: tuple[str, ...], **chosen: Any) -> None:
 
     if level is None:
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes print their warnings
+    chosen["processes"] = chosen["processes"] or launcher.automatic_processes()
     command = (sys.executable, "-m", "fundamentallm", *words)
     sys.exit(launcher.launch(launcher.Job(command, **chosen)))
 

@@ -39,8 +39,8 @@ class Job:
     """What to start, and where."""
 
     command: tuple[str, ...]
-    processes: int | None = None
-    """Processes of this node; None: one for each CUDA device, or one."""
+    processes: int = 1
+    """Processes of this node."""
     nodes: tuple[int, int] = (1, 1)
     """The least and the largest number of nodes."""
     meet: str = ALONE
@@ -60,15 +60,15 @@ def launch(job: Job) -> int:
     Raises ``MeetingError`` if the launchers of several nodes do not meet. A signal that comes while
     no process runs raises ``SystemExit``.
     """
-    job = attrs.evolve(job, processes=job.processes or max(1, torch.cuda.device_count()))
     prepare(job)
     requests = Requests()
     with requests.installed(), tempfile.TemporaryDirectory(prefix="fundamentallm-") as folder:
         last: Ending | None = None
         try:
             meeting = open_meeting(job)
-            for number in range(sys.maxsize):
-                ending, again = run_attempt(job, meeting, requests, Path(folder) / str(number))
+            while True:
+                empty = Path(tempfile.mkdtemp(dir=folder))
+                ending, again = run_attempt(job, meeting, requests, empty)
                 last = ending or last
                 if not again:
                     meeting.close(finished=ending is None)
@@ -78,13 +78,17 @@ def launch(job: Job) -> int:
             return last.exit_code if last else PEER_LOST
         except RendezvousError as error:
             raise MeetingError(f"{job.meet}: {explain(job, error)}") from error
-    raise AssertionError
+
+
+def automatic_processes() -> int:
+    """Return the number of CUDA devices of this machine, or 1."""
+    return max(1, torch.cuda.device_count())
 
 
 def prepare(job: Job) -> None:
     """Set what the processes inherit, and silence the agent."""
     # Without this, all processes together would have as many threads as processes times cores.
-    threads = max(1, torch.get_num_threads() // (job.processes or 1))
+    threads = max(1, torch.get_num_threads() // job.processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The agent's handlers would end it at the second signal, and leave the processes behind.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""
@@ -118,11 +122,11 @@ def run_attempt(
 
     Returns the ending that caused it, None if all finished, and whether a new attempt follows.
     """
-    attempt = Attempt(folder, job.command, job.processes or 1, job.grace, requests)
+    attempt = Attempt(folder, job.command, job.processes, job.grace, requests)
     requests.attempt = meeting.attempt = attempt
     spec = WorkerSpec(
         role="train",
-        local_world_size=job.processes or 1,
+        local_world_size=job.processes,
         rdzv_handler=meeting,
         entrypoint=sys.executable,
         # By its path: as a module, it would import the package and torch.
@@ -141,7 +145,7 @@ def run_attempt(
 def decide(job: Job, meeting: Meeting, attempt: Attempt, verdict: Verdict) -> tuple[Ending, bool]:
     """Return the ending that counts, and whether a new attempt follows; print a line about it."""
     ending, asked = verdict.ending, bool(attempt.requests.collected)
-    if verdict.joined and not asked:
+    if verdict.joined:
         say("nodes have come or gone; starting again from the newest checkpoint")
         return ending, True
     left = job.restarts - meeting.restarts

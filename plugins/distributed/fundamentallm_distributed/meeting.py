@@ -56,6 +56,7 @@ class Meeting(DynamicRendezvousHandler):
     restarts: int = 0
     """How many restarts there have been."""
     most_restarts: int = 0
+    """How many there may be."""
     lost: bool = False
     """Whether the launcher that has the store is gone."""
 
@@ -98,11 +99,12 @@ class Meeting(DynamicRendezvousHandler):
         if not self.several:
             return Verdict(ending)
         distance = rank_of_cause(ending, attempt.stopped)
-        verdict = self.publish(
-            Verdict(ending), WAIT if distance and not attempt.requests.collected else 0
-        )
-        # An own cause that came while nodes were to join counts nevertheless.
-        return Verdict(ending) if verdict.joined and distance == 0 else verdict
+        sure = distance == 0 or bool(attempt.requests.collected)
+        verdict = self.publish(Verdict(ending), 0 if sure else WAIT)
+        if verdict.joined:
+            # What happened here while the processes ended for a new node counts nevertheless.
+            return Verdict(ending, joined=not sure)
+        return verdict
 
     def publish(self, verdict: Verdict, seconds: float) -> Verdict:
         """Publish a verdict if there is none after some seconds; return the one that holds."""

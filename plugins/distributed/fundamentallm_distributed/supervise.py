@@ -30,20 +30,25 @@ ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIG
 
 
 class Supervised:
-    """The process, and the signals that have come before it was started."""
+    """The process, and the signals that have come."""
 
     def __init__(self, launcher: int, grace: int) -> None:
         self.launcher, self.grace = launcher, grace
         self.process: subprocess.Popen[bytes] | None = None
-        self.early: list[int] = []
+        self.signals: list[int] = []
 
     def pass_on(self, number: int, _: object) -> None:
-        """Send a signal to the process; limit its time if the launcher no longer does."""
+        """Send a signal to the process; limit its time if the launcher no longer does.
+
+        Each signal is passed on once. The kernel sends SIGTERM for each thread of the launcher that
+        ends, and a signal to a whole group comes twice.
+        """
         if os.getppid() != self.launcher:
             signal.alarm(self.grace)
-        if self.process is None:
-            self.early.append(number)
-        else:
+        if number in self.signals:
+            return
+        self.signals.append(number)
+        if self.process is not None:
             self.process.send_signal(number)
 
     def start(self, command: list[str], environment: dict[str, str]) -> None:
@@ -54,7 +59,7 @@ class Supervised:
             env=environment,
             preexec_fn=end_too,  # noqa: PLW1509 - there is one thread
         )
-        for number in self.early:
+        for number in self.signals:  # those that came before
             self.process.send_signal(number)
 
     def wait_for_others(self, folder: Path, alive: TextIO, processes: int) -> None:
