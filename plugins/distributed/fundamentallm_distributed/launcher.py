@@ -20,18 +20,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 
-from fundamentallm import FundamentalError
+from fundamentallm import PeerError
 from fundamentallm_distributed.attempt import Attempt, Requests, say
 from fundamentallm_distributed.endings import PEER_LOST, Ending
 from fundamentallm_distributed.meeting import Meeting, Verdict
 
 ALONE = "127.0.0.1:0"
-
-
-class MeetingError(FundamentalError):
-    """The launchers of the nodes did not meet, or their meeting point was lost."""
-
-    exit_code = PEER_LOST
 
 
 @attrs.frozen
@@ -57,7 +51,7 @@ class Job:
 def launch(job: Job) -> int:
     """Run the processes to their end; return the exit code of the first one that failed, or 0.
 
-    Raises ``MeetingError`` if the launchers of several nodes do not meet. A signal that comes while
+    Raises ``PeerError`` if the launchers of several nodes do not meet. A signal that comes while
     no process runs raises ``SystemExit``.
     """
     prepare(job)
@@ -77,7 +71,7 @@ def launch(job: Job) -> int:
             say("the launchers of the other nodes have ended the job")
             return last.exit_code if last else PEER_LOST
         except RendezvousError as error:
-            raise MeetingError(f"{job.meet}: {explain(job, error)}") from error
+            raise PeerError(f"{job.meet}: {explain(job, error)}") from error
 
 
 def automatic_processes() -> int:
