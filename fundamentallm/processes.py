@@ -48,8 +48,9 @@ def from_first(run: Run, make: Callable[[], T]) -> T:
     return cast("T", made)
 
 
-def _one_of_each_part(run: Run, everyones: list[T]) -> list[T]:
+def of_each_part(run: Run, topic: str, mine: T) -> list[T]:
     """Return the values of one process for each part of the data: several may share a part."""
+    everyones = run.hook.agree(run=run, topic=topic, mine=mine)
     return everyones[:: run.world_size // run.data_size]
 
 
@@ -76,8 +77,7 @@ def total_weight(run: Run, window: list[Batch]) -> float:
     stated = [batch.total for batch in window]
     if None in stated:
         mine = sum(batch.weight for batch in window)
-        everyones = run.hook.agree(run=run, topic="weight of the window", mine=mine)
-        stated = _one_of_each_part(run, everyones)
+        stated = list(of_each_part(run, "weight of the window", mine))
     total = math.fsum(weight for weight in stated if weight is not None)
     if not total:
         step = run.progress.step + 1
@@ -145,7 +145,7 @@ def has_target(run: Run, *, mine: bool) -> bool:
 
 def all_sums(run: Run, mine: Sums) -> Sums:
     """Return the sums over all processes, of all names that a process logged."""
-    everyones = _one_of_each_part(run, run.hook.agree(run=run, topic="metrics", mine=mine))
+    everyones = of_each_part(run, "metrics", mine)
     names = sorted({name for sums in everyones for name in sums})
     parts = {name: [sums[name] for sums in everyones if name in sums] for name in names}
     return {
@@ -156,8 +156,7 @@ def all_sums(run: Run, mine: Sums) -> Sums:
 
 def all_logged(run: Run, mine: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the entries that the processes have logged since the last row, by name."""
-    everyones = run.hook.agree(run=run, topic="logged", mine=mine)
-    everyones = _one_of_each_part(run, everyones)
+    everyones = of_each_part(run, "logged", mine)
     names = sorted({name for logged in everyones for name in logged})
     return {name: [e for logged in everyones for e in logged.get(name, ())] for name in names}
 
@@ -167,8 +166,7 @@ def all_pieces(run: Run, name: str, pieces: list[Tensor]) -> list[Tensor]:
     import torch
 
     mine = [piece.tolist() for piece in pieces]
-    everyones = run.hook.agree(run=run, topic=f"collected {name}", mine=mine)
-    everyones = _one_of_each_part(run, everyones)
+    everyones = of_each_part(run, f"collected {name}", mine)
     dtype, device, shape = pieces[0].dtype, pieces[0].device, pieces[0].shape[1:]
     return [
         torch.tensor(values, dtype=dtype, device=device).reshape(-1, *shape)

@@ -240,6 +240,11 @@ class Run:
         """
         return make() if self.world_size == 1 else processes.from_first(self, make)
 
+    def of_each_part(self, topic: str, mine: T) -> list[T]:
+        """Return what the processes pass as ``mine``, JSON values: once for each part of the data,
+        in the order of the parts. All call this at the same moment, with the same ``topic``."""
+        return [mine] if self.world_size == 1 else processes.of_each_part(self, topic, mine)
+
     def read_checkpoint(self) -> Snapshot | None:
         """Return the snapshot to continue from, or None: the same one in all processes."""
         return snapshots.read(self)

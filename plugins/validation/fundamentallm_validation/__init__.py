@@ -98,7 +98,8 @@ class Validation:
             split, _, kind = name.partition("/")
             if split in self._splits and kind in LARGER:
                 best, _ = self._compared(name, value, run.progress.step)
-                run.log(f"best/{split}_{kind}", best, weight=1.0)
+                if run.rank == 0:  # all know it, and their mean could be rounded
+                    run.log(f"best/{split}_{kind}", best, weight=1.0)
 
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:

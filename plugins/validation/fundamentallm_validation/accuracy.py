@@ -40,7 +40,9 @@ def accuracies(run: Run) -> dict[str, float]:
     if run.signal is not None or not counts:
         return {}
     # One device read for all of them.
-    pairs = torch.stack([hits.counts for hits in counts.values()]).tolist()
+    mine = torch.stack([hits.counts for hits in counts.values()]).tolist()
+    everyones = run.of_each_part("accuracy", mine)
+    pairs = torch.tensor(everyones).sum(0).tolist()
     return {
         f"{split}/accuracy": right / total
         for split, (right, total) in zip(counts, pairs, strict=True)
@@ -51,15 +53,15 @@ def accuracies(run: Run) -> dict[str, float]:
 class AccuracyCounter(nn.Module):
     """Replaces ``run.module``: counts in place of computing a loss.
 
-    ``counts`` are two numbers on the device: the targets with the highest score (of equal scores,
-    the first one), and all targets that are not -100.
+    ``counted`` are two numbers of one batch, on the device: the targets with the highest score (of
+    equal scores, the first one), and all targets that are not -100. ``counts`` are their sums.
     """
 
     def __init__(self, model: nn.Module, device: str) -> None:
         super().__init__()
         self.scores: Any = model.logits
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self.asked = False
+        self.counted: Tensor | None = None
 
     def forward(self, *given: Any, **named: Any) -> Tensor:
         """Count the targets of one batch; return 0 in place of the loss."""
@@ -75,24 +77,27 @@ class AccuracyCounter(nn.Module):
                 "scores of all classes, in one more dimension, for every target"
             )
         wanted = targets != IGNORED
-        self.counts += torch.stack([((guesses == targets) & wanted).sum(), wanted.sum()])
-        self.asked = True
+        found = torch.stack([((guesses == targets) & wanted).sum(), wanted.sum()])
+        self.counted = found if self.counted is None else self.counted + found
         return torch.zeros((), device=targets.device)
 
 
 def _count(run: Run, batch: Batch, hits: AccuracyCounter) -> None:
     # Only for this call: another plugin may replace the module, too.
-    module, run.module, hits.asked = run.module, hits, False
+    module, run.module, hits.counted = run.module, hits, None
     run.weight = batch.weight
     try:
         run.hook.forward(run=run, batch=batch)
     finally:
         run.module = module
-    if not hits.asked:
+    if hits.counted is None:
         raise SettingsError(
             "validation.accuracy: a plugin answers 'forward' without calling run.module, so there "
             "is nothing to count with; let that plugin log an accuracy of its own"
         )
+    # A batch without weight is there because other processes wait in its forward pass.
+    if batch.weight:
+        hits.counts += hits.counted
 
 
 def _divided(data: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor] | None:
