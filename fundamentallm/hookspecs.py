@@ -264,7 +264,7 @@ class Hooks(Protocol):
 
     @exclusive(since="0.1")
     def reduce_metrics(
-        self, run: Run, metrics: dict[str, float], scope: Literal["step", "row", "validation"]
+        self, run: Run, metrics: dict[str, float], scope: Literal["row", "validation"]
     ) -> dict[str, float]:
         """Return the metrics with derived ones added. ``scope`` is what they describe. They are
         those of all processes already, and what the first process returns counts in all of them.

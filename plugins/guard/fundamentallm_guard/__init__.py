@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fundamentallm import (
+    FundamentalError,
     NotFiniteError,
     OutOfMemoryError,
     Rejection,
@@ -102,7 +103,7 @@ class Guard:
         self._before = StepState(run)
         self._parameters = [parameter for parameter in run.parameters if parameter.numel()]
         self._check = None
-        if not self._keeps_losses and run.world_size == 1:
+        if not self._keeps_losses:
             from fundamentallm_guard.nonfinite_check import quick_check
 
             self._check = quick_check
@@ -213,7 +214,7 @@ class Guard:
             setting = (
                 f"{run.name_of(self)}.{'spike' if rejection.cause == 'spike' else 'nonfinite'}"
             )
-            raise NotFiniteError(f"{text}; {setting} = 'skip' skips such steps")
+            raise _in_all(run, NotFiniteError(f"{text}; {setting} = 'skip' skips such steps"))
         if how == "rewind" and self._rewind(run, text):
             return
         self.in_a_row += 1
@@ -223,9 +224,9 @@ class Guard:
                 f"{text}; the {self.max_skips} steps before it were skipped already, as many as "
                 f"{run.name_of(self)}.max_skips allows"
             )
-            raise self._reported
+            raise _in_all(run, self._reported)
         self.skipped += 1
-        log.warning("%s; the step is skipped", text)
+        _warn(run, f"{text}; the step is skipped")
 
     def _rewind(self, run: Run, text: str) -> bool:
         """Request a rewind; return False if there is no checkpoint to rewind to."""
@@ -233,26 +234,35 @@ class Guard:
 
         name = run.name_of(self)
         if self.rewinds >= self.max_rewinds:
-            raise NotFiniteError(
-                f"{text}; the run was rewound {self.rewinds} times already, as"
-                f" often as {name}.max_rewinds allows"
-            )
+            often = f"{self.rewinds} times already, as often as {name}.max_rewinds allows"
+            raise _in_all(run, NotFiniteError(f"{text}; the run was rewound {often}"))
         began = spikes.onset(self.steps, self.losses, self.spike_threshold, run.progress.step)
         # The update before the onset may be its cause, so undo it as well.
-        target = checkpoints.newest_sound(run, began - 1)
+        # The last save of the first process may not have finished: it alone knows which there are.
+        target = run.from_first(lambda: checkpoints.newest_sound(run, began - 1))
         if target is None:
             if not self._warned:
-                log.warning(
-                    "%s: there is no sound checkpoint from before step %d to rewind to: steps are"
-                    " skipped instead; list 'checkpoint', and let it save more often and keep more",
-                    name,
-                    began,
+                _warn(
+                    run,
+                    f"{name}: there is no sound checkpoint from before step {began} to rewind to: "
+                    "steps are skipped instead; list 'checkpoint', and let it save more often and "
+                    "keep more",
                 )
             self._warned = True
             return False
         self.rewinds += 1
-        log.warning(
-            "%s; the run goes back to %s and continues with the data after these", text, target
-        )
+        _warn(run, f"{text}; the run goes back to {target} and continues with the data after these")
         run.rewind(target)
         return True
+
+
+def _in_all(run: Run, error: FundamentalError) -> FundamentalError:
+    """Return an error that all processes raise, so that the first one alone prints it."""
+    error.printed_elsewhere = run.rank > 0
+    return error
+
+
+def _warn(run: Run, text: str) -> None:
+    """Log, in the first process, what all of them have found."""
+    if run.rank == 0:
+        log.warning("%s", text)

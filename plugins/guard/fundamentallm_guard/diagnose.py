@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,27 +20,36 @@ if TYPE_CHECKING:
 
 def describe(run: Run, rejection: Rejection, before: StepState) -> str:
     """Return the message about a rejected step: its number, its data, and where a value that is not
-    finite appears first. ``before`` is the state at the beginning of the step."""
+    finite appears first. ``before`` is the state at the beginning of the step.
+
+    Of several processes, the one in which there is such a value describes it for all.
+    """
     if rejection.cause == "memory":
         return rejection.text
-    text = f"step {run.progress.step}: {rejection.text} ({samples(run)})"
-    return text if rejection.cause == "spike" else f"{text}; {first_nonfinite(run, before)}"
+    where, cause = samples(run), ""
+    if rejection.cause != "spike":
+        cause = f"; {first_nonfinite(run, before)}"
+    if run.world_size > 1:
+        # By then, a loss that is not finite has spoilt the gradients of all processes.
+        signs = 2 * bool(_bad_losses(run)) + bool(_bad_gradients(run))
+        everyones = run.hook.agree(run=run, topic="guard: cause", mine=[signs, where, cause])
+        _, where, cause = max(everyones, key=itemgetter(0))
+    return f"step {run.progress.step}: {rejection.text} ({where}){cause}"
 
 
 def samples(run: Run) -> str:
     """Name the samples of the window; of several micro-batches, the first one with a loss that is
     not finite, if there is one. Reads the device."""
     window = run.window
-    losses = [float(loss) for loss in run.losses]
-    bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    bad = _bad_losses(run)
     if len(window) == 1 or not bad:
-        count = sum(batch.samples for batch in window)
-        return f"{count} samples from index {window[0].first} in the order of the data"
-    batch = window[bad[0]]
-    return (
-        f"micro-batch {bad[0] + 1} of {len(window)}: {batch.samples} samples from index "
-        f"{batch.first} in the order of the data"
-    )
+        count, first, place = sum(batch.samples for batch in window), window[0].first, ""
+    else:
+        batch, place = window[bad[0]], f"micro-batch {bad[0] + 1} of {len(window)}: "
+        count, first = batch.samples, batch.first
+    # ``Batch.samples`` counts those of all processes.
+    part = f"process {run.rank}'s part of " if bad and run.world_size > 1 else ""
+    return f"{place}{part}{count} samples from index {first} in the order of the data"
 
 
 def first_nonfinite(run: Run, before: StepState) -> str:
@@ -53,12 +63,8 @@ def first_nonfinite(run: Run, before: StepState) -> str:
     before.restore()
     if module is not None:
         return f"first module with a non-finite output: {module}"
-    names = [
-        name
-        for name, parameter in run.model.named_parameters()
-        if parameter.grad is not None and not _finite(parameter.grad)
-    ]
-    if names and all(math.isfinite(float(loss)) for loss in run.losses):
+    names = _bad_gradients(run)
+    if names and not _bad_losses(run):
         more = f", one of {len(names)}" if names[1:] else ""
         return (
             f"every module's output is finite; first parameter with a non-finite gradient: "
@@ -68,6 +74,20 @@ def first_nonfinite(run: Run, before: StepState) -> str:
         "every module's output is finite when the window is repeated: either the loss is computed "
         "outside of the modules, or the device does not compute the same twice"
     )
+
+
+def _bad_losses(run: Run) -> list[int]:
+    """Return the indices of the micro-batches whose loss is not finite."""
+    return [i for i, loss in enumerate(run.losses) if not math.isfinite(float(loss))]
+
+
+def _bad_gradients(run: Run) -> list[str]:
+    """Return the names of the parameters with a gradient that is not finite."""
+    return [
+        name
+        for name, parameter in run.model.named_parameters()
+        if parameter.grad is not None and not _finite(parameter.grad)
+    ]
 
 
 @torch.no_grad()
@@ -113,7 +133,8 @@ def _finite(value: Any) -> bool:
 def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a tree of tuples, lists, dicts and objects with attributes."""
     if isinstance(value, torch.Tensor):
-        yield value
+        # Of a sharded tensor the values that this process holds: the others do not wait here.
+        yield value.to_local() if hasattr(value, "to_local") else value
     elif isinstance(value, tuple | list):
         for one in value:
             yield from tensors(one)

@@ -425,25 +425,6 @@ def test_complex_gradients_are_judged(tiny_run: TinyRun, bad: float) -> None:
     assert tiny_run(Guard(), Turns(), length=4).progress.applied == (3 if bad != bad else 4)
 
 
-def test_all_processes_reject_a_step_that_is_bad_in_one_of_them(tiny_run: TinyRun) -> None:
-    @plugin
-    class Second:
-        """Stands for another process, whose loss in step 3 is NaN."""
-
-        @hookimpl
-        def build_tokenizer(self, run: Run) -> None:
-            run.world_size = 2
-
-        @hookimpl
-        def reduce_metrics(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
-            if "guard/loss" in metrics and run.progress.step == 2:
-                return metrics | {"guard/loss": math.nan}
-            return metrics
-
-    run = tiny_run(Guard(), Second(), length=4)
-    assert (run.progress.step, run.progress.applied) == (4, 3)
-
-
 @pytest.mark.parametrize(
     ("guard", "reads"),
     [

@@ -245,26 +245,6 @@ def test_the_metrics_of_a_validation_have_no_speeds(tiny_run: TinyRun):
     assert [len(measured(row)) for row in run.history] == [0, 6, 6]
 
 
-def test_what_a_plugin_compares_within_a_step_has_no_speeds_and_ends_no_period(tiny_run: TinyRun):
-    @plugin
-    class Compares:
-        """Compares a number of every step with those of other processes."""
-
-        def __attrs_post_init__(self):
-            self.received = []
-
-        @hookimpl
-        def on_step_end(self, run):
-            found = run.hook.reduce_metrics(run=run, metrics={"mine/norm": 1.0}, scope="step")
-            self.received.append(found)
-
-    compares = Compares()
-    run = tiny_run(Throughput(), compares, length=4, log_every=2)
-    assert compares.received == [{"mine/norm": 1.0}] * 4
-    assert [len(measured(row)) for row in run.history] == [6, 6]
-    assert read(run)["steps"] == 4
-
-
 def test_mfu_is_flops_times_tokens_over_what_the_device_can_do(tiny_run: TinyRun, tmp_path: Path):
     run = tiny_run(Throughput(peak_flops=1e9), length=4)
     for row in run.history:
