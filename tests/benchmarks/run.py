@@ -46,7 +46,7 @@ def main() -> int:
         within += [logging_cost.report(max(8, chosen.pairs // 5))]  # as many steps
         sys.stdout.flush()
         # In processes of their own: the memory of one is measured, a server of the other stopped.
-        for script in ("checkpoint_stall.py", "outage_hooks.py"):
+        for script in ("checkpoint_stall.py", "two_processes.py", "outage_hooks.py"):
             alone = [sys.executable, Path(__file__).with_name(script)]
             within += [subprocess.run(alone, check=False).returncode == 0]
     return 0 if all(within) else 1

@@ -66,11 +66,10 @@ class Turns:
 
     @hookimpl
     def on_train_start(self, run: Run) -> None:
-        assert run.tokenizer is not None
-        numbers = run.tokenizer.encode(self.corpus.read_text())
         tokens = self.corpus.with_suffix(".bin")
-        np.array(numbers, dtype=np.uint16).tofile(tokens)
-        self.rival = Rival(copy.deepcopy(run.model), batches(tokens), run)
+        write_tokens(run, self.corpus, tokens)
+        folder = run.folder / "rival"
+        self.rival = Rival(copy.deepcopy(run.model), batches(tokens), run, folder)
         self.began = Cost.now()
 
     @hookimpl
@@ -84,9 +83,8 @@ class Turns:
 class Rival:
     """The handwritten loop in a thread of its own, which trains only while it has the turn."""
 
-    def __init__(self, model: nn.Module, batches: Iterator[Any], run: Run) -> None:
+    def __init__(self, model: nn.Module, batches: Iterator[Any], run: Run, folder: Path) -> None:
         self.mine, self.its = threading.Semaphore(0), threading.Semaphore(0)
-        folder = run.folder / "rival"
         folder.mkdir()
         # A step more than it ever makes: what ends a training is not to be measured.
         steps = int(run.settings.length.amount) + 1
@@ -110,11 +108,18 @@ class Rival:
                 self.mine.acquire()
 
 
-def batches(path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield random windows of a file of tokens, as inputs and targets of shape (B, T)."""
+def write_tokens(run: Run, corpus: Path, tokens: Path) -> None:
+    """Write the tokens of the corpus to a file."""
+    assert run.tokenizer is not None
+    numbers = run.tokenizer.encode(corpus.read_text())
+    np.array(numbers, dtype=np.uint16).tofile(tokens)
+
+
+def batches(path: Path, rows: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield random windows of a file of tokens, as inputs and targets of shape (rows, T)."""
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     while True:
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH,)).tolist()
+        starts = torch.randint(len(tokens) - LENGTH, (rows,)).tolist()
         windows = np.stack([tokens[i : i + LENGTH + 1] for i in starts]).astype(np.int64)
         both = torch.from_numpy(windows)
         yield both[:, :-1].contiguous(), both[:, 1:].contiguous()
