@@ -37,6 +37,12 @@ def start(words: list[str], folder: Path, count: int = 2) -> list[forked.Popen]:
     return started
 
 
+def start_alone(words: list[str], folder: Path) -> forked.Popen:
+    """Start ``fundamentallm`` with ``words`` in one process."""
+    called = ["python", "-m", "fundamentallm", *words]
+    return forked.Popen(called, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def wait(started: list[forked.Popen]) -> list[Ended]:
     """Wait until all have ended; kill those that hang, which is a failure."""
     try:

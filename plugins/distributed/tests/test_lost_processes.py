@@ -51,10 +51,15 @@ class Accident:
     rank: int = 1
     step: int = 5
     moment: str = "step"
+    once: str = ""
 
     def happens(self, run):
         if run.rank != self.rank or self.how == "none":
             return
+        if self.once:
+            if os.path.exists(self.once):
+                return
+            open(self.once, "w").close()
         if self.how.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.how))
             self.how = "none"
@@ -194,7 +199,7 @@ FAILURES = {
     "raise": (7, "it broke"),
     "data": (4, "the file is damaged"),
     "full": (5, "no space left"),
-    "memory": (6, "out of memory"),
+    "memory": (6, "error: out of memory"),
 }
 
 
@@ -252,3 +257,43 @@ def test_a_signal_to_all_processes_stops_them_at_the_same_step(
         assert ended[0].code == 128 + getattr(signal, name)
         resumed(folder)
     assert_same_end(folder / "hit", whole)
+
+
+# --- launch
+
+
+def launched(folder: Path, *words: str) -> ranks.Ended:
+    command = ["launch", "--processes", "2", *words, "--run-dir", "hit"]
+    (ended,) = ranks.wait([ranks.start_alone(command, folder)])
+    return ended
+
+
+def check_restart(folder: Path, whole: Path, rank: int, step: int) -> None:
+    more = accident("SIGKILL", rank=rank, step=step, once="once")
+    ended = launched(folder, "--restarts", "2", "train", "tiny.toml", *more)
+    assert ended.code == 0, ended
+    text = f"process {rank} ended with exit code 137 (killed by signal 9); restarting, 1 of 2"
+    assert text in ended.errors
+    assert_same_end(folder / "hit", whole)
+    assert rows(folder / "hit") == rows(whole)
+
+
+def test_launch_restarts_a_run_whose_process_was_killed(folder: Path, whole: Path) -> None:
+    check_restart(folder, whole, rank=1, step=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("step", range(2, 22, 2))
+def test_launch_loses_nothing_whichever_process_is_killed(
+    folder: Path, whole: Path, rank: int, step: int
+) -> None:
+    check_restart(folder, whole, rank, step)
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_launch_exits_with_the_code_of_the_process_that_failed(folder: Path, how: str) -> None:
+    code, text = FAILURES[how]
+    ended = launched(folder, "train", "tiny.toml", *accident(how, step=7))
+    assert ended.code == code, ended
+    assert ended.errors.count(text) == 1
