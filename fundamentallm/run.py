@@ -126,8 +126,7 @@ class Run:
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
         stays on the device: nothing waits. It must be 0-d and not be changed in place later.
-        ``weight`` is by default that of the current batch; between batches it is 1 over all
-        processes, so that what they all log counts once. The names
+        ``weight`` is by default that of the current batch, and 1 between batches. The names
         ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own. Of
         several processes, any may log; a distributed tensor has to be logged by all."""
         if name not in self._seen:
@@ -158,17 +157,17 @@ class Run:
             raise ValueError(f"run.log({name!r}): expected a number or a 0-d tensor, got {shape}")
         self._seen.add(name)
 
-    def grad_norm(self) -> Tensor:
-        """Return the global 2-norm of the gradients as they are now: a 0-d tensor on their device.
+    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
+        """Return the global norm of the gradients as they are now: a 0-d tensor on their device.
 
         In ``judge_step`` and in the first plugin that answers ``edit_gradients``, all plugins that
-        ask share one computation.
+        ask for the 2-norm share one computation. Of several processes, all call this.
         """
-        known = self.known_norm
+        known = self.known_norm if norm_type == 2.0 else None
         if known:
             return known[0]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = total_norm(gradients, alike=self._alike)
+        norm = total_norm(gradients, alike=self._alike, norm_type=norm_type)
         if known is not None:
             known.append(norm)
         return norm
@@ -279,7 +278,7 @@ class Run:
         modes = [(module, module.training) for module in modules]
         phase, weight, outside = self.phase, self.weight, self.swap_logged()
         collected, self._collected = self._collected, {}
-        self.phase, self.weight = split or phase, 1 / self.data_size
+        self.phase, self.weight = split or phase, 1.0
         try:
             seed = self.seed_for(f"evaluation/{self.phase}/{self.rank}")
             self.model.eval()

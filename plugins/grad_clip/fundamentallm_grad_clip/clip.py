@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,19 +19,13 @@ def clip_norm(run: Run, limit: float, norm_type: float) -> Tensor:
     ``min(1, limit / (norm + 1e-6))``, computed on the device: Pascanu, Mikolov and Bengio, "On the
     difficulty of training recurrent neural networks" (2013, arXiv:1211.5063), algorithm 1.
     """
-    norm = _norm(run, norm_type)
+    norm = run.grad_norm(norm_type)  # another plugin may have computed it in this step
     clip_grads_with_norm_(run.parameters, limit, norm)
     return norm
 
 
 def clip_value(run: Run, limit: float, norm_type: float) -> Tensor:
     """Limit every gradient value to ``[-limit, limit]``; return the global norm before that."""
-    norm = _norm(run, norm_type)
+    norm = run.grad_norm(norm_type)
     clip_grad_value_(run.parameters, limit)
     return norm
-
-
-def _norm(run: Run, norm_type: float) -> Tensor:
-    if norm_type == 2.0:
-        return run.grad_norm()  # another plugin may have computed it in this step
-    return get_total_norm([p.grad for p in run.parameters if p.grad is not None], norm_type)
