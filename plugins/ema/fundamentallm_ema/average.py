@@ -116,13 +116,19 @@ class Average:
         self._check()
         return {"count": self.count, "weights": dict(self._averages)}
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from what ``state`` returned; raise ``StorageError`` if it does not fit."""
+    def restore(
+        self, saved: dict[str, Any], spread: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
+        """Continue from what ``state`` returned; raise ``StorageError`` if it does not fit.
+
+        ``spread(average, parameter)`` divides an average among the processes as the parameter is.
+        """
         for name, average in saved["weights"].items():
             parameter = self._parameters.get(name)
             if parameter is None or parameter.shape != average.shape:
                 raise StorageError(f"the checkpoint contains the average of another model: {name}")
-            self._join(name, parameter, average)
+            part = average if spread is None else spread(average, parameter)
+            self._join(name, parameter, part)
         self.count = saved["count"]
 
     def _join(self, name: str, parameter: Tensor, average: Tensor | None = None) -> None:
@@ -139,11 +145,17 @@ class Average:
     def _check(self) -> None:
         """Raise ``PluginError`` if a parameter was moved: its average has missed later updates."""
         for name, weight in self._weights.items():
-            if not self._parameters[name].is_set_to(weight):
+            if not _local(self._parameters[name]).is_set_to(_local(weight)):
                 raise PluginError(
                     f"{name} can no longer be averaged: its memory was replaced during the run (for"
                     f" example by assigning to .data); change parameters in place instead"
                 )
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return the part of a distributed tensor that this process holds; of others, all."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def _exchange(one: Tensor, other: Tensor) -> None:

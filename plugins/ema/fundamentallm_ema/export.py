@@ -11,11 +11,10 @@ from fundamentallm import write_durably
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Any
 
-    from torch import nn
 
-
-def write_weights(path: Path, model: nn.Module) -> None:
+def write_weights(path: Path, weights: dict[str, Any]) -> None:
     """Write the tensors of a state dict durably as safetensors.
 
     Every name has a tensor of its own, also those of tied weights, so that
@@ -24,7 +23,7 @@ def write_weights(path: Path, model: nn.Module) -> None:
     # Copies, because the format allows no shared memory.
     tensors = {
         name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in model.state_dict().items()
+        for name, value in weights.items()
         if isinstance(value, torch.Tensor)
     }
     write_durably(path, save(tensors))

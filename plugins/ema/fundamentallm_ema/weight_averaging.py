@@ -65,17 +65,21 @@ class WeightAveraging(ABC):
     @hookimpl
     def on_train_end(self, run: Run, outcome: Outcome) -> None:
         """Write the averaged model with `save`, if the run is finished or stopped."""
-        if outcome not in ("finished", "stopped") or run.rank:
+        if outcome not in ("finished", "stopped"):
             return
         average = self.average_of(run)
         name = run.name_of(self)
         if not average.count:
-            log.warning("%s: the run ended before the average began: start is %s", name, self.start)
+            if run.rank == 0:
+                text = "%s: the run ended before the average began: start is %s"
+                log.warning(text, name, self.start)
         elif self.save:
             from fundamentallm_ema.export import write_weights
 
+            path = run.folder / f"{name}.safetensors"
             with average.in_place():
-                write_weights(run.folder / f"{name}.safetensors", run.model)
+                weights = run.hook.gather(run=run, tree=dict(run.model.state_dict()))
+                run.from_first(lambda: write_weights(path, weights))
 
     def average_of(self, run: Run) -> Average:
         """Return the average of the weights of ``run``, which may still be empty."""
@@ -84,7 +88,10 @@ class WeightAveraging(ABC):
 
             self._average = Average(run.model, self.rule())
             if self._restored is not None:
-                self._average.restore(self._restored)
+                self._average.restore(
+                    self._restored,
+                    lambda whole, like: run.hook.spread(run=run, tensor=whole, like=like),
+                )
             self._restored = None
         average: Average = self._average
         return average

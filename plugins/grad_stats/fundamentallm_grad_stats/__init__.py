@@ -98,9 +98,12 @@ class GradStats:
         norms = weights.norms() if applied else {}
         for name, value in norms.items():
             run.log(name, value)
-        if norms and self.histograms and run.rank == 0:
-            # A new list: a snapshot may still refer to the old one.
-            self.pending = [*self.pending, [run.progress.step, *weights.histograms()]]
+        if norms and self.histograms:
+            # In all processes: each may hold a part of the gradients.
+            counted = weights.histograms()
+            if run.rank == 0:
+                # A new list: a snapshot may still refer to the old one.
+                self.pending = [*self.pending, [run.progress.step, *counted]]
 
     @hookimpl
     def on_rewind(self, run: Run) -> None:
@@ -110,13 +113,18 @@ class GradStats:
     @hookimpl
     def on_log(self, run: Run) -> None:
         """Write the histograms, and emit their sums since the last row as ``on_histogram``."""
-        for group, counts in self._write(run).items():
+        if not self.histograms:
+            return
+        # An error must mute this observer in all processes: they would wait for one that is muted.
+        sums = run.from_first(lambda: self._write(run))
+        for group, counts in sums.items() if run.rank == 0 else ():
             self._emit(run, f"{run.name_of(self)}/{group}", tuple(counts))
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
         """Write the histograms that were not logged because of a signal."""
-        self._write(run)
+        if run.rank == 0:
+            self._write(run)
 
     def _emit(self, run: Run, name: str, counts: tuple[int, ...]) -> None:
         from fundamentallm_grad_stats.norms import EXPONENTS
@@ -145,7 +153,7 @@ class GradStats:
 
     def _write(self, run: Run) -> dict[str, list[int]]:
         """Write the histograms, and return their sums by group."""
-        if not self.pending or run.rank:
+        if not self.pending:
             return {}
         from fundamentallm_grad_stats import lines, norms
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from fundamentallm import write_durably
+from fundamentallm import StorageError, write_durably
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Append lines, in one write."""
+    """Append lines, in one write. Raises ``StorageError``."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def drop_after(step: int, path: Path) -> None:

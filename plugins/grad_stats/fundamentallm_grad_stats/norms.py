@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,12 +70,15 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 def histogram(tensors: Sequence[Tensor]) -> Tensor:
     """Return the number of absolute values in each decade, (bins,) int64.
 
-    Zeros are in the first bin, infinity and NaN in the last.
+    Zeros are in the first bin, infinity and NaN in the last. Of distributed tensors, these are the
+    numbers of all processes, which all call this.
     """
     # By comparison: torch.histc is not deterministic on CUDA, and bincount makes the host wait.
-    below = torch.stack(
+    below: Any = torch.stack(
         [torch.stack([(t.abs() < edge).sum() for t in tensors]).sum() for edge in EDGES]
     )
+    if hasattr(below, "full_tensor"):
+        below = below.full_tensor()
     total = sum(t.numel() for t in tensors)
     first, last = below.new_zeros(1), below.new_full((1,), total)
     return torch.cat([first, below, last]).diff()

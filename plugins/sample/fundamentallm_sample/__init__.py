@@ -88,7 +88,7 @@ class Sample:
     def on_safe_point(self, run: Run) -> None:
         """Write samples when they are due, and at the end of the run."""
         # After a signal there may be only seconds left, which saving needs.
-        if run.rank or run.signal is not None:
+        if run.signal is not None:
             return
         if run.ending or self.every.due(run.progress):
             self._write(run)
@@ -99,8 +99,14 @@ class Sample:
         step = run.progress.step
         # Seeded by the step, so that a resumed run writes the same texts as an uninterrupted one.
         source = random_source(run, run.seed_for(f"sample/{step}"))
+        # In all processes: each may hold a part of the model.
         with run.evaluating():
             text = BETWEEN.join(sample_texts(run, self, source))
+        # An error must mute this observer in all processes: they would wait for one that is muted.
+        run.from_first(lambda: self._keep(run, text))
+
+    def _keep(self, run: Run, text: str) -> None:
+        step = run.progress.step
         logger.info("sample at step %d:\n%s", step, text)
         path = self._folder(run) / f"step-{step:08d}.txt"
         try:
