@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import field, ge, gt, hookimpl, le, optional, plugin
+from fundamentallm import SettingsError, field, ge, gt, hookimpl, le, optional, plugin
 
 # Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
 from fundamentallm_optimizers.group import Group
@@ -53,8 +53,13 @@ class Adafactor:
         """Build PyTorch's optimizer for all parameters of the model, including frozen ones."""
         from torch import optim
 
-        from fundamentallm_optimizers.param_groups import param_groups
+        from fundamentallm_optimizers.param_groups import is_divided, param_groups
 
+        if is_divided(run.model):
+            raise SettingsError(
+                f"{run.name_of(self)}: PyTorch's Adafactor cannot train weights that are divided "
+                f"among processes; list 'adamw' in its place, or 'ddp' in place of 'fsdp'"
+            )
         return optim.Adafactor(
             param_groups(run, self),
             beta2_decay=self.beta2_decay,

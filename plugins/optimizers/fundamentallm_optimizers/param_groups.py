@@ -120,6 +120,11 @@ def use_fused(run: Run, settings: FusedSettings, *, by_default: bool = True) -> 
     return True if wanted and not unsupported else None
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Return whether parameters are divided among several processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def float_parameters(model: nn.Module) -> Parameters:
     """Return every floating-point or complex parameter once, with all its names."""
     parameters = dict(model.named_parameters())

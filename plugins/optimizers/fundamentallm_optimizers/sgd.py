@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fundamentallm import field, ge, gt, hookimpl, le, lt, plugin
+from fundamentallm import SettingsError, field, ge, gt, hookimpl, le, lt, plugin
 
 # Not under TYPE_CHECKING: the host reads the types of the fields when it checks settings.
 from fundamentallm_optimizers.group import Group
@@ -38,8 +38,8 @@ class SGD:
     """Which parameters are decayed: those of two and more dimensions, or all."""
     fused: bool | None = None
     """Use one kernel for the whole update. By default without momentum, if the device of the
-    parameters has one. With momentum, PyTorch's fused kernel fails if some parameters of a group
-    get their first gradient later than others."""
+    parameters has one, and if they are not divided among processes. With momentum, PyTorch's fused
+    kernel fails if some parameters of a group get their first gradient later than others."""
     groups: list[Group] = field(factory=list)
     """Groups of parameters with their own learning rate or weight decay."""
 
@@ -54,12 +54,18 @@ class SGD:
         """Build PyTorch's optimizer for all parameters of the model, including frozen ones."""
         from torch import optim
 
-        from fundamentallm_optimizers.param_groups import param_groups, use_fused
+        from fundamentallm_optimizers.param_groups import is_divided, param_groups, use_fused
 
+        divided = is_divided(run.model)
+        if divided and self.fused:
+            raise SettingsError(
+                f"{run.name_of(self)}.fused: PyTorch has no fused kernel of SGD for weights that "
+                f"are divided among processes; leave fused out"
+            )
         return optim.SGD(
             param_groups(run, self),
             momentum=self.momentum,
             dampening=self.dampening,
             nesterov=self.nesterov,
-            fused=use_fused(run, self, by_default=not self.momentum),
+            fused=None if divided else use_fused(run, self, by_default=not self.momentum),
         )
