@@ -32,8 +32,8 @@ def join_processes() -> AbstractContextManager[None]:
         if size != "1":
             raise SettingsError(
                 f"this is one of several processes ({name} is {size}), but no listed plugin joins "
-                "them: each would train a run of its own. List 'ddp' in `plugins`, or start one "
-                "process"
+                "them: each would train a run of its own. List 'ddp' or 'fsdp' in `plugins`, or "
+                "start one process"
             )
     return nullcontext()
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import pytest
 
-from fundamentallm import FundamentalError, Run, find_plugins
+from fundamentallm import FundamentalError, Outcome, Run, find_plugins, hookimpl, plugin
 from fundamentallm.host import get_state
-from fundamentallm.testing.recorder import weights
 from fundamentallm.testing.tiny import compose_tiny
 
 if TYPE_CHECKING:
@@ -160,26 +159,47 @@ def two_processes(tmp_path: Path) -> TwoProcesses:
         tables = {kind: {"timeout": 20}, **(settings or {})}
 
         def work(_: int) -> Trained:
-            composed = compose_tiny(*plugins, kind, settings=tables, **run)
-            return _trained(composed, run_dir or tmp_path / "run")
+            whole = Whole()
+            composed = compose_tiny(*plugins, kind, whole, settings=tables, **run)
+            return _trained(composed, run_dir or tmp_path / "run", whole)
 
         return in_processes(processes, work, patience=patience)
 
     return start
 
 
-def _trained(composed: Any, folder: Path) -> Trained:
+@plugin
+class Whole:
+    """Keeps whole copies of weights and states, while the processes can still exchange tensors."""
+
+    role = "control"
+
+    def __attrs_post_init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.states: dict[str, Any] = {}
+
+    @hookimpl
+    def on_train_end(self, run: Run, outcome: Outcome) -> None:
+        """Copy them; after an error in one process, the others would wait for it."""
+        if outcome != "failed":
+            self.weights = _whole(dict(run.model.state_dict()))
+            listed = {name: other for name, other in run.plugins.items() if other is not self}
+            self.states = {name: _whole(get_state(other)) for name, other in listed.items()}
+
+
+def _whole(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _whole(value) for key, value in tree.items()}
+    tree = tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+    return tree.detach().cpu().clone() if hasattr(tree, "detach") else tree
+
+
+def _trained(composed: Any, folder: Path, whole: Whole) -> Trained:
     from fundamentallm import train
 
-    made: list[Run] = []
-    error = None
     try:
-        made.append(train(composed, run_dir=folder))
-    except FundamentalError as caught:
-        error = caught
-    if not made:
+        run = train(composed, run_dir=folder)
+    except FundamentalError as error:
         return Trained("failed", 0, [], {}, {}, folder, error)
-    run = made[0]
-    states = {name: get_state(instance) for name, instance in run.plugins.items()}
     ended = run.outcome, run.progress.step, run.history
-    return Trained(*ended, weights(run), states, run.folder)
+    return Trained(*ended, whole.weights, whole.states, run.folder)

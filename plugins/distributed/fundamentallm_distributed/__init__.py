@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from fundamentallm import field, gt, hookimpl, plugin
+from fundamentallm_distributed.fsdp import Fsdp
 from fundamentallm_distributed.processes import Processes
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from fundamentallm import Run
 
-__all__ = ["Ddp"]
+__all__ = ["Ddp", "Fsdp"]
 
 
 @plugin
