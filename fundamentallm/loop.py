@@ -136,7 +136,7 @@ def train_window(run: Run, window: list[Batch]) -> None:
         run.weight = batch.weight
         share = batch.weight / total
         hook.train_microbatch(run=run, batch=batch, share=share, is_last=batch is last)
-    run.weight = 1.0
+    run.weight = 1 / run.data_size
 
 
 def judge(run: Run) -> list[Rejection]:

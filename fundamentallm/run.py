@@ -126,7 +126,8 @@ class Run:
     def log(self, name: str, value: Tensor | float, weight: float | None = None) -> None:
         """Add to the mean of ``name`` over the log period (in validation: over the split). A tensor
         stays on the device: nothing waits. It must be 0-d and not be changed in place later.
-        ``weight`` is by default that of the current batch, and 1 between batches. The names
+        ``weight`` is by default that of the current batch; between batches it is 1 over all
+        processes, so that what they all log counts once. The names
         ``train/loss``, ``<split>/loss``, ``train/tokens`` and ``optim/lr`` are the core's own. Of
         several processes, any may log; a distributed tensor has to be logged by all."""
         if name not in self._seen:
@@ -278,7 +279,7 @@ class Run:
         modes = [(module, module.training) for module in modules]
         phase, weight, outside = self.phase, self.weight, self.swap_logged()
         collected, self._collected = self._collected, {}
-        self.phase, self.weight = split or phase, 1.0
+        self.phase, self.weight = split or phase, 1 / self.data_size
         try:
             seed = self.seed_for(f"evaluation/{self.phase}/{self.rank}")
             self.model.eval()

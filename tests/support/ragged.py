@@ -90,9 +90,14 @@ def furthest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor])
 
 def assert_same_rows(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
     """Fail unless two histories have the same metrics, within 1e-12."""
-    assert [sorted(row) for row in one] == [sorted(row) for row in other]
     for mine, theirs in zip(one, other, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-12, abs=0, nan_ok=True)
+        assert not mine.keys() ^ theirs.keys(), f"step {mine['step']:.0f}"
+        differing = {
+            name: (value, theirs[name])
+            for name, value in mine.items()
+            if value != pytest.approx(theirs[name], rel=1e-12, abs=0, nan_ok=True)
+        }
+        assert not differing, f"step {mine['step']:.0f}: {differing}"
 
 
 def bits(values: Mapping[str, Any]) -> dict[str, bytes]:

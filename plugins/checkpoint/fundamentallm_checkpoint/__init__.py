@@ -89,7 +89,8 @@ class Checkpoint:
         self._trains, self._first, self._candidate = True, True, False
         self._measured, self._superseded = (-1, {}), []
         self.run_id = run_id.read_id(run.folder)
-        if self.run_id:
+        # The others look at the checkpoints only after the first process.
+        if self.run_id and run.rank == 0:
             for home in {self.home(run), *run_id.homes(run.folder)}:
                 directory.recover(home)
 
@@ -108,22 +109,7 @@ class Checkpoint:
     def on_train_start(self, run: Run) -> None:
         """Prepare the folder, move superseded checkpoints away, check free space and write
         permission."""
-        weights = run.model.state_dict()  # on every process: a sharded model has to be gathered
-        if run.rank == 0:
-            from fundamentallm_checkpoint import resume, run_id, save, settings_diff
-            from fundamentallm_checkpoint.storage import directory
-
-            self.run_id = run_id.ensure_id(run.folder, self.run_id)
-            home = self.home(run)
-            run_id.note_home(run.folder, home)
-            directory.prepare(home)
-            resume.supersede(run, self)
-            self.unsound = set()  # they were moved away
-            resume.warn_if_not_resumable(run, self)
-            self._settings = run_id.settings_digest(run.folder), settings_diff.record(run)
-            if not run.ending:
-                save.check_can_save(home, run, weights, self.contents)
-        # On every process: all take part in a snapshot, so all must decide alike whether to save.
+        self.run_id = run.from_first(lambda: self._prepare(run))
         self._writer = self._new_writer(run)
 
     @hookimpl
@@ -157,15 +143,8 @@ class Checkpoint:
     def on_rewind(self, run: Run) -> None:
         """Move the checkpoints of the steps away that the rewind made void."""
         self._measured, self._candidate = (-1, {}), False
-        if run.rank == 0:
-            from fundamentallm_checkpoint import resume
-            from fundamentallm_checkpoint.storage import directory
-
-            # A run may rewind often: only what the last rewind moved away is kept.
-            for folder in self._superseded:
-                directory.remove_leftover(folder)
-            self._superseded, self.unsound = resume.supersede(run, self), set()
-            self._writer.existing = self._existing(run)
+        # Not before all processes have read the checkpoint.
+        run.from_first(lambda: self._give_up_later_ones(run))
 
     @hookimpl
     def on_train_end(self, run: Run) -> None:
@@ -197,6 +176,33 @@ class Checkpoint:
         if self._writer is not None:
             self._writer.collect(run, wait=True)
 
+    def _prepare(self, run: Run) -> str:
+        """Prepare the folder for checkpoints; return the run's id. In the first process only."""
+        from fundamentallm_checkpoint import resume, run_id, save, settings_diff
+        from fundamentallm_checkpoint.storage import directory
+
+        self.run_id = run_id.ensure_id(run.folder, self.run_id)
+        home = self.home(run)
+        run_id.note_home(run.folder, home)
+        directory.prepare(home)
+        resume.supersede(run, self)
+        self.unsound = set()  # they were moved away
+        resume.warn_if_not_resumable(run, self)
+        self._settings = run_id.settings_digest(run.folder), settings_diff.record(run)
+        if not run.ending:
+            save.check_can_save(home, run, run.model.state_dict(), self.contents)
+        return self.run_id
+
+    def _give_up_later_ones(self, run: Run) -> None:
+        from fundamentallm_checkpoint import resume
+        from fundamentallm_checkpoint.storage import directory
+
+        # A run may rewind often: only what the last rewind moved away is kept.
+        for folder in self._superseded:
+            directory.remove_leftover(folder)
+        self._superseded, self.unsound = resume.supersede(run, self), set()
+        self._writer.existing = self._existing(run)
+
     def _record(self, run: Run, metrics: dict[str, float]) -> None:
         # A step may be validated and logged: both events add to the metrics of its checkpoint.
         step, known = self._measured
@@ -215,62 +221,66 @@ class Checkpoint:
         )
 
     def _existing(self, run: Run) -> tuple[Manifest, ...]:
-        """Read the manifests of the run's checkpoints: at the start and after a rewind only."""
+        """Read the manifests of the run's checkpoints: at the start and after a rewind only.
+
+        In the first process, which alone decides what is saved and what stays.
+        """
         from fundamentallm_checkpoint.storage import directory
 
-        found = directory.sound(self.home(run), self.run_id) if self.run_id else []
-        # Another process than the first may read before the first has moved later ones away.
-        return tuple(one for one in found if one.step <= run.progress.step)
+        return () if run.rank else tuple(directory.sound(self.home(run), self.run_id))
 
     def _prepare_first_save(self, run: Run) -> None:
         """Check the room for a checkpoint, and prepare the memory for its copy.
 
         After the first step all state is there, also that of the optimizer and of plugins.
         """
+        snapshot = run.snapshot()  # on every process: a sharded model has to be gathered
+        run.from_first(lambda: self._reserve(run, snapshot))
+
+    def _reserve(self, run: Run, snapshot: Snapshot) -> None:
         from fundamentallm_checkpoint import save
 
-        snapshot = run.snapshot()  # on every process: a sharded model has to be gathered
-        if run.rank == 0:
-            goes_on = self.on_save_error == "continue"
-            size = save.check_size(self.home(run), snapshot, self.contents, goes_on=goes_on)
-            self._writer.buffer.reserve(size if self.asynchronous else 0)
+        goes_on = self.on_save_error == "continue"
+        size = save.check_size(self.home(run), snapshot, self.contents, goes_on=goes_on)
+        self._writer.buffer.reserve(size if self.asynchronous else 0)
 
     def _save_if_due(self, run: Run, *, milestone: bool) -> None:
-        from fundamentallm_checkpoint.storage import retention
-
-        self._follow_first_process(run)
-        draft = self._draft(run)
-        best = self._candidate and retention.is_among_best(draft, self._writer.known, self.rules())
+        # Only the first process knows which checkpoints there are, and whether it still writes one.
+        tags = run.from_first(lambda: self._tags(run, milestone=milestone))
         self._candidate = False
-        final = run.ending and (self.save_final or run.signal is not None)
-        if self.every.due(run.progress) or milestone or best or final:
-            tags = {
-                retention.MILESTONE: milestone,
-                # A run that a signal ended is expected to continue, so its last checkpoint is not
-                # final.
-                retention.FINAL: run.ending and run.signal is None,
-                retention.BEST: best,
-            }
-            self._save(run, draft.tagged(*(tag for tag, applies in tags.items() if applies)))
-
-    def _save(self, run: Run, draft: Manifest) -> None:
-        writer = self._writer
-        must_wait = self.when_busy == "wait" or draft.tags or run.ending
-        skips = writer.pending is not None and not must_wait
-        if not skips:
-            writer.collect(run, wait=True)
+        if tags is None:
+            return
+        self._writer.collect(run, wait=True)
         snapshot = run.snapshot()  # on every process: a sharded model has to be gathered
-        if run.rank:
-            # Only the first process writes. The others count the step as saved, so that all compare
-            # the next candidate for the best with the same checkpoints.
-            writer.existing = (*writer.existing, draft)
-        elif skips:
-            pending = writer.pending.request.draft.step
-            log.warning("step %d is not saved: step %d is being written", draft.step, pending)
-        else:
+        if run.rank == 0:
             # Nothing changes any more while the last checkpoint is written: it needs no copy.
             asynchronous = self.asynchronous and not run.ending
-            writer.save(run, self._request(run, snapshot, draft), asynchronous=asynchronous)
+            request = self._request(run, snapshot, self._draft(run).tagged(*tags))
+            self._writer.save(run, request, asynchronous=asynchronous)
+
+    def _tags(self, run: Run, *, milestone: bool) -> list[str] | None:
+        """Return the tags of the checkpoint of this step; None if it is not to be saved."""
+        from fundamentallm_checkpoint.storage import retention
+
+        writer, draft = self._writer, self._draft(run)
+        best = self._candidate and retention.is_among_best(draft, writer.known, self.rules())
+        final = run.ending and (self.save_final or run.signal is not None)
+        if not (self.every.due(run.progress) or milestone or best or final):
+            return None
+        applying = {
+            retention.MILESTONE: milestone,
+            # A run that a signal ended is expected to continue, so its last checkpoint is not
+            # final.
+            retention.FINAL: run.ending and run.signal is None,
+            retention.BEST: best,
+        }
+        tags = [tag for tag, applies in applying.items() if applies]
+        must_wait = self.when_busy == "wait" or tags or run.ending
+        if writer.pending is None or must_wait:
+            return tags
+        pending = writer.pending.request.draft.step
+        log.warning("step %d is not saved: step %d is being written", draft.step, pending)
+        return None
 
     def _request(self, run: Run, snapshot: Snapshot, draft: Manifest) -> SaveRequest:
         from fundamentallm_checkpoint import run_id
@@ -305,14 +315,3 @@ class Checkpoint:
             metrics=metrics if step == run.progress.step else {},
             contents=self.contents,
         )
-
-    def _follow_first_process(self, run: Run) -> None:
-        """Learn the run's id and checkpoints on other processes than the first.
-
-        The first one has written the id before the first step.
-        """
-        if not self.run_id:
-            from fundamentallm_checkpoint import run_id
-
-            self.run_id = run_id.read_id(run.folder)
-            self._writer.existing = self._existing(run)

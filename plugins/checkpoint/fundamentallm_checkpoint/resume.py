@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from fundamentallm import DataError, SettingsError, StorageError, command_line
+from fundamentallm import DataError, PeerError, SettingsError, StorageError, command_line
 from fundamentallm import Loaded as LoadedCheckpoint
 from fundamentallm_checkpoint import run_id, settings_diff
 from fundamentallm_checkpoint.storage import directory, manifest, retention, snapshot
@@ -49,6 +49,7 @@ class LoadRequest:
     name: str | None = None
     rules: Rules
     run: str = ""
+    any_copy: bool = False
     resumes: bool = True
     unsound: set[Path] = attrs.field(factory=set, eq=False)
 
@@ -118,7 +119,12 @@ def read(instances: dict[str, Checkpoint], run: Run, *, resumes: bool) -> Snapsh
     # "best" is a matter of ``monitor`` and ``mode``: those of an instance that keeps the best.
     judge = next((one for one in instances.values() if one.keep_best), first)
     request = LoadRequest(
-        name=run.wanted_checkpoint, rules=judge.rules(), run=known, resumes=resumes
+        name=run.wanted_checkpoint,
+        rules=judge.rules(),
+        run=known,
+        # The first process has chosen the step, perhaps from another folder than the first.
+        any_copy=run.rank > 0,
+        resumes=resumes,
     )
     for instance in instances.values():
         instance.unsound = request.unsound
@@ -171,7 +177,10 @@ def warn_if_not_resumable(run: Run, instance: Checkpoint) -> None:
 def add_advice(run: Run, instance: Checkpoint) -> None:
     """Add to the error of a failed run its newest usable checkpoint and the command to resume."""
     # Settings or data have to be corrected first; resuming would repeat the error.
-    if run.error is None or run.rank or isinstance(run.error, SettingsError | DataError):
+    if run.error is None or isinstance(run.error, SettingsError | DataError):
+        return
+    # A process that has lost another one may be the only one left that can give the advice.
+    if run.rank and not isinstance(run.error, PeerError):
         return
     home = instance.home(run)
     found = directory.sound(home, instance.run_id) if instance.run_id else []
@@ -207,7 +216,7 @@ def _candidates(there: list[Path], request: LoadRequest) -> list[Path]:
         # Two instances may have saved the same step.
         listed = ", ".join(dict.fromkeys(f.name for f in there)) or "none"
         raise StorageError(f"{missing} (checkpoints: {listed})")
-    return chosen[:1]
+    return chosen if request.any_copy else chosen[:1]
 
 
 def _load(folder: Path, request: LoadRequest) -> Loaded:

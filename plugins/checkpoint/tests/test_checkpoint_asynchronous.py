@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fundamentallm import Period, StorageError, field, hookimpl, plugin, train
-from fundamentallm.testing import Recorder, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm.testing import Recorder, TinyRun, TwoProcesses, assert_same_weights, compose_tiny
 from fundamentallm_checkpoint import Checkpoint, resume
 from fundamentallm_checkpoint.resume import LoadRequest
 from fundamentallm_checkpoint.storage import durable_files
@@ -159,9 +159,12 @@ class Refuses(durable_files.System):
     def write(self, number: int, data: memoryview) -> int:
         place = str(Path(f"/proc/self/fd/{number}").readlink())
         _, found, rest = place.partition(".tmp-")
-        if found and rest[:8].isdecimal() and int(rest[:8]) >= self.step:
+        if found and rest[:8].isdecimal() and self.refuses(int(rest[:8])):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         return super().write(number, data)
+
+    def refuses(self, step: int) -> bool:
+        return step >= self.step
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -242,6 +245,37 @@ def test_a_save_that_is_due_while_one_is_written_is_skipped_with_when_busy_skip(
     assert saved(run.folder / "checkpoints") == [2, 8, 9]
     said = [r.getMessage() for r in caplog.records if "is being written" in r.getMessage()]
     assert said == [f"step {step} is not saved: step 2 is being written" for step in (4, 6)]
+
+
+def test_two_processes_skip_the_same_saves(
+    gate: Gate, two_processes: TwoProcesses, tmp_path: Path
+) -> None:
+    kept = Checkpoint(every=Period(2), keep_last=9, when_busy="skip")
+    for one in two_processes(kept, opens(7, gate), length=9):
+        assert one.outcome == "finished", one.error
+    assert saved(tmp_path / "run" / "checkpoints") == [2, 8, 9]
+
+
+class RefusesEarly(Refuses):
+    """A disk that takes nothing of the steps before ``step``."""
+
+    def refuses(self, step: int) -> bool:
+        return step < self.step
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_two_processes_compare_with_the_checkpoints_that_there_are(
+    asynchronous: bool,
+    two_processes: TwoProcesses,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(durable_files, "system", RefusesEarly(6))
+    settings = {"keep_best": 1, "mode": "max", "on_save_error": "continue", "save_final": False}
+    kept = Checkpoint(every=Period(99), asynchronous=asynchronous, **settings)
+    first, second = two_processes(kept, length=7, validate_every=2)
+    assert (first.outcome, second.outcome) == ("finished", "finished"), first.error
+    assert saved(tmp_path / "run" / "checkpoints") == [6]
 
 
 def test_a_milestone_is_never_skipped(gate: Gate, tiny_run: TinyRun) -> None:

@@ -115,25 +115,6 @@ def test_an_invalid_id_is_reported(text: str, tiny_run: TinyRun, tmp_path: Path)
         tiny_run(shared(tmp_path), length=2)
 
 
-def test_every_process_learns_the_id(tiny_run: TinyRun, tmp_path: Path) -> None:
-    @plugin
-    class First:
-        """Act as the first process; this process is the second one."""
-
-        @hookimpl
-        def adapt_model(self, run: Run) -> None:
-            run.rank = 1
-
-        @hookimpl
-        def on_step_start(self, run: Run) -> None:
-            (run.folder / "run-id").write_text("0123456789ab\n")
-
-    kept = shared(tmp_path)
-    run = tiny_run(First(), kept, length=2)
-    assert kept.home(run) == tmp_path / "store" / "run" / "0123456789ab"
-    assert not (tmp_path / "store").exists()
-
-
 # Checkpoints of two runs in one folder, as only a person can bring them together.
 
 MINE, THEIRS = "a" * 12, "b" * 12

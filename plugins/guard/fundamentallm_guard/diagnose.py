@@ -102,7 +102,7 @@ def _first_module(run: Run) -> str | None:
         module.register_forward_hook(partial(note, name))
         for name, module in run.model.named_modules()
     ]
-    logged = run.swap_logged()
+    logged, weight = run.swap_logged(), run.weight
     try:
         # Compiled code runs without the hooks of modules.
         with torch.compiler.set_stance("force_eager"):
@@ -110,7 +110,7 @@ def _first_module(run: Run) -> str | None:
                 run.weight = batch.weight
                 run.hook.forward(run=run, batch=batch)
     finally:
-        run.weight = 1.0
+        run.weight = weight
         run.swap_logged(logged)
         for hook in hooks:
             hook.remove()
