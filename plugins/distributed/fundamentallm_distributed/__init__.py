@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +51,12 @@ class Ddp(Processes):
 
         self._ddp = replicate(model, bucket_mb=self.bucket_mb, find_unused=self.find_unused)
         return self._ddp  # type: ignore[no-any-return]
+
+    def release(self, run: Run) -> None:
+        """Unwrap the model: a wrapper that outlives its process group may hang when it is freed."""
+        if self._ddp is not None:
+            self._ddp, run.module = None, run.model
+            gc.collect()  # the wrapper refers to itself
 
     @hookimpl(wrapper=True)
     def train_microbatch(self, is_last: bool) -> Generator[None, None, None]:

@@ -60,6 +60,10 @@ class Processes:
                     yield
             finally:
                 self._control = None
+                self.release(run)
+
+    def release(self, run: Run) -> None:
+        """Free what uses the process group, which is destroyed next."""
 
     def _compare_settings(self, run: Run) -> None:
         """Check that all processes were started with the same settings and versions."""

@@ -149,3 +149,14 @@ def test_srun_starts_processes_without_torchrun() -> None:
     }
     for nodes, host in (("n1", "n1"), ("a-[3,5]-x,b", "a-3-x"), ("n1,n2", "n1")):
         assert first_host(nodes) == host
+
+
+def test_the_model_of_a_finished_run_is_not_wrapped(tmp_path: Path) -> None:
+    from fundamentallm import train
+    from fundamentallm.testing import compose_tiny, in_processes
+
+    def work(_: int) -> bool:
+        run = train(compose_tiny("ddp"), run_dir=tmp_path / "run")
+        return run.module is run.model
+
+    assert in_processes(2, work) == [True, True]
