@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -273,8 +274,9 @@ class IsRank1:
     """Makes this process the second one of a run."""
 
     @hookimpl
-    def build_tokenizer(self, run: Run) -> None:
+    def join_processes(self, run: Run) -> AbstractContextManager[None]:
         run.rank = 1
+        return nullcontext()
 
 
 def _exact(rows: list[Row]) -> list[dict[str, str]]:

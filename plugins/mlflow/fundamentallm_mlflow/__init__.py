@@ -105,7 +105,7 @@ class Mlflow:
         from fundamentallm_mlflow.child import Worker
         from fundamentallm_mlflow.tracking_uri import store_of
 
-        if run.rank:
+        if run.rank:  # the first process logs for all
             return
         self._uri = store_of(self.tracking_uri, self._folder(run))
         request = self.request(run.folder, self._uri)
@@ -121,9 +121,6 @@ class Mlflow:
 
         worker = self._worker
         if worker is None:
-            return
-        if run.rank:  # the rank is known only now; rank 0 logs for all processes
-            self._drop_worker()
             return
         run.report("opening the MLflow store", 0)
         self._check(run, reply := worker.wait_open(lambda: run.signal is not None))

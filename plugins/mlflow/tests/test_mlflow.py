@@ -22,8 +22,9 @@ from fundamentallm import (
     StorageError,
     hookimpl,
     plugin,
+    state,
 )
-from fundamentallm.testing import PluginContract, Recorder, TinyRun
+from fundamentallm.testing import PluginContract, Recorder, TinyRun, TwoProcesses
 from fundamentallm_mlflow import Mlflow
 from fundamentallm_mlflow.child import FinalWait, Worker
 from fundamentallm_mlflow.cli import mlflow as command
@@ -190,6 +191,26 @@ def workers() -> list[psutil.Process]:
     """Return the processes that ship: others of this one may have children of their own here."""
     mine = [one for one in psutil.Process().children() if one.status() != "zombie"]
     return [one for one in mine if "fundamentallm_mlflow.worker" in one.cmdline()]
+
+
+@plugin
+class CountsWorkers:
+    """Counts the workers of its process."""
+
+    found: int = state(0)
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        self.found = len(workers())
+
+
+def test_two_processes_are_one_run_with_one_worker(look: Any, two_processes: TwoProcesses) -> None:
+    first, second = two_processes(logger("pair"), CountsWorkers(), length=6)
+    assert [one.states["counts_workers"]["found"] for one in (first, second)] == [1, 0]
+    kept = look.run("pair")
+    assert (kept.info.status, kept.data.tags["world_size"]) == ("FINISHED", "2")
+    losses = [(int(row["step"]), row["train/loss"]) for row in first.history]
+    assert look.points(kept, "train/loss") == losses
 
 
 @plugin

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from fundamentallm import Run
     from fundamentallm_throughput.clock import Clock
+    from fundamentallm_throughput.slow_process import SlowProcess
     from fundamentallm_throughput.step_timer import StepTimer
 
 __all__ = ["Throughput"]
@@ -41,23 +42,29 @@ class Throughput:
     else six per parameter."""
     peak_flops: float | None = field(default=None, validator=optional(gt(0)))
     """Peak operations per second of one device; by default those of a known GPU."""
+    slow_factor: float = field(default=1.5, validator=gt(1))
+    """Warn of a process that takes this many times as long as the median process for data and
+    forward passes, in three rows in a row, and costs a tenth of the step time."""
     table: bool = True
     """Print the table of times at the end; the file has it in any case."""
 
     def __attrs_post_init__(self) -> None:
         # Not settings, not state: what lives as long as the process.
         self._timer: StepTimer | None = None
+        self._slow: SlowProcess | None = None
         self._peak: float | None = None
         self._off = False
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
         """Time all hooks that are called from now on."""
+        from fundamentallm_throughput.slow_process import SlowProcess
         from fundamentallm_throughput.step_timer import StepTimer
 
         names = [name for name, one in run.plugins.items() if isinstance(one, Throughput)]
         if len(names) > 1:
             raise SettingsError(f"{' and '.join(names)} are both throughput: list it once")
+        self._slow = SlowProcess(self.slow_factor)
         self._timer = StepTimer(run, names[0], self.sample_every, self.clock(run))
 
     def clock(self, run: Run) -> Clock:
@@ -92,7 +99,7 @@ class Throughput:
         if scope != "row" or self._off:
             return metrics
         try:
-            return metrics | self._measured(run)
+            return self._compared(run, metrics | self._measured(run))
         except Exception as error:  # a wrapper of an observer is not muted for long
             self._off = True
             log.warning("throughput logs nothing from now on: %r", error, exc_info=error)
@@ -123,3 +130,10 @@ class Throughput:
             flops = self.flops_per_token or flops_per_token(run.model, length)
             found["perf/mfu"] = flops * tokens / (self._peak * run.world_size)
         return found | memory(run) if found else {}
+
+    def _compared(self, run: Run, metrics: dict[str, float]) -> dict[str, float]:
+        if self._slow is None or self._timer is None or run.world_size == 1:
+            return metrics
+        found = self._slow.compared(run, metrics)
+        self._slow.log_own(run, self._timer.samples)
+        return found

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MOST_PENDING = 10_000
 """Largest number of samples that wait for the next row; of more, the oldest are dropped."""
 
+RECENT = 8
+"""Number of samples that processes are compared by."""
+
 
 def turns(every: int, random: Random) -> Iterator[tuple[int, int]]:
     """Yield the steps to time, counted from 1, and the number of steps that each represents.
@@ -54,6 +57,8 @@ class Samples:
         """Seconds in hooks by phase and plugin."""
         self.first: dict[Key, float] = {}
         """Seconds of the first step, which represents no other."""
+        self.recent: deque[dict[Key, float]] = deque(maxlen=RECENT)
+        """Seconds of the last samples."""
         self.pending: deque[Sample] = deque(maxlen=MOST_PENDING)
         """Samples that the device has not completed: weight, begin, end and parts."""
         self._marks = marks
@@ -70,6 +75,7 @@ class Samples:
         if not weight:
             self.first = found
             return
+        self.recent.append(found)
         self.count += 1
         self.weight += weight
         self.seconds += weight * (self._marks.seconds(end, start) - between)

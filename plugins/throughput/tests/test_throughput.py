@@ -28,6 +28,7 @@ from fundamentallm.testing import (
     TinyData,
     TinyModel,
     TinyRun,
+    TwoProcesses,
     assert_same_weights,
 )
 from fundamentallm_throughput import Throughput
@@ -861,3 +862,53 @@ def test_no_step_reads_a_device_value(tiny_run: TinyRun, tmp_path: Path):
         counts.append(reads.count)
     # Those are PyTorch's own: an AdamW that is not fused keeps its count of steps in a tensor.
     assert counts[0] == counts[1] > 0
+
+
+# --- several processes
+
+
+@plugin
+class SlowIn:
+    """Takes some time for its forward passes, in one process more, and waits in the others."""
+
+    now: Seconds
+    slow: int
+    seconds: float = 3.0
+
+    @hookimpl(wrapper=True)
+    def train_microbatch(self, run: Run):
+        answer = yield
+        self.now.time += self.seconds - self.own(run)
+        return answer
+
+    @hookimpl(wrapper=True)
+    def forward(self, run: Run):
+        if run.phase == "train":
+            self.now.time += self.own(run)
+        return (yield)
+
+    def own(self, run: Run) -> float:
+        return self.seconds if run.rank == self.slow else 1.0
+
+
+@pytest.mark.parametrize("seconds", [3.0, 1.25])
+def test_a_process_that_slows_the_others_down_is_named(two_processes: TwoProcesses, seconds: float):
+    now = Seconds()
+    listed = "console", timing(Clock(now), sample_every=1), SlowIn(now=now, slow=1, seconds=seconds)
+    first, second = two_processes(*listed, length=12, log_every=2)
+    names = ("slowest_process", "slowest_process_own_ms", "median_process_own_ms", "step_ms")
+    rows = [tuple(row.get(f"perf/{name}") for name in names) for row in first.history]
+    step = 1000.0 * seconds
+    assert rows == [(None, None, None, step), *[(1.0, step, 1000.0, step)] * 5]
+    assert second.history == first.history
+    said = (first.folder / "train.log").read_text().count("process 1 slows the others down")
+    assert said == (1 if seconds == 3.0 else 0)
+
+
+def test_several_processes_have_the_tokens_and_the_peak_of_all(two_processes: TwoProcesses):
+    now = Seconds()
+    watch = timing(Clock(now), peak_flops=1e9, flops_per_token=5.0)
+    for one in two_processes(watch, SlowIn(now=now, slow=-1, seconds=2.0), length=4):
+        # A batch of 4 samples in 2 seconds, on two devices.
+        assert [row["perf/tokens_per_second"] for row in one.history] == [2.0, 2.0]
+        assert [row["perf/mfu"] for row in one.history] == [5.0 * 2.0 / 2e9] * 2
