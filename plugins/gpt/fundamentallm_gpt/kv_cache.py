@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fundamentallm_gpt.shapes import Shape
-
 
 class KeyValueCache:
-    """Keys and values of every layer, (L, B, K, capacity, D); the first ``length`` are filled.
+    """Keys and values of every layer, (B, K, capacity, D); the first ``length`` are filled.
 
     ``mask``, (new tokens, all tokens), is true where a new token may attend. It is None if
     ``is_causal`` is true, or if there is one new token, which attends to all.
     """
 
-    def __init__(self, shape: Shape, batch_size: int, capacity: int, *, like: Tensor) -> None:
-        size = (shape.num_layers, batch_size, shape.num_kv_heads, capacity, shape.head_width)
-        self.keys = like.new_zeros(size)
-        self.values = like.new_zeros(size)
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.batch_size = batch_size
         self.capacity = capacity
         self.length = 0
@@ -46,12 +39,18 @@ class KeyValueCache:
         self.mask = None
         if self._start and new > 1:
             # is_causal would align the mask with the first token, not with the last.
-            all_true = torch.ones(new, end, dtype=torch.bool, device=self.keys.device)
+            all_true = torch.ones(new, end, dtype=torch.bool, device=tokens.device)
             self.mask = all_true.tril(diagonal=self._start)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append one layer's keys and values, (B, K, T, D); return those of all tokens."""
+        if layer not in self.layers:
+            # The layer decides the size: in tensor parallelism it has a part of the K heads.
+            batch_size, heads, _, width = keys.shape
+            size = (batch_size, heads, self.capacity, width)
+            self.layers[layer] = keys.new_zeros(size), values.new_zeros(size)
         old, new = self._start, self.length
-        self.keys[layer, :, :, old:new] = keys
-        self.values[layer, :, :, old:new] = values
-        return self.keys[layer, :, :, :new], self.values[layer, :, :, :new]
+        all_keys, all_values = self.layers[layer]
+        all_keys[:, :, old:new] = keys
+        all_values[:, :, old:new] = values
+        return all_keys[:, :, :new], all_values[:, :, :new]

@@ -18,6 +18,7 @@ from fundamentallm_gpt.rope import Rotation, rotate, rotation
 
 if TYPE_CHECKING:
     from fundamentallm_gpt.shapes import Shape
+    from fundamentallm_gpt.tensor_parallel import TensorParallelPlan
 
 
 class GPT(nn.Module):
@@ -80,12 +81,15 @@ class GPT(nn.Module):
         ``tokens``: (B, T) int64. With a ``cache`` they continue the tokens in it, and are added
         to it. Raises ``ValueError`` if they exceed the context or the cache.
         """
-        return self._scores(self._hidden(tokens, cache))[..., : self.vocab_size]
+        scores = self._scores(self._hidden(tokens, cache))
+        # In tensor parallelism a process has the scores of a part of the vocabulary.
+        collect = getattr(scores, "full_tensor", None)
+        everything: Tensor = scores if collect is None else collect()
+        return everything[..., : self.vocab_size]
 
     def make_cache(self, batch_size: int, length: int) -> KeyValueCache:
         """Return an empty cache for ``batch_size`` sequences of up to ``length`` tokens."""
-        weight = self.embed.weight
-        return KeyValueCache(self.shape, batch_size, min(length, self.context_length), like=weight)
+        return KeyValueCache(batch_size, min(length, self.context_length))
 
     def num_parameters(self) -> int:
         """Return the number of parameters with embeddings; a tied one counts once."""
@@ -104,6 +108,15 @@ class GPT(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
         attention = 12 * self.shape.num_layers * self.shape.d_model * window
         return 6 * (matrices + output.numel()) + attention
+
+    def tensor_parallel_plan(self, size: int) -> TensorParallelPlan:
+        """Return how to split the model over ``size`` processes; the model stays as it is.
+
+        Raises ``SettingsError`` if its heads or its feed-forward layers cannot be split so.
+        """
+        from fundamentallm_gpt.tensor_parallel import plan
+
+        return plan(self, size)
 
     def _hidden(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         start = 0 if cache is None else cache.length
@@ -178,9 +191,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.width = shape.head_width
         self.grouped = shape.num_kv_heads < shape.num_heads
-        self.sizes = [shape.d_model, *[shape.num_kv_heads * self.width] * 2]
+        self.widths = shape.qkv_widths
         # One product for queries, keys and values, in this order.
-        self.qkv = nn.Linear(shape.d_model, sum(self.sizes), bias=shape.bias)
+        self.qkv = nn.Linear(shape.d_model, sum(self.widths), bias=shape.bias)
         self.out = nn.Linear(shape.d_model, shape.d_model, bias=shape.bias)
         # Henry et al., "Query-Key Normalization for Transformers" (2020, arXiv:2010.04245), with
         # learned norms.
@@ -191,10 +204,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Rotation | None, cache: KeyValueCache | None) -> Tensor:
         """Return the attention output of each token over itself and earlier ones, (B, T, C)."""
         qkv: Tensor = self.qkv(x)
+        # In tensor parallelism a process has the same part of the heads of each.
+        widths = [width * qkv.shape[-1] // sum(self.widths) for width in self.widths]
         # (B, T, heads x D) -> (B, heads, T, D)
         query, key, value = (
             part.view(*part.shape[:2], -1, self.width).transpose(1, 2)
-            for part in torch.split(qkv, self.sizes, dim=-1)
+            for part in torch.split(qkv, widths, dim=-1)
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

@@ -64,6 +64,11 @@ class Shape:
         """Width of one head's queries, keys and values."""
         return self.d_model // self.num_heads
 
+    @property
+    def qkv_widths(self) -> list[int]:
+        """Widths of the queries, the keys and the values of all heads."""
+        return [self.d_model, *[self.num_kv_heads * self.head_width] * 2]
+
 
 DEFAULT: dict[str, Any] = {
     "num_layers": 4,
