@@ -17,6 +17,8 @@ from fundamentallm_gpt.kv_cache import KeyValueCache
 from fundamentallm_gpt.rope import Rotation, rotate, rotation
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fundamentallm_gpt.shapes import Shape
     from fundamentallm_gpt.tensor_parallel import TensorParallelPlan
 
@@ -81,11 +83,7 @@ class GPT(nn.Module):
         ``tokens``: (B, T) int64. With a ``cache`` they continue the tokens in it, and are added
         to it. Raises ``ValueError`` if they exceed the context or the cache.
         """
-        scores = self._scores(self._hidden(tokens, cache))
-        # In tensor parallelism a process has the scores of a part of the vocabulary.
-        collect = getattr(scores, "full_tensor", None)
-        everything: Tensor = scores if collect is None else collect()
-        return everything[..., : self.vocab_size]
+        return _whole(self._scores(self._hidden(tokens, cache)))[..., : self.vocab_size]
 
     def make_cache(self, batch_size: int, length: int) -> KeyValueCache:
         """Return an empty cache for ``batch_size`` sequences of up to ``length`` tokens."""
@@ -140,7 +138,9 @@ class GPT(nn.Module):
         logits = self._scores(hidden)
         # A softmax over a vocabulary needs float32; float64 stays float64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+        return _whole(
+            nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+        )
 
     def _chunked_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss over tokens, (tokens, C); logits of one chunk only exist at a time.
@@ -257,6 +257,12 @@ class FeedForward(nn.Module):
             inner = nn.functional.silu(self.gate(x)) * up
         down: Tensor = self.dropout(self.down(inner))
         return down
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, of which a process may have a part in tensor parallelism."""
+    collect: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if collect is None else collect()
 
 
 def _norm(shape: Shape, width: int) -> nn.Module:

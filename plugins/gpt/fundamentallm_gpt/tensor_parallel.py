@@ -18,7 +18,6 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     PrepareModuleInputOutput,
-    PrepareModuleOutput,
     RowwiseParallel,
 )
 
@@ -91,21 +90,22 @@ def _rows_by_process(shape: Shape, size: int) -> Tensor:
 
 
 def _outer_styles(shape: Shape) -> dict[str, ParallelStyle]:
-    """Return the styles outside of the blocks; embedding and scores are split by token."""
+    """Return the styles outside of the blocks. The output layer is split by token."""
     same = Replicate()
-    # Without position embeddings, no operation would wait for the all-reduce of the embedding
-    # before a block, and a compiled block would get a tensor that is not ready. Two collectives
-    # with the same traffic end with a tensor that is.
-    summed = same if shape.positions == "learned" else Shard(-1)
+    # Without position embeddings, no operation would wait for an all-reduce of the embedding
+    # before the first block, which fails if it is compiled. Two collectives with the same traffic
+    # end with a tensor that is complete.
+    embedded = same if shape.positions == "learned" else Shard(-1)
+    # Split by token, the gradient of a lookup would be a whole matrix in each process.
+    style = RowwiseParallel if shape.tie_embeddings else ColwiseParallel
     found: dict[str, ParallelStyle] = {
         # A DTensor until the position embedding, a parameter that no module reads, is added.
-        "embed": RowwiseParallel(input_layouts=same, output_layouts=summed, use_local_output=False),
+        "embed": style(input_layouts=same, output_layouts=embedded, use_local_output=False),
         "dropout": PrepareModuleInput(
-            input_layouts=summed, desired_input_layouts=same, use_local_output=True
+            input_layouts=embedded, desired_input_layouts=same, use_local_output=True
         ),
         # A DTensor until the loss, since only loss_parallel knows how to normalize split scores.
         "norm": _norm_style(same, use_local_output=False),
-        "": PrepareModuleOutput(output_layouts=same, desired_output_layouts=same),
     }
     if not shape.tie_embeddings:
         found["head"] = ColwiseParallel()
