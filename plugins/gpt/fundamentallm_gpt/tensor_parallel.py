@@ -85,7 +85,9 @@ def _rows_by_process(shape: Shape, size: int) -> Tensor:
     The part of each process then has the order of the whole: its queries, its keys, its values.
     """
     widths = shape.qkv_widths
-    parts = [rows.chunk(size) for rows in torch.split(torch.arange(sum(widths)), widths)]
+    parts = [
+        rows.chunk(size) for rows in torch.split(torch.arange(sum(widths), device="cpu"), widths)
+    ]
     return torch.cat([part for of_one in zip(*parts, strict=True) for part in of_one])
 
 
