@@ -136,41 +136,45 @@ def assert_near(found: Tensor, expected: Tensor, name: str) -> None:
 
 
 def compare_gradients(
-    mesh: DeviceMesh, chosen: dict[str, Any], chunks: int, vocab_size: int
+    mesh: DeviceMesh, cases: dict[str, dict[str, Any]], chunks: int, vocab_size: int
 ) -> None:
-    one, two = (make(chosen, vocab_size=vocab_size) for _ in range(2))
-    plan = split(two, mesh)
-    one.loss_chunks = two.loss_chunks = chunks
-    inputs, targets = batch(vocab_size=vocab_size)
-    expected = one(inputs, targets)
-    expected.backward()
-    with loss_parallel():
-        loss = two(inputs, targets)
-        loss.backward()
-    assert type(loss) is Tensor
-    assert_near(loss, expected, "loss")
-    for name, parameter in two.named_parameters():
-        assert isinstance(parameter, DTensor), name
-        assert_near(join(plan, name, parameter.grad), one.get_parameter(name).grad, name)
-    shares = {name: p.to_local().numel() / p.numel() for name, p in two.named_parameters()}
-    halves = [name for name, share in shares.items() if share == 0.5]
-    assert sum(p.numel() for p in two.blocks.parameters() if p.ndim == 2) == sum(
-        two.get_parameter(name).numel()
-        for name in halves
-        if name.startswith("blocks.") and two.get_parameter(name).ndim == 2
-    )
+    for case, chosen in cases.items():
+        one, two = (make(chosen, vocab_size=vocab_size) for _ in range(2))
+        plan = split(two, mesh)
+        one.loss_chunks = two.loss_chunks = chunks
+        expected = one(*batch(vocab_size=vocab_size))
+        expected.backward()
+        with loss_parallel():
+            loss = two(*batch(vocab_size=vocab_size))
+            loss.backward()
+        assert type(loss) is Tensor
+        assert_near(loss, expected, f"{case}: loss")
+        for name, parameter in two.named_parameters():
+            gradient = one.get_parameter(name).grad
+            assert_near(join(plan, name, parameter.grad), gradient, f"{case}: {name}")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_compute_the_loss_and_the_gradients_of_one(case: str, tmp_path: Path) -> None:
-    in_two_processes(compare_gradients, tmp_path, CASES[case], 1, 12)
+def test_two_processes_compute_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
+    in_two_processes(compare_gradients, tmp_path, CASES, 1, 12)
 
 
-@pytest.mark.parametrize("chosen", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_a_loss_in_chunks_and_an_odd_vocabulary_change_no_gradient(
-    chosen: dict[str, Any], tmp_path: Path
-) -> None:
-    in_two_processes(compare_gradients, tmp_path, chosen, 4, 11)
+def test_a_loss_in_chunks_and_an_odd_vocabulary_change_no_gradient(tmp_path: Path) -> None:
+    in_two_processes(compare_gradients, tmp_path, {"gpt2": GPT2, "llama": LLAMA}, 4, 11)
+
+
+def count_elements(mesh: DeviceMesh) -> dict[str, float]:
+    model = make(CASES["gpt2 untied, with normalized queries"])
+    split(model, mesh)
+    return {name: p.to_local().numel() / p.numel() for name, p in model.named_parameters()}
+
+
+def test_each_process_has_half_of_each_matrix(tmp_path: Path) -> None:
+    shares = in_two_processes(count_elements, tmp_path)
+    assert set(shares.values()) == {0.5, 1.0}
+    whole = {name for name, share in shares.items() if share == 1}
+    assert {name for name in whole if "norm" not in name and not name.endswith(".bias")} == {
+        "positions.weight"
+    }
 
 
 def finish_gradients(model: GPT) -> list[Tensor]:
