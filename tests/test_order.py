@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import tomli
@@ -12,7 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fundamentallm import compose, train
-from fundamentallm.testing import weights
+from fundamentallm.host import get_state
+from fundamentallm.testing import in_processes, weights
 
 SETTINGS = Path(__file__).parent.parent / "settings"
 LISTED = tomli.loads((SETTINGS / "quickstart.toml").read_text())["plugins"]
@@ -89,3 +91,43 @@ def test_the_quickstart_with_mlflow_first_or_last_ends_in_the_same_bits(
     others = [name for name in LISTED if name != "mlflow"]
     for plugins in (["mlflow", *others], [*reversed(others), "mlflow"]):
         assert finished(plugins, tmp_path_factory.mktemp("run"), cache) == expected
+
+
+PROCESSES = ["guard", "ema", "validation", "early_stopping", "throughput", "csv", "accumulate"]
+
+
+def in_two_processes(plugins: list[str], folder: Path, cache: Path):
+    """Train the small quickstart in two processes; return what may not differ, of each of them."""
+    shuffled = folder / "shuffled.toml"
+    shuffled.write_text(f"extends = '{SETTINGS / 'quickstart.toml'}'\nplugins = {plugins}\n")
+    overrides = [*SMALL, f"text.cache_dir='{cache}/text'", "ddp.timeout=20", "guard.spike='skip'"]
+    overrides.append("accumulate.microbatches=2")
+
+    def work(_: int):
+        run = train(compose(shuffled, overrides=overrides), run_dir=folder / "run")
+        rows = [
+            {name: value for name, value in row.items() if not name.startswith(("perf", "system"))}
+            for row in run.history
+        ]
+        # The state of early_stopping has the time of its last measurement.
+        names = sorted(run.plugins.keys() - {"early_stopping"})
+        states = {name: get_state(run.plugins[name]) for name in names}
+        bits = [tensor.numpy().tobytes() for _, tensor in sorted(weights(run).items())]
+        return run.outcome, repr(rows), repr(states), hashlib.sha256(b"".join(bits)).hexdigest()
+
+    return in_processes(2, work)
+
+
+def test_any_shuffle_of_a_long_list_ends_in_the_same_bits_in_two_processes(tmp_path):
+    pytest.importorskip("fundamentallm_distributed")
+    plugins = [name for name in LISTED if name != "mlflow"] + [*PROCESSES, "ddp"]
+    found = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found.append(in_two_processes(plugins, folder, tmp_path))
+        Random(number).shuffle(plugins)
+    first, second = found[0]
+    assert first == second
+    assert first[0] == "finished"
+    assert found[1:] == found[:1] * 2

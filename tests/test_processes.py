@@ -30,7 +30,8 @@ def settings(tmp_path):
 
 
 def test_two_processes_are_one_run_with_one_folder_and_one_file_of_rows(settings):
-    folder = settings("jsonl", "console", "checkpoint", "ddp", ddp={"timeout": 20})
+    observers = "jsonl", "console", "progress", "throughput"
+    folder = settings(*observers, "checkpoint", "ddp", ddp={"timeout": 20})
     first, second = ranks.run(["train", "tiny.toml"], folder)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert [path.name for path in (folder / "runs").iterdir()] == ["tiny"]

@@ -306,3 +306,20 @@ def test_a_device_that_answers_no_more_does_not_cost_the_report(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.mem_get_info", failed)
     assert memory("cuda") == {"unknown": "CUDA error: device-side assert triggered"}
+
+
+@plugin
+class BreaksSecond:
+    """Raises an error in one process."""
+
+    @hookimpl
+    def on_step_end(self, run):
+        if run.rank and run.progress.step == 2:
+            raise RuntimeError("broken on purpose")
+
+
+def test_of_two_processes_each_reports_its_own_error(two_processes):
+    first, second = two_processes(CrashReport(), BreaksSecond())
+    assert "broken on purpose" in str(second.error)
+    for folder, text in (("crash", "PeerError"), ("crash-rank-1", "broken on purpose")):
+        assert text in (first.folder / folder / "traceback.txt").read_text()

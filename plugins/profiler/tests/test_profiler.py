@@ -13,7 +13,7 @@ import torch
 from python_calls import CallsBetween
 
 from fundamentallm import Run, SettingsError, hookimpl, plugin
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights
+from fundamentallm.testing import PluginContract, TinyRun, TwoProcesses, assert_same_weights
 from fundamentallm_profiler import Gc, Profiler
 
 
@@ -355,3 +355,15 @@ def test_wrong_settings_are_an_error_before_the_run_starts(tiny_run, name, table
     with pytest.raises(SettingsError) as caught:
         tiny_run(name, settings={name: table})
     assert any(complaint in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize("all_ranks", [True, False])
+def test_of_two_processes_one_or_both_are_recorded(
+    two_processes: TwoProcesses, all_ranks: bool
+) -> None:
+    profiler = Profiler(start=2, steps=1, warmup=0, all_ranks=all_ranks)
+    for one in two_processes(profiler, length=4):
+        assert one.outcome == "finished", one.error
+    ends = ["-rank0", "-rank1"] if all_ranks else [""]
+    found = sorted(path.name for path in (one.folder / "profile").glob("trace-*"))
+    assert found == [f"trace-00000002{end}.json.gz" for end in ends]

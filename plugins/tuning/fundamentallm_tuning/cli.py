@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fundamentallm import compose, settings_options
+from fundamentallm import SettingsError, compose, settings_options
 
 AMOUNT = click.IntRange(min=1)
 RATE = click.FloatRange(min=0, max=1e6, min_open=True)
+SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def in_one_process() -> None:
+    """Raise ``SettingsError`` if torchrun or srun started this process as one of several."""
+    for name in SIZES:
+        size = os.environ.get(name, "1")
+        if size != "1":
+            raise SettingsError(
+                f"this command tries the settings in one process, but it is one of several ({name} "
+                f"is {size}): call it without a launcher; the plugins in the list may stay"
+            )
 
 
 @click.command()
@@ -25,6 +38,7 @@ def check(settings: Path, steps: int | None, overfit_one_batch: bool, **choice: 
     With --overfit-one-batch: trains on the first batch alone until its loss is near zero. Ends
     with the exit code of the run's error; with 1 if that batch cannot be learned.
     """
+    in_one_process()
     if overfit_one_batch:
         composed = compose(settings, **choice)
         from fundamentallm_tuning.overfit import learn
@@ -56,6 +70,7 @@ def lr_finder(settings: Path, low: float, high: float, steps: int, **choice: Any
 
     Ends with exit code 1 if the loss never falls, with 3 if it is not finite from the start.
     """
+    in_one_process()
     if not low < high:
         raise click.BadParameter(f"--min {low:g} is not below --max {high:g}")
     composed = compose(settings, **choice)
@@ -80,6 +95,7 @@ def batch_size_finder(
     settings: Path, low: int, high: int, keep_step_size: bool, **choice: Any
 ) -> None:
     """Find the batch size that trains SETTINGS fastest, and the largest that fits into memory."""
+    in_one_process()
     if low > high:
         raise click.BadParameter(f"--min {low} is above --max {high}")
     steps = choice.pop("steps")

@@ -664,3 +664,16 @@ def test_check_names_the_loader_whose_order_comes_from_the_global_generator(plac
     assert "the next micro-batch is not that of a run that was not stopped" in str(result.exception)
     assert "a DataLoader with `shuffle=True` and without `generator=`" in str(result.exception)
     assert "nothing wrong" not in result.output
+
+
+@pytest.mark.parametrize("command", [check, lr_finder, batch_size_finder])
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_each_command_refuses_to_be_one_of_several_processes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, command: object, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "2")
+    result = call(command)
+    assert isinstance(result.exception, SettingsError)
+    assert f"is one of several ({variable} is 2): call it without a launcher" in str(
+        result.exception
+    )
