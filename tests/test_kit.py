@@ -64,6 +64,12 @@ def test_an_observer_that_changes_weights_breaks_the_contract(tiny_run, tmp_path
         contract(Meddles).test_a_role_outside_the_training_changes_no_weights(tiny_run, tmp_path)
 
 
+@pytest.fixture
+def kind() -> str:
+    """Return the plugin that joins the processes."""
+    return "ddp"
+
+
 @plugin
 class Differs:
     """Does in one process what it does not do in the other."""
@@ -87,15 +93,15 @@ class Differs:
 
 
 @pytest.mark.parametrize("what", ["state", "weights", "message"])
-def test_processes_that_end_differently_break_the_contract(two_processes, what):
+def test_processes_that_end_differently_break_the_contract(two_processes, kind, what):
     broken = type("Broken", (PluginContract,), {"plugin": Differs, "needs": {"what": what}})()
     with pytest.raises(AssertionError):
-        broken.test_two_processes_end_alike(two_processes)
+        broken.test_two_processes_end_alike(two_processes, kind)
 
 
-def test_a_plugin_that_refuses_several_processes_keeps_the_contract(two_processes):
+def test_a_plugin_that_refuses_several_processes_keeps_the_contract(two_processes, kind):
     keeps = type("Keeps", (PluginContract,), {"plugin": Differs, "needs": {"what": "refuses"}})()
-    keeps.test_two_processes_end_alike(two_processes)
+    keeps.test_two_processes_end_alike(two_processes, kind)
 
 
 def test_memory_goes_back_once(tiny_run, tmp_path):

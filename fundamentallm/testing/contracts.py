@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from fundamentallm import SettingsError, attribute_docs, plugin_name, setting_fields
 from fundamentallm.host import Source, build, class_problems, get_state, plain, set_state, structure
 from fundamentallm.settings import HOST, hook_methods, role_of
@@ -114,8 +116,9 @@ class PluginContract:
         again = [self.instance(), *(make() for make in self.companions)]
         assert_same_weights(whole, tiny_run(*again, memory))
 
-    def test_two_processes_end_alike(self, two_processes: TwoProcesses) -> None:
-        first, second = self.in_two_processes(two_processes)
+    @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+    def test_two_processes_end_alike(self, two_processes: TwoProcesses, kind: str) -> None:
+        first, second = self.in_two_processes(two_processes, kind)
         if isinstance(first.error, SettingsError):
             assert isinstance(second.error, SettingsError), second.error
             return  # it says that it works in one process only
@@ -126,13 +129,13 @@ class PluginContract:
         for part in parts:
             assert _comparable(getattr(first, part)) == _comparable(getattr(second, part))
 
-    def in_two_processes(self, two_processes: TwoProcesses) -> list[Trained]:
+    def in_two_processes(self, two_processes: TwoProcesses, kind: str) -> list[Trained]:
         """Train a tiny run with the plugin in two processes, and return what each ended with."""
         listed = [make() for make in self.companions]
         if any(hook == "join_processes" for hook, *_ in hook_methods(self.plugin)):
             name = plugin_name(self.plugin)
             return two_processes(*listed, kind=name, settings={name: self.needs})
-        return two_processes(self.instance(), *listed)
+        return two_processes(self.instance(), *listed, kind=kind)
 
 
 _IMPORTS = """

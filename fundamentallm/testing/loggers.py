@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pytest
+
 from fundamentallm import hookimpl, plugin
 from fundamentallm.testing.contracts import PluginContract
 from fundamentallm.testing.processes import TwoProcesses
@@ -17,8 +19,6 @@ from fundamentallm.testing.recorder import Memory, assert_same_weights
 from fundamentallm.testing.tiny import TinyRun, compose_tiny
 
 if TYPE_CHECKING:
-    import pytest
-
     from fundamentallm import Run
 
 Row = dict[str, float]
@@ -210,8 +210,9 @@ class LoggerContract(PluginContract):
         train(compose_tiny(IsRank1(), self.instance(), length=4), run_dir=tmp_path)
         assert self._names(tmp_path) == []
 
-    def test_two_processes_end_alike(self, two_processes: TwoProcesses) -> None:
-        first, _ = self.in_two_processes(two_processes)
+    @pytest.mark.parametrize("kind", ["ddp"])  # a logger receives numbers only
+    def test_two_processes_end_alike(self, two_processes: TwoProcesses, kind: str) -> None:
+        first, _ = self.in_two_processes(two_processes, kind)
         assert first.outcome == "finished", first.error
         assert _exact(self.rows(first.folder)) == self._exactly_stored(first.history)
         assert self._names(first.folder) == [self.target]
