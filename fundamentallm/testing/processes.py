@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import pytest
 
-from fundamentallm import FundamentalError, Outcome, Run, find_plugins, hookimpl, plugin
+from fundamentallm import FundamentalError, find_plugins
 from fundamentallm.host import get_state
 from fundamentallm.testing.tiny import compose_tiny
 
@@ -159,47 +159,70 @@ def two_processes(tmp_path: Path) -> TwoProcesses:
         tables = {kind: {"timeout": 20}, **(settings or {})}
 
         def work(_: int) -> Trained:
-            whole = Whole()
-            composed = compose_tiny(*plugins, kind, whole, settings=tables, **run)
-            return _trained(composed, run_dir or tmp_path / "run", whole)
+            composed = compose_tiny(*plugins, kind, settings=tables, **run)
+            return _trained(composed, run_dir or tmp_path / "run")
 
-        return in_processes(processes, work, patience=patience)
+        return _with_whole_tensors(in_processes(processes, work, patience=patience))
 
     return start
 
 
-@plugin
-class Whole:
-    """Keeps whole copies of weights and states, while the processes can still exchange tensors."""
-
-    role = "control"
-
-    def __attrs_post_init__(self) -> None:
-        self.weights: dict[str, Tensor] = {}
-        self.states: dict[str, Any] = {}
-
-    @hookimpl
-    def on_train_end(self, run: Run, outcome: Outcome) -> None:
-        """Copy them; after an error in one process, the others would wait for it."""
-        if outcome != "failed":
-            self.weights = _whole(dict(run.model.state_dict()))
-            listed = {name: other for name, other in run.plugins.items() if other is not self}
-            self.states = {name: _whole(get_state(other)) for name, other in listed.items()}
-
-
-def _whole(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _whole(value) for key, value in tree.items()}
-    tree = tree.full_tensor() if hasattr(tree, "full_tensor") else tree
-    return tree.detach().cpu().clone() if hasattr(tree, "detach") else tree
-
-
-def _trained(composed: Any, folder: Path, whole: Whole) -> Trained:
+def _trained(composed: Any, folder: Path) -> Trained:
     from fundamentallm import train
 
     try:
         run = train(composed, run_dir=folder)
     except FundamentalError as error:
         return Trained("failed", 0, [], {}, {}, folder, error)
+    states = {name: get_state(instance) for name, instance in run.plugins.items()}
     ended = run.outcome, run.progress.step, run.history
-    return Trained(*ended, whole.weights, whole.states, run.folder)
+    return Trained(*ended, _copied(run.model.state_dict()), _copied(states), run.folder)
+
+
+@attrs.frozen
+class Part:
+    """The part of a distributed tensor that a process holds: its place along a dimension."""
+
+    values: Tensor
+    dim: int
+    index: int
+
+
+def _copied(tree: Any) -> Any:
+    """Return a tree with copies of its tensors on the CPU, and a ``Part`` of a distributed one."""
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    if not hasattr(tree, "detach"):
+        return tree
+    if not hasattr(tree, "to_local"):
+        return tree.detach().cpu().clone()
+    # Joined where the processes were started: they have left the group that exchanges tensors.
+    values, places = tree.to_local().detach().cpu().clone(), list(enumerate(tree.placements))
+    sharded = [(place.dim, axis) for axis, place in places if place.is_shard()]
+    if not sharded:
+        return values
+    ((dim, axis),) = sharded
+    return Part(values, dim, tree.device_mesh.get_coordinate()[axis])
+
+
+def _with_whole_tensors(trained: list[Trained]) -> list[Trained]:
+    """Put the whole tensors in the place of the processes' parts."""
+    if any(one.error for one in trained):
+        return trained
+    weights = [_joined(mine.weights, [one.weights for one in trained]) for mine in trained]
+    states = [_joined(mine.states, [one.states for one in trained]) for mine in trained]
+    return [
+        attrs.evolve(one, weights=own, states=kept)
+        for one, own, kept in zip(trained, weights, states, strict=True)
+    ]
+
+
+def _joined(mine: Any, everyones: list[Any]) -> Any:
+    import torch
+
+    if isinstance(mine, Mapping):
+        return {key: _joined(mine[key], [tree[key] for tree in everyones]) for key in mine}
+    if not isinstance(mine, Part):
+        return mine
+    parts = {part.index: part.values for part in everyones}
+    return torch.cat([parts[index] for index in sorted(parts)], mine.dim)

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fundamentallm import Run, field, hookimpl, plugin, train
@@ -49,15 +51,22 @@ class CountsSteps:
             self._calls.__exit__(None, None, None)
 
 
-def by_run(folder: Path, rank: int) -> dict[tuple[str, int], int]:
+def by_run(folder: Path, *plugins: str) -> dict[tuple[str, int], int]:
     counts = CountsSteps()
-    train(compose_tiny(counts, "ddp", length=4, log_every=100), run_dir=folder)
+    settings = {"accumulate": {"microbatches": 3}} if "accumulate" in plugins else None
+    composed = compose_tiny(counts, *plugins, settings=settings, length=4, log_every=100)
+    train(composed, run_dir=folder)
     return dict(counts.counted)
 
 
-def by_hand(rank: int) -> dict[tuple[str, int], int]:
+def by_hand(rank: int, kind: str) -> dict[tuple[str, int], int]:
     dist.init_process_group("gloo")
-    model = DistributedDataParallel(TinyModel().build_model(), gradient_as_bucket_view=True)
+    model: Any = TinyModel().build_model()
+    if kind == "fsdp":
+        fully_shard(model)
+        model.set_force_sum_reduction_for_comms(True)
+    else:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters())
     calls = Calls()
     data = TinySamples(4, "cpu", (rank, 2))
@@ -74,10 +83,23 @@ def by_hand(rank: int) -> dict[tuple[str, int], int]:
     return dict(counted)
 
 
-def test_a_step_has_the_collectives_of_a_handwritten_loop_and_one_message(tmp_path: Path) -> None:
-    ours = in_processes(2, lambda rank: by_run(tmp_path / "run", rank))
-    theirs = in_processes(2, by_hand)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_step_has_the_collectives_of_a_handwritten_loop_and_one_message(
+    tmp_path: Path, kind: str
+) -> None:
+    ours = in_processes(2, lambda _: by_run(tmp_path / "run", kind))
+    theirs = in_processes(2, lambda rank: by_hand(rank, kind))
     for mine, its in zip(ours, theirs, strict=True):
         messages = {key: count for key, count in mine.items() if key not in its}
         assert {key: count for key, count in mine.items() if key in its} == its
         assert sum(messages.values()) == 1, messages
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_window_of_several_micro_batches_adds_gradients_once(tmp_path: Path, kind: str) -> None:
+    def added(listed: tuple[str, ...]) -> int:
+        folder = tmp_path / "-".join(listed)
+        counts = in_processes(2, lambda _: by_run(folder, *listed))[0]
+        return sum(count for (call, _), count in counts.items() if "reduce" in call)
+
+    assert added((kind, "accumulate")) == added((kind,)) >= 1

@@ -175,6 +175,31 @@ def test_a_compiled_model_is_sharded(sharded: Any, scope: str) -> None:
     assert_same(sharded(2, Ragged(), "compile", tables=table, length=SHORT), alone)
 
 
+@plugin
+class Overflow:
+    """Puts an infinite gradient into the last row of the embedding at one step."""
+
+    role = "training"
+
+    @hookimpl(wrapper=True)
+    def train_microbatch(self, run: Run) -> Any:
+        yield
+        gradient: Any = dict(run.model.named_parameters())["embed.weight"].grad
+        part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        if run.progress.step == 7 and run.rank == run.world_size - 1:
+            part[-1, -1] = float("inf")
+
+
+def test_an_overflow_in_the_part_of_one_process_rejects_the_step_in_all(sharded: Any) -> None:
+    more = {"tables": {"amp": {"dtype": "fp16", "init_scale": 2.0**24}}, "length": SHORT}
+    single = Ragged(dtype="float32")
+    (alone,) = sharded(1, single, Overflow(), "amp", **more)
+    first, second = sharded(2, single, Overflow(), "amp", **more)
+    assert first.states["amp"] == second.states["amp"] == alone.states["amp"]
+    assert alone.states["amp"]["overflows"] > 1  # the first scales are too large, too
+    assert furthest(first.weights, alone.weights) < 1e-3
+
+
 CLIPS: dict[str, dict[str, Any]] = {
     "largest": {"max_norm": 0.05, "norm_type": float("inf")},
     "sum": {"max_norm": 5.0, "norm_type": 1.0},
