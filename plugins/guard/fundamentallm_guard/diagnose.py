@@ -111,6 +111,10 @@ def _first_module(run: Run) -> str | None:
                 run.hook.forward(run=run, batch=batch)
     finally:
         run.weight = weight
+        # A divided model keeps its whole weights after a forward pass, until a backward pass.
+        for module in run.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
         run.swap_logged(logged)
         for hook in hooks:
             hook.remove()

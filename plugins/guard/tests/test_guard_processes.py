@@ -45,11 +45,14 @@ class Poisoned:
 
 @pytest.fixture
 def train(two_processes: TwoProcesses, tmp_path: Path) -> Callable[..., list[Trained]]:
-    def start(processes: int, bad: float, guard: dict[str, Any]) -> list[Trained]:
+    def start(
+        processes: int, bad: float, guard: dict[str, Any], kind: str = "ddp"
+    ) -> list[Trained]:
         return two_processes(
             *(Poisoned(bad=bad), TinyModel(dropout=0.0), Guard(**guard), "checkpoint"),
             settings={"checkpoint": {"every": 2, "keep_last": 20}},
             processes=processes,
+            kind=kind,
             run_dir=tmp_path / str(processes),
             length=20,
             validate_every=5,
@@ -58,6 +61,7 @@ def train(two_processes: TwoProcesses, tmp_path: Path) -> Callable[..., list[Tra
     return start
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("bad", "guard"),
     [
@@ -68,14 +72,14 @@ def train(two_processes: TwoProcesses, tmp_path: Path) -> Callable[..., list[Tra
     ],
 )
 def test_bad_data_in_one_process_has_the_consequences_of_bad_data_in_one(
-    train: Callable[..., list[Trained]], bad: float, guard: dict[str, Any]
+    train: Callable[..., list[Trained]], bad: float, guard: dict[str, Any], kind: str
 ) -> None:
     (alone,) = train(1, bad, guard)
     state = alone.states["guard"]
     assert (state["skipped"], state["rewinds"]) == (
         (0, 1) if "rewind" in guard.values() else (1, 0)
     )
-    for one in train(2, bad, guard):
+    for one in train(2, bad, guard, kind):
         assert one.outcome == "finished", one.error
         assert furthest(one.weights, alone.weights) <= 1e-14
         assert_same_rows(one.history, alone.history)
