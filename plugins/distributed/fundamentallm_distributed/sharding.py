@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -19,8 +21,6 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from fundamentallm import find_blocks
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from fundamentallm import Run
     from fundamentallm_distributed.fsdp import Fsdp
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def shard(run: Run, model: nn.Module, settings: Fsdp) -> list[Any]:
     """Divide the weights of the model in place; return the sharded modules, the model last."""
     options: dict[str, Any] = {
-        "mesh": mesh(run.device, run.world_size, settings.replicas),
+        "mesh": mesh(run, settings),
         "mp_policy": precision(settings),
         "offload_policy": offload(run.device, wanted=settings.offload),
     }
@@ -58,12 +58,22 @@ def blocks(run: Run, settings: Fsdp) -> list[nn.Module]:
     return list(find_blocks(run.model, settings.blocks, name).values())
 
 
-def mesh(device: str, processes: int, replicas: int) -> DeviceMesh:
+def mesh(run: Run, settings: Fsdp) -> DeviceMesh:
     """Return the processes in one row, or as a row for each replica of the model."""
-    if replicas == 1:
-        return init_device_mesh(device, (processes,), mesh_dim_names=("shard",))
-    shape = replicas, processes // replicas
-    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    if settings.replicas == 1:
+        return init_device_mesh(run.device, (run.world_size,), mesh_dim_names=("shard",))
+    rows = torch.arange(run.world_size).reshape(settings.replicas, -1)
+    groups = []
+    # Made here, since those that the mesh makes would have another timeout.
+    for ranks in (rows.T, rows):
+        timeout = timedelta(seconds=settings.timeout)
+        group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+            ranks.tolist(), timeout=timeout
+        )
+        groups.append(group)
+    return DeviceMesh.from_group(
+        groups, run.device, mesh=rows, mesh_dim_names=("replicate", "shard")
+    )
 
 
 def precision(settings: Fsdp) -> MixedPrecisionPolicy:

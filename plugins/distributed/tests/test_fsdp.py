@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ragged import Ragged, assert_same_rows, furthest
 from safetensors.torch import load_file
 
-from fundamentallm import Run, SettingsError, hookimpl, plugin
+from fundamentallm import PeerError, Run, SettingsError, hookimpl, plugin
 from fundamentallm.testing import PluginContract, Trained
 from fundamentallm_distributed import Fsdp
 
@@ -57,9 +58,32 @@ def test_any_number_of_processes_ends_with_the_weights_and_metrics_of_one(
     assert_same(sharded(processes, Ragged()), alone)
 
 
-def test_groups_of_processes_that_each_hold_the_model_end_alike(sharded: Any) -> None:
+@pytest.mark.parametrize(("processes", "replicas"), [(4, 2), (2, 2)])
+def test_groups_of_processes_that_each_hold_the_model_end_alike(
+    sharded: Any, processes: int, replicas: int
+) -> None:
     (alone,) = sharded(1, Ragged())
-    assert_same(sharded(4, Ragged(), tables=fsdp(replicas=2)), alone)
+    assert_same(sharded(processes, Ragged(), tables=fsdp(replicas=replicas)), alone)
+
+
+@plugin
+class Hang:
+    """Lets the second process hang in the forward pass of one step, for longer than the timeout."""
+
+    role = "training"
+
+    @hookimpl(wrapper=True)
+    def forward(self, run: Run) -> Any:
+        if run.progress.step == 3 and run.rank == 1:
+            time.sleep(8)
+        return (yield)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_process_that_hangs_counts_as_lost_after_the_timeout(sharded: Any, replicas: int) -> None:
+    tables = fsdp(timeout=2, replicas=replicas)
+    first, _ = sharded(2, Ragged(), Hang(), tables=tables, length=SHORT)
+    assert isinstance(first.error, PeerError)
 
 
 def test_a_process_without_a_target_takes_part(sharded: Any) -> None:
