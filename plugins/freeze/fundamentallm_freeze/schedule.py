@@ -31,10 +31,12 @@ class FreezeSchedule:
         """Raise ``SettingsError`` if a parameter could not be trained once it is unfrozen."""
         temporary = [name for name, periods in self.until.items() if periods]
         if temporary and run.world_size > 1:
-            raise SettingsError(
+            error = SettingsError(
                 f"{self.plugin}.unfreeze: works with one process only; with {run.world_size}, the "
-                f"gradients of parameters that are frozen at the start are never averaged"
+                f"gradients of parameters that are frozen at the start are never added"
             )
+            error.printed_elsewhere = run.rank > 0  # all processes raise it
+            raise error
         optimized = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
         parameters = dict(run.model.named_parameters())
         missing = [name for name in temporary if id(parameters[name]) not in optimized]

@@ -25,7 +25,13 @@ from fundamentallm import (
     plugin,
     unmatched,
 )
-from fundamentallm.testing import PluginContract, TinyRun, assert_same_weights, weights
+from fundamentallm.testing import (
+    PluginContract,
+    TinyRun,
+    TwoProcesses,
+    assert_same_weights,
+    weights,
+)
 from fundamentallm_freeze import Freeze
 from fundamentallm_freeze.schedule import freeze
 
@@ -334,21 +340,12 @@ def test_an_optimizer_built_without_the_unfrozen_parameters_is_refused(tiny_run:
         tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*": Period(9)}), Picky(), length=1)
 
 
-@plugin
-class Two:
-    """Says that there is another process."""
-
-    @hookimpl
-    def on_run_start(self, run: Run) -> None:
-        run.world_size = 2
-
-
-def test_unfrozen_in_several_processes_is_refused(tiny_run: TinyRun) -> None:
-    tiny_run(Freeze(patterns=["hidden.*"]), Two(), length=1)
-    with pytest.raises(
-        SettingsError, match=r"freeze\.unfreeze: works with one process only; with 2"
-    ):
-        tiny_run(Freeze(patterns=["hidden.*"], unfreeze={"*": Period(9)}), Two(), length=1)
+def test_unfrozen_in_several_processes_is_refused(two_processes: TwoProcesses) -> None:
+    unfreezes = Freeze(patterns=["hidden.*"], unfreeze={"*": Period(9)})
+    for rank, one in enumerate(two_processes(unfreezes, length=1)):
+        assert isinstance(one.error, SettingsError)
+        assert "freeze.unfreeze: works with one process only; with 2" in str(one.error)
+        assert one.error.printed_elsewhere is (rank > 0)
 
 
 def test_a_second_instance_is_refused(tmp_path: Path) -> None:

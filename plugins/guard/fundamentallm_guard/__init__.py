@@ -94,10 +94,11 @@ class Guard:
         from fundamentallm_guard.step_state import StepState
 
         if self.oom != "stop" and run.world_size > 1:
-            raise SettingsError(
+            text = (
                 f"{run.name_of(self)}.oom: {self.oom!r} works with one process only: the other "
                 f"processes would wait for the one that ran out of memory; set oom = 'stop'"
             )
+            raise _in_all(run, SettingsError(text))
         self._judges = (self.nonfinite, self.spike) != ("off", "off")
         self._keeps_losses = self.spike != "off" or self.nonfinite == "rewind"
         self._before = StepState(run)

@@ -24,7 +24,7 @@ from fundamentallm import (
     plugin,
     train,
 )
-from fundamentallm.testing import TinyData, TinyRun, assert_same_weights, compose_tiny
+from fundamentallm.testing import TinyData, TinyRun, TwoProcesses, assert_same_weights, compose_tiny
 from fundamentallm_guard import Guard
 from fundamentallm_guard.memory import report
 from fundamentallm_guard.split_batch import split
@@ -336,17 +336,13 @@ def test_other_errors_pass_through(tiny_run: TinyRun) -> None:
 
 
 @pytest.mark.parametrize("oom", ["skip", "split"])
-def test_several_processes_cannot_skip_or_split_one_by_one(tiny_run: TinyRun, oom: Any) -> None:
-    @plugin
-    class Two:
-        """Says that there are two processes."""
-
-        @hookimpl
-        def build_tokenizer(self, run: Run) -> None:
-            run.world_size = 2
-
-    with pytest.raises(SettingsError, match=r"guard.oom: '\w+' works with one process only"):
-        tiny_run(Guard(oom=oom), Two())
+def test_several_processes_cannot_skip_or_split_one_by_one(
+    two_processes: TwoProcesses, oom: Any
+) -> None:
+    for rank, one in enumerate(two_processes(Guard(oom=oom))):
+        assert isinstance(one.error, SettingsError)
+        assert f"guard.oom: '{oom}' works with one process only" in str(one.error)
+        assert one.error.printed_elsewhere is (rank > 0)
 
 
 def test_the_report_on_a_cpu_states_the_memory_of_the_process() -> None:
