@@ -7,7 +7,16 @@ import pytest
 import ranks
 import torch
 
-from fundamentallm import DataError, PeerError, SettingsError, field, hookimpl, plugin, state
+from fundamentallm import (
+    DataError,
+    PeerError,
+    Period,
+    SettingsError,
+    field,
+    hookimpl,
+    plugin,
+    state,
+)
 from fundamentallm.testing import TinyData, TinySamples, in_processes
 
 
@@ -316,3 +325,23 @@ def test_a_snapshot_holds_what_gather_returns_and_restoring_loads_what_spread_re
         for name, tensor in trained.items()
     )
     assert len(twin.spread_tensors) == 4
+
+
+@plugin
+class SavesInSeconds:
+    """Notes at which steps a period in seconds is due, with a slow clock in the second process."""
+
+    every: Period = Period(0.05, "seconds")
+    steps: list = state(factory=list)
+
+    @hookimpl
+    def on_step_end(self, run):
+        time.sleep(0.03 * run.rank)
+        if self.every.due(run.progress):
+            self.steps.append(run.progress.step)
+
+
+def test_a_period_in_seconds_is_due_at_the_same_step_in_all_processes(two_processes):
+    first, second = two_processes(SavesInSeconds(), "checkpoint", length=12)
+    assert first.outcome == second.outcome == "finished"
+    assert first.states["saves_in_seconds"] == second.states["saves_in_seconds"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import attrs
 import forked
 
 from fundamentallm.testing.processes import Place, free_port
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LIMIT = 100  # seconds until a command that has not ended hangs
 
@@ -41,6 +40,20 @@ def start_alone(words: list[str], folder: Path) -> forked.Popen:
     """Start ``fundamentallm`` with ``words`` in one process."""
     called = ["python", "-m", "fundamentallm", *words]
     return forked.Popen(called, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a process and all that it has started, at once."""
+    below = [pid]
+    for parent in below:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # The name of the command, in parentheses, may contain spaces.
+                if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                    below.append(int(path.parent.name))
+    for one in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def wait(started: list[forked.Popen]) -> list[Ended]:

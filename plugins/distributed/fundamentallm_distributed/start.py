@@ -59,10 +59,14 @@ class Start:
             text = f"a variable of the launcher is missing or is no number: {error}"
             raise SettingsError(text) from error
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        ended = False
         try:
             yield
+            ended = True
         finally:
-            dist.destroy_process_group()
+            # NCCL would wait for collectives that a lost process can no longer take part in.
+            if ended or device != "cuda":
+                dist.destroy_process_group()
 
 
 def _fresh_store(rank: int, size: int, timeout: timedelta) -> Any:

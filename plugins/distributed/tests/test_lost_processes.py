@@ -15,23 +15,20 @@ import torch
 from safetensors.torch import load_file
 
 STEPS = 24
-PARTS = '''
-"""A tiny model, and an accident in one process at one step."""
-
-import errno
-import os
-import signal
-
-import torch
-
-from fundamentallm import DataError, StorageError, hookimpl, plugin
-from fundamentallm.testing import TinyParts
+END = "checkpoints/step-00003000/model.safetensors"
+PARTS = """
+from fundamentallm import hookimpl, plugin
+from fundamentallm.testing import TinyModel, TinyParts
 
 
 @plugin
 class Parts(TinyParts):
-    pass
-'''
+    dropout: float = 0.1
+
+    @hookimpl
+    def build_model(self):
+        return TinyModel(dropout=self.dropout).build_model()
+"""
 ACCIDENT = '''
 """An accident in one process."""
 
@@ -246,9 +243,7 @@ def test_a_signal_to_all_processes_stops_them_at_the_same_step(
     folder: Path, whole: Path, name: str
 ) -> None:
     started = ranks.start(["train", "tiny.toml", "--run-dir", "hit"], folder)
-    saved = folder / "hit" / "checkpoints"
-    while not list(saved.glob("step-*")) and all(one.poll() is None for one in started):
-        time.sleep(0.01)
+    wait_for_checkpoint(folder / "hit", *started)
     for one in started:
         os.kill(one.pid, getattr(signal, name))
     ended = ranks.wait(started)
@@ -297,3 +292,49 @@ def test_launch_exits_with_the_code_of_the_process_that_failed(folder: Path, how
     ended = launched(folder, "train", "tiny.toml", *accident(how, step=7))
     assert ended.code == code, ended
     assert ended.errors.count(text) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_launch_ends_a_run_that_can_be_resumed(
+    folder: Path, whole: Path, name: str
+) -> None:
+    command = ["launch", "--processes", "2", "train", "tiny.toml", "--run-dir", "hit"]
+    started = ranks.start_alone([*command, "--set=run.length=4000"], folder)
+    wait_for_checkpoint(folder / "hit", started)
+    os.kill(started.pid, getattr(signal, name))
+    (ended,) = ranks.wait([started])
+    assert ended.code == 128 + getattr(signal, name), ended
+    step = json.loads((folder / "hit" / "outcome.json").read_text())["step"]
+    assert (folder / "hit" / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def wait_for_checkpoint(run: Path, *started: Any, least: int = 1) -> None:
+    """Wait until a run has a checkpoint of at least a step, or has ended."""
+    while all(one.poll() is None for one in started):
+        steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+        if max(steps, default=0) >= least:
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_node_may_be_lost_and_come_back_and_no_step_is_lost(folder: Path) -> None:
+    """Two launchers on this machine stand for two nodes; 2 processes train as 1 does."""
+    from fundamentallm.testing.processes import free_port
+
+    long = ["--set=run.length=3000", "--set=parts.dropout=0.0", "--set=checkpoint.every=50 steps"]
+    meet = ["--nodes", "1:2", "--meet", f"127.0.0.1:{free_port()}", "--address", "127.0.0.1"]
+    words = ["launch", *meet, "--processes", "1", "--restarts", "3", "--grace", "30"]
+    train = ["train", "tiny.toml", *long, "--run-dir", "hit"]
+    alone = ranks.run(["train", "tiny.toml", *long, "--run-dir", "alone"], folder, 1)
+    assert [one.code for one in alone] == [0]
+    first = ranks.start_alone([*words, *train], folder)
+    second = ranks.start_alone([*words, *train], folder)
+    wait_for_checkpoint(folder / "hit", first, second, least=100)
+    ranks.kill_with_children(second.pid)  # as a power cut does
+    third = ranks.start_alone([*words, *train], folder)
+    ended = ranks.wait([first, third])
+    assert [one.code for one in ended] == [0, 0], ended
+    one, other = (load_file(folder / run / END) for run in ("hit", "alone"))
+    # Other orders of addition in single precision, in 3,000 steps.
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
