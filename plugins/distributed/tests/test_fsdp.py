@@ -287,22 +287,40 @@ TEXT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_samples_are_those_of_one_process_and_written_once(
-    two_processes: Any, tmp_path: Path, kind: str
-) -> None:
+@pytest.fixture
+def sampling(two_processes: Any, tmp_path: Path) -> Any:
+    """Train on text with samples, in the run folder ``run-<processes>``."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(chr(97 + i * i % 26) for i in range(4000)))
     tables = TEXT | {"text": {"path": str(corpus), **TEXT["text"]}}
-    listed, texts = ("text", "gpt", "adamw", "ema", "sample"), []
-    for processes in (1, 2):
+
+    def train(processes: int, kind: str) -> Path:
         folder = tmp_path / f"run-{processes}"
-        more = {"settings": tables, "run_dir": folder, "length": 8, "validate_every": 4}
+        more = {"settings": tables, "run_dir": folder, "length": 12, "validate_every": 4}
+        listed = ("text", "gpt", "adamw", "ema", "sample")
         trained = two_processes(*listed, kind=kind, processes=processes, **more)
         assert [one.error for one in trained] == [None] * processes
-        texts.append({file.name: file.read_text() for file in (folder / "samples").iterdir()})
-    assert sorted(texts[0]) == ["step-00000004.txt", "step-00000008.txt"]
-    assert texts[0] == texts[1]
+        return folder / "samples"
+
+    return train
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_samples_are_those_of_one_process_and_written_once(sampling: Any, kind: str) -> None:
+    alone, both = (
+        {file.name: file.read_text() for file in sampling(processes, kind).iterdir()}
+        for processes in (1, 2)
+    )
+    assert sorted(alone) == [f"step-{step:08d}.txt" for step in (4, 8, 12)]
+    assert alone == both
+
+
+def test_samples_that_cannot_be_written_are_left_out_in_all_processes(
+    sampling: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "samples").write_text("in the way")
+    assert sampling(2, "fsdp").read_text() == "in the way"
 
 
 SAVING = ("checkpoint", "ema")
