@@ -75,7 +75,7 @@ class Hang:
     @hookimpl(wrapper=True)
     def forward(self, run: Run) -> Any:
         if run.progress.step == 3 and run.rank == 1:
-            time.sleep(8)
+            time.sleep(5)
         return (yield)
 
 
@@ -340,17 +340,23 @@ def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def saving(ragged: Any) -> Any:
     """Train with checkpoints; the run folder is ``name`` for any number of processes."""
 
-    def train(name: str, processes: int, kind: str, length: int) -> list[Trained]:
-        more = {"tables": TABLES, "folder": name, "length": length}
+    def train(
+        name: str, processes: int, kind: str, length: int, replicas: int = 1
+    ) -> list[Trained]:
+        tables = TABLES | (fsdp(replicas=replicas) if kind == "fsdp" else {})
+        more = {"tables": tables, "folder": name, "length": length}
         trained: list[Trained] = ragged(processes, Ragged(), *SAVING, kind=kind, **more)
         return trained
 
     return train
 
 
-def test_a_checkpoint_of_parts_is_that_of_one_process(saving: Any) -> None:
+@pytest.mark.parametrize(("processes", "replicas"), [(2, 1), (4, 2)])
+def test_a_checkpoint_of_parts_is_that_of_one_process(
+    saving: Any, processes: int, replicas: int
+) -> None:
     (alone,) = saving("alone", 1, "fsdp", SHORT)
-    first, _ = saving("two", 2, "fsdp", SHORT)
+    first, *_ = saving("several", processes, "fsdp", SHORT, replicas)
     for step in (4, 8, 12):
         mine, theirs = saved(first.folder, step), saved(alone.folder, step)
         assert mine.keys() == theirs.keys()
