@@ -181,11 +181,15 @@ def _trained(composed: Any, folder: Path) -> Trained:
 
 @attrs.frozen
 class Part:
-    """The part of a distributed tensor that a process holds: its place along a dimension."""
+    """The part of a distributed tensor that a process holds.
+
+    ``dims`` are the dimensions along which it was divided, the last division first, and ``indices``
+    its places in them.
+    """
 
     values: Tensor
-    dim: int
-    index: int
+    dims: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
 def _copied(tree: Any) -> Any:
@@ -198,11 +202,12 @@ def _copied(tree: Any) -> Any:
         return tree.detach().cpu().clone()
     # Joined where the processes were started: they have left the group that exchanges tensors.
     values, places = tree.to_local().detach().cpu().clone(), list(enumerate(tree.placements))
-    sharded = [(place.dim, axis) for axis, place in places if place.is_shard()]
-    if not sharded:
+    divided = [axis for axis, place in places if not place.is_replicate()]
+    if not divided:
         return values
-    ((dim, axis),) = sharded
-    return Part(values, dim, tree.device_mesh.get_coordinate()[axis])
+    here = tree.device_mesh.get_coordinate()
+    dims = tuple(tree.placements[axis].dim for axis in divided)
+    return Part(values, dims, tuple(here[axis] for axis in divided))
 
 
 def _with_whole_tensors(trained: list[Trained]) -> list[Trained]:
@@ -224,5 +229,11 @@ def _joined(mine: Any, everyones: list[Any]) -> Any:
         return {key: _joined(mine[key], [tree[key] for tree in everyones]) for key in mine}
     if not isinstance(mine, Part):
         return mine
-    parts = {part.index: part.values for part in everyones}
-    return torch.cat([parts[index] for index in sorted(parts)], mine.dim)
+    parts = {part.indices: part.values for part in everyones}
+    # What was divided last is joined first.
+    for dim in mine.dims:
+        rows: dict[tuple[int, ...], list[Tensor]] = {}
+        for (_, *outer), values in sorted(parts.items()):
+            rows.setdefault(tuple(outer), []).append(values)
+        parts = {outer: torch.cat(row, dim) for outer, row in rows.items()}
+    return parts[()]
