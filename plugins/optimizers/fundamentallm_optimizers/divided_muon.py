@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from torch.optim import Muon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
 
 class DividedMuon(Muon):
@@ -20,12 +19,7 @@ class DividedMuon(Muon):
     PyTorch's own step orthogonalizes parts, or products of parts in bf16, and its result differs
     from that of one process as much as it moves the weights. Here every process computes each
     update with the whole matrix, its gradient and its momentum, and keeps its part.
-    ``spread(tensor=..., like=...)`` returns a process's part of a whole tensor.
     """
-
-    def __init__(self, spread: Callable[..., Tensor], groups: Any, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self._spread = spread
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -44,6 +38,9 @@ class DividedMuon(Muon):
         for key, value in self.state[parameter].items():
             muon.state[whole][key] = value.full_tensor()
         muon.step()  # type: ignore[no-untyped-call]
-        parameter.copy_(self._spread(tensor=whole.detach(), like=parameter))
+        # Not the hook ``spread``: another plugin may have changed the order of the rows.
+        mesh, places = parameter.device_mesh, parameter.placements
+        parameter.copy_(distribute_tensor(whole.detach(), mesh, places, src_data_rank=None))
         for key, value in muon.state[whole].items():
-            self.state[parameter][key] = self._spread(tensor=value, like=parameter)
+            part = distribute_tensor(value, mesh, places, src_data_rank=None)
+            self.state[parameter][key] = part

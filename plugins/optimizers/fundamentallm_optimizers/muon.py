@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from fundamentallm import field, ge, gt, hookimpl, lt, optional, plugin, table
@@ -83,15 +82,18 @@ class Muon:
         from torch import optim
 
         from fundamentallm_optimizers.combined import CombinedOptimizer
-        from fundamentallm_optimizers.divided_muon import DividedMuon
         from fundamentallm_optimizers.muon_groups import muon_and_adamw_groups
         from fundamentallm_optimizers.param_groups import is_divided, use_fused
 
         matrices, rest = muon_and_adamw_groups(run, self)
         count = sum(len(group["params"]) for group in matrices)
         log.info("Muon trains %d matrices, AdamW the other parameters", count)
-        kind = partial(DividedMuon, partial(run.hook.spread, run=run))
-        muon = (kind if is_divided(run.model) else optim.Muon)(
+        kind = optim.Muon
+        if is_divided(run.model):
+            from fundamentallm_optimizers.divided_muon import DividedMuon
+
+            kind = DividedMuon
+        muon = kind(
             matrices,
             momentum=self.momentum,
             nesterov=self.nesterov,
