@@ -105,12 +105,12 @@ class Hooks(Protocol):
     @exclusive(since="0.1", stability="provisional")
     def gather(self, run: Run, tree: Any) -> Any:
         """Return a tree of dicts and lists with every distributed tensor as a whole one, at least
-        in the first process. All processes call it. Default: unchanged."""
+        in the first process. Keys name parameters. All processes call it. Default: unchanged."""
 
     @exclusive(since="0.1", stability="provisional")
     def spread(self, run: Run, tensor: Tensor, like: Tensor) -> Tensor:
-        """Return the part of a whole tensor that this process keeps, distributed as ``like`` is.
-        All processes call it with the same values. Default: unchanged."""
+        """Return the part of a whole tensor that this process keeps, distributed as ``like``, its
+        parameter, is. All processes call it with the same values. Default: unchanged."""
 
     @event(since="0.1")
     def on_run_start(self, run: Run) -> None:

@@ -254,7 +254,7 @@ class Run:
         """Open the stream of micro-batches where ``progress`` stands. A plugin calls this in
         ``on_step_start`` if it has changed how the data is cut."""
         self.close_stream()
-        self.generators.seed(self.seed_for(f"data/{self.rank}"))
+        self.generators.seed(self.seed_for(f"data/{self.data_rank}"))
         self.stream = self.checks.stream(self.data.batches(self.progress))
 
     def close_stream(self) -> None:
@@ -281,7 +281,7 @@ class Run:
         collected, self._collected = self._collected, {}
         self.phase, self.weight = split or phase, 1 / self.data_size
         try:
-            seed = self.seed_for(f"evaluation/{self.phase}/{self.rank}")
+            seed = self.seed_for(f"evaluation/{self.phase}/{self.data_rank}")
             self.model.eval()
             self.module.eval()
             with (
@@ -307,7 +307,7 @@ class Run:
         for split, batches in self.data.validation().items():
             self.phase = split
             self._collected.setdefault(split, {})
-            self.generators.seed(self.seed_for(f"evaluation/{split}/{self.rank}"))
+            self.generators.seed(self.seed_for(f"evaluation/{split}/{self.data_rank}"))
             total = len(batches) if isinstance(batches, Sized) else None
             has_target = False
             for index, batch in enumerate(batches):
@@ -338,7 +338,7 @@ class Run:
     @cached_property
     def step_seed(self) -> int:
         """The seed that those of this process's steps follow from."""
-        return self.seed_for(f"step/{self.rank}")
+        return self.seed_for(f"step/{self.data_rank}")
 
     def seed_step(self) -> None:
         """Seed the random generators for the current step, from the number of applied updates.

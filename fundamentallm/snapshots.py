@@ -61,7 +61,8 @@ def read(run: Run) -> Snapshot | None:
 def restore(run: Run, snapshot: Snapshot, *, weights_only: bool) -> None:
     """Put a snapshot back into a run (``Run.restore``)."""
     run.loaded = snapshot.get("loaded")
-    state = run.model.state_dict() if run.world_size > 1 else {}
+    # The parameters themselves, by which ``spread`` may know them.
+    state = run.model.state_dict(keep_vars=True) if run.world_size > 1 else {}
     try:
         run.model.load_state_dict(
             {
