@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from fundamentallm import field, gt, hookimpl, plugin
 from fundamentallm_distributed.fsdp import Fsdp
 from fundamentallm_distributed.processes import Processes
+from fundamentallm_distributed.tensor_parallel import TensorParallel
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fundamentallm import Run
 
-__all__ = ["Ddp", "Fsdp"]
+__all__ = ["Ddp", "Fsdp", "TensorParallel"]
 
 
 @plugin

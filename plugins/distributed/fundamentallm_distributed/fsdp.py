@@ -56,6 +56,8 @@ class Fsdp(Processes):
     """Methods of the model, in addition to `forward`, that use its weights: `sample` calls `logits`
     and `make_cache`. Those that the model does not have are ignored."""
 
+    mesh: Any = field(init=False, default=None, repr=False)
+    """The processes to divide the weights among, if a plugin has split them over others already."""
     _modules: Any = field(init=False, factory=list, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -128,8 +130,10 @@ class Fsdp(Processes):
             return [self.gather(run, value) for value in tree]
         if not hasattr(tree, "full_tensor"):
             return tree
+        from fundamentallm_distributed.sharding import whole_of
+
         # One after the other, so that a device never holds a second whole one.
-        whole = tree.full_tensor()
+        whole = whole_of(tree)
         return whole.cpu() if run.rank == 0 else whole.new_empty(0, device="cpu")
 
     @hookimpl

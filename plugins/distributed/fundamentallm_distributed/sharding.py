@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from fundamentallm import find_blocks
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def shard(run: Run, model: nn.Module, settings: Fsdp) -> list[Any]:
     """Divide the weights of the model in place; return the sharded modules, the model last."""
     options: dict[str, Any] = {
-        "mesh": mesh(run, settings),
+        "mesh": settings.mesh or mesh(run, settings),
         "mp_policy": precision(settings),
         "offload_policy": offload(run.device, wanted=settings.offload),
     }
@@ -62,18 +62,20 @@ def mesh(run: Run, settings: Fsdp) -> DeviceMesh:
     """Return the processes in one row, or as a row for each replica of the model."""
     if settings.replicas == 1:
         return init_device_mesh(run.device, (run.world_size,), mesh_dim_names=("shard",))
-    rows = torch.arange(run.world_size).reshape(settings.replicas, -1)
+    return grid(run, settings.replicas, ("replicate", "shard"), settings.timeout)
+
+
+def grid(run: Run, rows: int, names: tuple[str, str], timeout: float) -> DeviceMesh:
+    """Return the processes in some rows, with the names of the two dimensions."""
+    ranks = torch.arange(run.world_size).reshape(rows, -1)
     groups = []
     # Made here, since those that the mesh makes would have another timeout.
-    for ranks in (rows.T, rows):
-        timeout = timedelta(seconds=settings.timeout)
+    for members in (ranks.T, ranks):
         group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-            ranks.tolist(), timeout=timeout
+            members.tolist(), timeout=timedelta(seconds=timeout)
         )
         groups.append(group)
-    return DeviceMesh.from_group(
-        groups, run.device, mesh=rows, mesh_dim_names=("replicate", "shard")
-    )
+    return DeviceMesh.from_group(groups, run.device, mesh=ranks, mesh_dim_names=names)
 
 
 def precision(settings: Fsdp) -> MixedPrecisionPolicy:
@@ -97,7 +99,7 @@ def part_like(tensor: Tensor, like: Any) -> Tensor:
     It is divided as ``like`` is where the shapes fit. Where they do not, it stays whole.
     """
     fits = [
-        isinstance(place, Shard)
+        not place.is_replicate()
         and place.dim < tensor.ndim
         and tensor.shape[place.dim] == like.shape[place.dim]
         for place in like.placements
@@ -106,3 +108,14 @@ def part_like(tensor: Tensor, like: Any) -> Tensor:
     whole = tensor.to(like.device)
     part: Tensor = distribute_tensor(whole, like.device_mesh, places, src_data_rank=None)
     return part
+
+
+def whole_of(tensor: Any) -> Tensor:
+    """Return the whole tensor in all processes, which all call this."""
+    places = list(tensor.placements)
+    # What was divided last is collected first.
+    for dimension in range(len(places)):
+        places[dimension] = Replicate()
+        tensor = tensor.redistribute(placements=places)
+    whole: Tensor = tensor.to_local()
+    return whole
