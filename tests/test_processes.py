@@ -47,7 +47,9 @@ def test_two_processes_are_one_run_with_one_folder_and_one_file_of_rows(settings
     rows = (folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [2, 4, 6]
     assert "finished after 6 steps" in first.output
-    assert (second.output, second.errors) == ("", "")
+    # gloo itself prints lines, with torch 2.9.
+    lines = [line for line in second.output.splitlines() if not line.startswith("[Gloo]")]
+    assert (lines, second.errors) == ([], "")
 
 
 def test_several_processes_without_a_plugin_that_joins_them_are_an_error(settings):

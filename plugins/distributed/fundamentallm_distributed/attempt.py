@@ -21,6 +21,7 @@ from fundamentallm_distributed.supervise import FOLDER
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import ElasticAgent, RunResult
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 NOTICE = 2.0
 """Seconds in which the other processes can end by themselves after the first one has failed."""
 AFTER_FAILURE = 30
@@ -53,8 +54,7 @@ class Requests:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Receive the signals within this context."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self.receive) for number in numbers}
+        before = {number: signal.signal(number, self.receive) for number in SIGNALS}
         try:
             yield
         finally:

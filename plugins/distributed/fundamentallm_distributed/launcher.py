@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import TypeVar, cast
 
 import attrs
 import torch
@@ -25,7 +30,10 @@ from fundamentallm_distributed.attempt import Attempt, Requests, say
 from fundamentallm_distributed.endings import PEER_LOST, Ending
 from fundamentallm_distributed.meeting import Meeting, Verdict
 
+T = TypeVar("T")
 ALONE = "127.0.0.1:0"
+LOOK_EVERY = 0.1
+"""Seconds between two moments at which a signal is handled."""
 
 
 @attrs.frozen
@@ -129,11 +137,34 @@ def run_attempt(
         local_addr=job.address,
     )
     attempt.agent = LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=os.devnull))
-    result = attempt.agent.run()
+    result = in_thread(attempt.agent.run)
     ending = attempt.cause(result)
     if ending is None:
         return None, False
     return decide(job, meeting, attempt, meeting.agree(ending, attempt))
+
+
+def in_thread(work: Callable[[], T]) -> T:
+    """Return what ``work`` returns in another thread, while this one receives signals.
+
+    In the main thread, the agent of torch 2.9 installs signal handlers that end it.
+    """
+    results: Queue[tuple[T | None, BaseException | None]] = Queue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            results.put((None, error))
+
+    # A daemon: a launcher that a signal ends does not wait for machines that do not come.
+    Thread(target=run, name="agent", daemon=True).start()
+    while True:
+        with contextlib.suppress(Empty):
+            result, error = results.get(timeout=LOOK_EVERY)
+            if error is not None:
+                raise error
+            return cast("T", result)
 
 
 def decide(job: Job, meeting: Meeting, attempt: Attempt, verdict: Verdict) -> tuple[Ending, bool]:

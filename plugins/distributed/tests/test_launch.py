@@ -120,8 +120,9 @@ def wait_for(*names):
 
 
 def children(pid):
-    """Return the child processes of a process."""
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """Return the child processes that any thread of a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for task in tasks for child in task.read_text().split()]
 
 
 def descendants(pid):
