@@ -42,6 +42,8 @@ def take(run: Run) -> Snapshot:
 
 def read(run: Run) -> Snapshot | None:
     """Return the snapshot to continue from, or None: the same one in all processes."""
+    if run.world_size == 1:
+        return run.hook.read_checkpoint(run=run)
     found: list[Snapshot | None] = []
 
     def step_of_first() -> int | None:

@@ -151,15 +151,15 @@ def test_a_rejected_step_leaves_the_random_numbers_of_the_update_after_it(tiny_r
     assert len(set(numbers[True])) == 6
 
 
-def test_every_rank_and_every_seed_draws_other_numbers(tiny_run, tmp_path):
+def test_every_part_of_the_data_and_every_seed_draws_other_numbers(tiny_run, tmp_path):
     @plugin
     class Ranked:
-        rank: int
+        part: int
         drawn: float = 0.0
 
         @hookimpl
-        def on_run_start(self, run):
-            run.rank = self.rank
+        def on_train_start(self, run):  # the data is built, and the same for all
+            run.data_rank = self.part
 
         @hookimpl
         def forward(self, run, batch):
@@ -168,9 +168,9 @@ def test_every_rank_and_every_seed_draws_other_numbers(tiny_run, tmp_path):
             return run.module(*batch.data)
 
     found = set()
-    for rank, seed in ((0, 1), (1, 1), (0, 2)):
-        ranked = Ranked(rank=rank)
-        tiny_run(ranked, length=1, seed=seed, run_dir=tmp_path / f"{rank}-{seed}")
+    for part, seed in ((0, 1), (1, 1), (0, 2)):
+        ranked = Ranked(part=part)
+        tiny_run(ranked, length=1, seed=seed, run_dir=tmp_path / f"{part}-{seed}")
         found.add(ranked.drawn)
     assert len(found) == 3
 

@@ -17,8 +17,10 @@ from fundamentallm import Period, PluginError, compose, hookimpl, kind, plugin, 
 from fundamentallm.testing import assert_same_weights, compose_tiny
 from fundamentallm_checkpoint import Checkpoint
 
-HOOKS = [hook for hook in CONTRACT if hook not in ("on_histogram", "finish_model")]
-"""The hooks that every run emits; of the others one belongs to `grad_stats`, one to commands."""
+OTHERS = ("agree", "spread", "on_histogram", "finish_model")
+HOOKS = [hook for hook in CONTRACT if hook not in OTHERS]
+"""The hooks that every run emits; the others belong to several processes, to `grad_stats` and to
+commands."""
 BEFORE = HOOKS[: HOOKS.index("on_train_start")]
 """The hooks of a start: a failure there is one before the first step."""
 ONCE = {*BEFORE, "read_checkpoint", "on_train_start", "on_train_end"}

@@ -10,7 +10,7 @@ import click
 
 from fundamentallm import SettingsError
 
-ADVICE = "write the folder into the command: fundamentallm launch ... train SETTINGS --run-dir DIR"
+ADVICE = "write the folder into the command: ... train SETTINGS --run-dir DIR"
 
 
 def processes(_: click.Context, __: click.Parameter, value: str) -> int | None:

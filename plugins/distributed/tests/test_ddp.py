@@ -23,7 +23,7 @@ class TestContract(PluginContract):
     )
 
 
-@pytest.mark.parametrize("states_total", [True, False])
+@pytest.mark.parametrize("states_total", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_any_number_of_processes_ends_with_the_weights_and_metrics_of_one(
     ragged: Any, states_total: bool
 ) -> None:

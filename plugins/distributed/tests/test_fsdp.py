@@ -79,7 +79,7 @@ class Hang:
         return (yield)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_process_that_hangs_counts_as_lost_after_the_timeout(sharded: Any, replicas: int) -> None:
     tables = fsdp(timeout=2, replicas=replicas)
     first, _ = sharded(2, Ragged(), Hang(), tables=tables, length=SHORT)

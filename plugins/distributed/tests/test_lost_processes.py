@@ -150,6 +150,8 @@ def resumed(folder: Path, name: str = "hit") -> Path:
     return folder / name
 
 
+SLOW = pytest.mark.slow
+SIGNALS = ["SIGTERM", *(pytest.param(name, marks=SLOW) for name in ("SIGINT", "SIGUSR1"))]
 FEW = [(0, 11), (1, 13)]
 MANY = [(rank, step) for rank in (0, 1) for step in (2, 5, 9, 17, 22)]
 
@@ -200,7 +202,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_failure_in_one_process_ends_all_and_is_printed_once(
     folder: Path, how: str, rank: int
@@ -217,7 +219,7 @@ def test_a_loss_that_is_nan_in_one_process_ends_all_with_the_same_error(folder: 
     assert ["train/loss is nan" in one.errors for one in ended] == [True, False]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 @pytest.mark.parametrize(
     ("name", "moment"), [("SIGTERM", "step"), ("SIGINT", "validation"), ("SIGUSR1", "save")]
 )
@@ -238,7 +240,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_loses_nothing(
     assert rows(folder / "hit") == rows(whole)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_to_all_processes_stops_them_at_the_same_step(
     folder: Path, whole: Path, name: str
 ) -> None:
@@ -273,6 +275,7 @@ def check_restart(folder: Path, whole: Path, rank: int, step: int) -> None:
     assert rows(folder / "hit") == rows(whole)
 
 
+@pytest.mark.slow
 def test_launch_restarts_a_run_whose_process_was_killed(folder: Path, whole: Path) -> None:
     check_restart(folder, whole, rank=1, step=10)
 
@@ -286,7 +289,9 @@ def test_launch_loses_nothing_whichever_process_is_killed(
     check_restart(folder, whole, rank, step)
 
 
-@pytest.mark.parametrize("how", FAILURES)
+@pytest.mark.parametrize(
+    "how", [how if how == "data" else pytest.param(how, marks=SLOW) for how in FAILURES]
+)
 def test_launch_exits_with_the_code_of_the_process_that_failed(folder: Path, how: str) -> None:
     code, text = FAILURES[how]
     ended = launched(folder, "train", "tiny.toml", *accident(how, step=7))
@@ -294,6 +299,7 @@ def test_launch_exits_with_the_code_of_the_process_that_failed(folder: Path, how
     assert ended.errors.count(text) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_to_launch_ends_a_run_that_can_be_resumed(
     folder: Path, whole: Path, name: str

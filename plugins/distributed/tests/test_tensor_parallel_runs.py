@@ -77,7 +77,7 @@ def test_split_layers_end_with_the_weights_and_metrics_of_one_process(
     [
         ((2, 2), (1, 1)),
         ((1, 1), (2, 2)),
-        ((2, 1), (4, 2)),
+        pytest.param((2, 1), (4, 2), marks=pytest.mark.slow),
         pytest.param((4, 2), (2, 1), marks=pytest.mark.slow),
     ],
 )
