@@ -51,9 +51,11 @@ def kill_with_children(pid: int) -> None:
                 # The name of the command, in parentheses, may contain spaces.
                 if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
                     below.append(int(path.parent.name))
-    for one in below:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
+    # Stopped first: none of them may still act on the death of another.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for one in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, number)
 
 
 def wait(started: list[forked.Popen]) -> list[Ended]:

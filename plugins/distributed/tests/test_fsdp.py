@@ -50,7 +50,7 @@ def assert_same(trained: list[Trained], alone: Trained) -> None:
         assert_same_rows(one.history, alone.history)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_any_number_of_processes_ends_with_the_weights_and_metrics_of_one(
     sharded: Any, processes: int
 ) -> None:

@@ -152,7 +152,7 @@ def resumed(folder: Path, name: str = "hit") -> Path:
 
 SLOW = pytest.mark.slow
 SIGNALS = ["SIGTERM", *(pytest.param(name, marks=SLOW) for name in ("SIGINT", "SIGUSR1"))]
-FEW = [(0, 11), (1, 13)]
+FEW = [pytest.param(0, 11, marks=SLOW), (1, 13)]
 MANY = [(rank, step) for rank in (0, 1) for step in (2, 5, 9, 17, 22)]
 
 
@@ -289,9 +289,8 @@ def test_launch_loses_nothing_whichever_process_is_killed(
     check_restart(folder, whole, rank, step)
 
 
-@pytest.mark.parametrize(
-    "how", [how if how == "data" else pytest.param(how, marks=SLOW) for how in FAILURES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", FAILURES)
 def test_launch_exits_with_the_code_of_the_process_that_failed(folder: Path, how: str) -> None:
     code, text = FAILURES[how]
     ended = launched(folder, "train", "tiny.toml", *accident(how, step=7))

@@ -162,6 +162,7 @@ TEXT = {
 }
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_one_process(two_processes: Any, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(chr(97 + i * i % 26) for i in range(4000)))
