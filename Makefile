@@ -71,7 +71,7 @@ GPU_TESTS = $(shell grep -rl --include='test_*.py' 'pytest\.mark\.cuda' tests pl
 test-gpu: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda $(GPU_TESTS)
 
-# A quarter of an hour: every kill, fault and outage.
+# 25 minutes: every kill, fault and outage.
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
