@@ -42,7 +42,7 @@ def test_a_process_without_a_target_takes_part(ragged: Any) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_two_processes_have_the_bits_of_one_that_accumulates_two_micro_batches(
     ragged: Any, optimizer: str, dtype: str
 ) -> None:

@@ -138,6 +138,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_no_setting_of_the_sharding_changes_the_run(sharded: Any, options: dict[str, Any]) -> None:
     # The average is validated with: weights of the training must not be used in its place.
@@ -173,6 +174,7 @@ WITH: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "table"), WITH.values(), ids=WITH)
 def test_other_plugins_do_what_they_do_in_one_process(
     sharded: Any, name: str, table: dict[str, Any]
@@ -231,6 +233,7 @@ CLIPS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_gradients_are_clipped_by_the_norm_of_all_parts(sharded: Any, clip: dict[str, Any]) -> None:
     # Of a model with vectors shorter than the processes are many, some hold nothing.
@@ -247,6 +250,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "table"), OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_update_parts_as_they_update_the_whole(
     sharded: Any, name: str, table: dict[str, Any]

@@ -330,6 +330,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_the_launchers_of_two_nodes_meet_and_end_with_the_same_code():
     """The node whose process lost its peer ends with the code of the cause, too."""
     nodes = {"nodes": (1, 2), "meet": f"127.0.0.1:{free_port()}", "address": "127.0.0.1"}
@@ -353,6 +354,7 @@ sys.exit(4 if attempt else 7)
     assert attempts() == 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_launchers_ends_the_job_of_both():
     nodes = {"nodes": (2, 2), "meet": f"127.0.0.1:{free_port()}", "address": "127.0.0.1"}
     # The process of the other node ends as one that has lost its peer.

@@ -91,6 +91,7 @@ def test_a_run_is_resumed_in_other_groups(
     assert furthest(saved(resumed[0].folder), saved(alone.folder)) <= 1e-14
 
 
+@pytest.mark.slow
 def test_with_dropout_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
     split: Any,
 ) -> None:
