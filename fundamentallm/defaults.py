@@ -28,8 +28,8 @@ _SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 def join_processes() -> AbstractContextManager[None]:
     for name in _SIZES:
-        size = os.environ.get(name, "1")
-        if size != "1":
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
             raise SettingsError(
                 f"this is one of several processes ({name} is {size}), but no listed plugin joins "
                 "them: each would train a run of its own. List 'ddp' or 'fsdp' in `plugins`, or "

@@ -87,9 +87,11 @@ def total_weight(run: Run, window: list[Batch]) -> float:
 
 
 def _compare_data(run: Run, window: list[Batch]) -> None:
-    """Check that the processes read different samples, in windows of one length."""
-    mine = [len(window), window[0].first]
-    lengths, firsts = zip(*run.hook.agree(run=run, topic="first window", mine=mine), strict=True)
+    """Check that the processes read different samples, in windows of one length, and that the
+    weight which the source states for all of them is right."""
+    mine = [len(window), window[0].first, math.fsum(batch.weight for batch in window)]
+    everyones = run.hook.agree(run=run, topic="first window", mine=mine)
+    lengths, firsts, weights = zip(*everyones, strict=True)
     if len(set(lengths)) > 1:
         text = f"a window must have as many micro-batches in every process; it has {lengths}"
         raise in_all(run.rank, SettingsError(text))
@@ -99,6 +101,13 @@ def _compare_data(run: Run, window: list[Batch]) -> None:
             f"{run.world_size} processes: it has to read only the part of `run.data_rank` of "
             "`run.data_size`, and to state the index of the first sample as `Batch.first`"
         )
+        raise in_all(run.rank, SettingsError(text))
+    found = math.fsum(weights[:: run.world_size // run.data_size])
+    stated = [batch.total for batch in window if batch.total is not None]
+    total = math.fsum(stated)
+    if len(stated) == len(window) and not math.isclose(total, found):
+        text = f"the `Batch.total` of the first window is {total:g}, as the data source states it"
+        text += f", but the weights in all processes add up to {found:g}"
         raise in_all(run.rank, SettingsError(text))
 
 

@@ -249,6 +249,43 @@ class Weightless(TinyData):
         return Samples(self.batch_size, run.device, (run.data_rank, run.data_size))
 
 
+@plugin
+class Miscounted(TinyData):
+    """States the weight of this process as that of all."""
+
+    @hookimpl
+    def build_data(self, run):
+        class Samples(TinySamples):
+            def batch(self, indices):
+                batch = super().batch(indices)
+                batch.total = batch.weight
+                return batch
+
+        return Samples(self.batch_size, run.device, (run.data_rank, run.data_size))
+
+
+def test_a_source_that_states_a_wrong_total_is_an_error(two_processes):
+    for trained in two_processes(Miscounted()):
+        assert isinstance(trained.error, SettingsError)
+        text = "the `Batch.total` of the first window is 2, as the data source states it, but the"
+        assert f"{text} weights in all processes add up to 4" in str(trained.error)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "starts"),
+    [("WORLD_SIZE", "", True), ("WORLD_SIZE", "1", True), ("SLURM_STEP_NUM_TASKS", "4", False)],
+)
+def test_variables_of_a_launcher_of_one_process_are_no_error(
+    tiny_run, monkeypatch, variable, value, starts
+):
+    monkeypatch.setenv(variable, value)
+    if starts:
+        assert tiny_run().outcome == "finished"
+    else:
+        with pytest.raises(SettingsError, match="SLURM_STEP_NUM_TASKS is 4"):
+            tiny_run()
+
+
 def test_a_window_without_a_target_in_any_process_is_an_error_in_all(two_processes):
     for trained in two_processes(Weightless()):
         assert isinstance(trained.error, DataError)
@@ -299,7 +336,7 @@ class Twin:
 
     @hookimpl
     def agree(self, topic, mine):
-        second = mine if topic != "first window" else [mine[0], mine[1] + 1]
+        second = mine if topic != "first window" else [mine[0], mine[1] + 1, mine[2]]
         return json.loads(json.dumps([mine, second]))
 
     @hookimpl

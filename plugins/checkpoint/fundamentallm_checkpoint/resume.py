@@ -42,8 +42,9 @@ class LoadRequest:
 
     ``name`` is ``"best"`` or the name of a checkpoint: that one and no other. ``"latest"`` or None
     is the newest that is sound and finite. Those of other runs than ``run`` are ignored. With
-    ``resumes`` training continues from it, so one with the model only is not enough. ``unsound``
-    collects the folders that could not be used.
+    ``resumes`` training continues from it, so one with the model only is not enough. With
+    ``any_copy``, of several copies of the named step any sound one will do. ``unsound`` collects
+    the folders that could not be used.
     """
 
     name: str | None = None

@@ -162,9 +162,8 @@ def test_words_and_output_pass_through_unchanged():
     assert (out, err, process.wait()) == (f"{words}\n", "oh\n", 0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be several devices")
-def test_without_a_cuda_device_there_is_one_process():
-    assert automatic_processes() == 1
+def test_there_is_a_process_for_each_cuda_device_or_one():
+    assert automatic_processes() == (torch.cuda.device_count() or 1)
 
 
 @pytest.mark.parametrize("own", [1, 4])
